@@ -1,0 +1,212 @@
+"""What several scripts use alike and a reader of the method may skip: flags, distributed start, schedules, checkpoints, plots."""
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import types
+import typing
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what is wrong, in which file, what to do. Scripts print it and exit with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+def parse(Config, argv=None, positional=(), short={}):
+    """Command line -> Config. Every field of the dataclass is a flag; its trailing comment is the help text.
+
+    positional: names of fields that are given without a flag; short: {field: letter}."""
+    module = sys.modules[Config.__module__]
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field, kind in ((f, typing.get_type_hints(Config)[f.name]) for f in dataclasses.fields(Config)):
+        if isinstance(kind, types.UnionType):   # `int | None`: the flag, if given, is an int
+            kind = next(k for k in kind.__args__ if k is not type(None))
+        required = field.default is dataclasses.MISSING
+        shown = "required" if required else f"default: {field.default}"
+        options = {"help": f"{comments.get(field.name, '')} ({shown})".replace("%", "%%").strip()}
+        if not required:
+            options["default"] = field.default
+        if field.name in positional:
+            parser.add_argument(field.name, type=kind, **({} if required else {"nargs": "?"}), **options)
+            continue
+        names = [f"-{short[field.name]}"] if field.name in short else []
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options.update(type=kind, required=required, metavar=kind.__name__.upper())
+        parser.add_argument(*names, "--" + field.name, **options)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def run(main, Config, **flags):
+    """The end of every script: parse, run, and turn bad input into one line and exit code 2, Ctrl-C into 130."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        main(parse(Config, **flags))
+    except UserError as e:
+        print(f"{name}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+def write_atomic(path, write):
+    """Calls write(file) on a temporary file beside `path`, then renames it: the old file or the whole new one, never half.
+
+    Raises UserError where the folder cannot be written."""
+    path = os.fspath(path)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot write: {e.strerror}")
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def save_checkpoint(path, state):
+    """A dict of tensors, numbers, strings and containers of these -> one torch.save file, atomically."""
+    write_atomic(path, lambda f: torch.save(state, f))
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote, on the CPU. A file that holds anything but data is refused. Raises UserError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+        raise UserError(f"{path}: not a checkpoint of this program ({str(e).splitlines()[0][:120]})")
+
+
+FREE = {"steps", "epochs", "workers", "device", "amp", "eval_annotations", "eval_every", "save_every", "log_every"}
+
+
+def check_same_run(saved, path, cfg):
+    """A run may go on from a checkpoint only with the settings that made it (those in FREE may change). Raises UserError."""
+    if not isinstance(saved, dict) or "optimizer" not in saved or "config" not in saved:
+        raise UserError(f"{path}: not a checkpoint of this script; choose another --out")
+    for key, value in dataclasses.asdict(cfg).items():
+        if key not in FREE and saved["config"].get(key) != value:
+            raise UserError(f"{path}: was made with --{key} {saved['config'].get(key)}, not {value}; choose another --out")
+
+
+class Log:
+    """log.jsonl, one JSON object a line. Resuming at a step drops the lines that an interrupted run wrote after it."""
+    def __init__(self, path, start):
+        self.path, self.rows = path, []
+        if start and os.path.exists(path):
+            with open(path) as f:
+                rows = [json.loads(line) for line in f if line.endswith("\n")]
+            self.rows = [row for row in rows if row["step"] <= start]
+        write_atomic(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
+
+    def add(self, **row):
+        self.rows.append(row)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def column(self, name):
+        """[(step, value)] of the rows that have `name`."""
+        return [(row["step"], row[name]) for row in self.rows if name in row]
+
+
+# ---------------------------------------------------------------------------------------------------- training
+@dataclasses.dataclass
+class World:
+    """This process among those that torchrun started (one, without torchrun)."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+
+def start_distributed(device="auto"):
+    """Joins the process group of torchrun, if any (NCCL on GPUs, gloo on CPUs), and picks this process's device."""
+    rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: this machine or this build of torch has no GPU; use --device cpu")
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if "cuda" in device else "gloo")
+    return World(rank, size, torch.device(device))
+
+
+def seed_step(seed, step, rank=0):
+    """Every random number of a training step follows from (seed, step, rank), so that a resumed run needs no saved state."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + rank) % 2 ** 63)
+
+
+def warmup_cosine(step, steps, warmup, floor=0.0):
+    """Share of the peak learning rate at `step` of `steps`: linear up over `warmup` steps, then half a cosine to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------- a plot
+def plot(path, panels, width=900, height=360):
+    """Line plots as a PNG, one panel below another. panels: [(title, {label: [(x, y), ...]})]; empty series are left out."""
+    from PIL import Image, ImageDraw, ImageFont   # here, because chat starts without plots
+    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
+    image = Image.new("RGB", (width, height * len(panels)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    for row, (title, series) in enumerate(panels):
+        series = {label: points for label, points in series.items() if points}
+        left, right, top, bottom = 70, width - 20, row * height + 54, (row + 1) * height - 34
+        draw.text((left, top - 46), title, "black", ImageFont.load_default(16))
+        draw.rectangle((left, top, right, bottom), outline="#888888")
+        xs, ys = ([p[i] for points in series.values() for p in points if math.isfinite(p[1])] for i in (0, 1))
+        if not xs:
+            continue
+        (x0, x1), (y0, y1) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys))
+        for ticks, low, high, horizontal in ((nice_ticks(x0, x1), x0, x1, True), (nice_ticks(y0, y1), y0, y1, False)):
+            for tick in ticks:
+                share, text = (tick - low) / (high - low), f"{tick:g}"
+                if horizontal:
+                    x = left + share * (right - left)
+                    draw.text((x - draw.textlength(text, font) / 2, bottom + 6), text, "black", font)
+                else:
+                    y = bottom - share * (bottom - top)
+                    draw.line((left, y, right, y), "#e4e4e4")
+                    draw.text((left - 8 - draw.textlength(text, font), y - 9), text, "black", font)
+        label_x = left
+        for colour, (label, points) in zip(colours * 9, series.items()):
+            line = [(left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
+                    for x, y in points if math.isfinite(y)]
+            draw.line(line, colour, 2) if len(line) > 1 else draw.point(line, colour)
+            draw.line((label_x, top - 14, label_x + 18, top - 14), colour, 3)
+            draw.text((label_x + 24, top - 23), label, "black", font)
+            label_x += 44 + draw.textlength(label, font)
+    write_atomic(path, lambda f: image.save(f, "PNG"))
+
+
+def nice_ticks(low, high):
+    """About five round numbers between low and high."""
+    raw = (high - low) / 5
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+    return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

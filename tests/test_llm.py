@@ -1,0 +1,561 @@
+"""llm.py: against transformers, against itself (cache, streams, formats), and against bad folders. CPU, offline."""
+import base64
+import dataclasses
+import itertools
+import json
+import os
+import random
+import shutil
+
+import pytest
+import regex
+import sentencepiece
+import torch
+
+import llm
+from common import UserError
+from llm import KVCache, LLaMA, LLaMAConfig, generate, load_llama, load_tokenizer, sample, save_llama, stream_text
+from weights import read_tensors, write_safetensors
+
+FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures")
+CORPUS = ["the quick brown fox jumps over the lazy dog", "a red circle moves left, then up", "what goes right?"] * 20
+TEXTS = ["the red circle", "café ☕ naïve", "日本語のテキスト", "👩‍👩‍👧 family 🎉🎉", "Ω≈ç√∫", "line\nbreak\ttab  two spaces", "", "🎉"]
+
+
+def train_sentencepiece(path, vocab_size, byte_fallback):
+    """A LLaMA-like sentencepiece model: BPE, ids 0 1 2 = unk, BOS, EOS, spaces kept as they are."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(path).removesuffix(".model"), vocab_size=vocab_size, minloglevel=2,
+        model_type="bpe", byte_fallback=byte_fallback, remove_extra_whitespaces=False, normalization_rule_name="identity")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "tokenizer.model"
+    train_sentencepiece(path, 60, byte_fallback=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bytes")
+    train_sentencepiece(folder / "tokenizer.model", 330, byte_fallback=True)
+    return load_tokenizer(folder)
+
+
+def write_ranks(path):
+    """A tiktoken file: the 256 bytes in no special order, then a few merges of bytes."""
+    words = [bytes([b]) for b in sorted(range(256), key=lambda b: (b * 37) % 256)]
+    words += [b"th", b"the", b" the", b"12", b"123", b"re", b"\xf0\x9f", b"\xe6\x97"]
+    path.write_bytes(b"".join(base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(words)))
+
+
+@pytest.fixture(scope="session")
+def tiktoken_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiktoken")
+    write_ranks(folder / "tokenizer.model")
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def folder(tmp_path, small_tokenizer):
+    """Copies a fixture into a folder that can be loaded and damaged: folder("mha") -> path."""
+    def copy(name):
+        target = tmp_path / name
+        shutil.copytree(os.path.join(FIXTURES, f"llm_{name}"), target)
+        shutil.copy(small_tokenizer, target / "tokenizer.model")
+        return target
+    return copy
+
+
+def edit_config(folder, **changes):
+    """Changes entries of config.json; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def edit_tensors(folder, change):
+    """Rewrites model.safetensors as change({name: tensor}) leaves it."""
+    tensors = {name: t.clone() for name, t in read_tensors(folder).items()}
+    change(tensors)
+    write_safetensors(folder / "model.safetensors", tensors)
+
+
+def tiny(**options):
+    """A small LLaMA with sharp attention, in evaluation mode."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, width=32, layers=2, heads=4, kv_heads=2, mlp=48, context_length=64)
+    model = LLaMA(LLaMAConfig(**{**sizes, **options}))
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.data.normal_(std=0.2)
+    return model.eval()
+
+
+def cache_of(model, max_len=64, batch=1):
+    return KVCache(model.config, batch, max_len, "cpu", model.lm_head.weight.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- the decoder
+@pytest.mark.parametrize("name", ["mha", "gqa", "llama3", "linear"])
+def test_logits_equal_transformers(folder, name):
+    model, _, extra = load_llama(folder(name))
+    expected = read_tensors(os.path.join(FIXTURES, f"llm_{name}", "expected.safetensors"))
+    with torch.no_grad():
+        logits = model.float()(expected["ids"])[:, ::expected["ids"].shape[1] // 24]
+    assert not extra and logits.shape == expected["logits"].shape
+    assert (logits - expected["logits"]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama3", "linear"])
+def test_rope_scaling_matters_in_the_recorded_logits(folder, name):
+    model, _, _ = load_llama(folder(name))
+    expected = read_tensors(os.path.join(FIXTURES, f"llm_{name}", "expected.safetensors"))
+    model.config.rope_scaling = None
+    with torch.no_grad():
+        logits = model.float()(expected["ids"])[:, ::expected["ids"].shape[1] // 24]
+    assert (logits - expected["logits"]).abs().max() > 0.1
+
+
+def test_the_llama3_fixture_has_a_frequency_of_each_kind_and_is_longer_than_its_original_context(folder):
+    path = folder("llama3")
+    config = load_llama(path)[0].config
+    ratio = llm.rope_frequencies(dataclasses.replace(config, rope_scaling=None), "cpu") / llm.rope_frequencies(config, "cpu")
+    assert ratio.min() == 1 and ratio.max() == 8 and ((ratio > 1.1) & (ratio < 7)).any()
+    length = read_tensors(path / "expected.safetensors")["ids"].shape[1]
+    assert length > config.rope_scaling["original_max_position_embeddings"]
+
+
+def test_old_and_new_spelling_of_rope_scaling_mean_the_same(folder):
+    path = folder("linear")
+    new = load_llama(path)[0].config
+    edit_config(path, rope_parameters=None, rope_theta=10000.0, rope_scaling={"type": "linear", "factor": 4.0})
+    old = load_llama(path)[0].config
+    assert old.rope_kind == "linear" and torch.equal(llm.rope_frequencies(old, "cpu"), llm.rope_frequencies(new, "cpu"))
+
+
+@pytest.mark.parametrize("chunks", [[1] * 20, [20], [7, 1, 12], [1, 19], [13, 7]])
+def test_cached_decoding_equals_full_forward(chunks):
+    model, ids = tiny(), torch.randint(64, (2, 20))
+    cache = cache_of(model, batch=2)
+    with torch.no_grad():
+        parts = [model(part, kv_cache=cache) for part in ids.split(chunks, dim=1)]
+        full = model(ids)
+    assert cache.length == 20
+    assert torch.allclose(torch.cat(parts, dim=1), full, atol=1e-5)
+
+
+def test_a_truncated_cache_continues_as_if_the_rest_had_never_been():
+    model, ids = tiny(), torch.randint(64, (1, 20))
+    cache = cache_of(model)
+    with torch.no_grad():
+        model(torch.cat((ids[:, :8], ids[:, :9].flip(1)), dim=1), kv_cache=cache)
+        cache.truncate(8)
+        assert torch.allclose(model(ids[:, 8:], kv_cache=cache), model(ids)[:, 8:], atol=1e-5)
+
+
+def test_last_only_is_the_last_row():
+    model, ids = tiny(), torch.randint(64, (2, 9))
+    with torch.no_grad():
+        last = model(ids, last_only=True)
+        assert last.shape == (2, 1, 64) and torch.allclose(last, model(ids)[:, -1:], atol=1e-6)
+
+
+def test_ids_and_their_embeddings_give_the_same_logits():
+    model, ids = tiny(), torch.randint(64, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model(ids), model(embeds=model.model.embed_tokens(ids)))
+
+
+def test_exactly_one_of_ids_and_embeds_is_taken():
+    model, ids = tiny(), torch.zeros(1, 3, dtype=torch.int64)
+    for inputs in ({}, {"ids": ids, "embeds": torch.zeros(1, 3, 32)}):
+        with pytest.raises(ValueError, match="exactly one"):
+            model(**inputs)
+
+
+def test_padding_on_the_right_does_not_reach_the_text():
+    model, ids = tiny(), torch.randint(64, (1, 12))
+    padded = torch.cat((ids, torch.zeros(1, 5, dtype=torch.int64)), dim=1)
+    with torch.no_grad():
+        assert torch.allclose(model(padded)[:, :12], model(ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_give_fp32_logits_near_those_of_fp32(dtype):
+    model, ids = tiny(), torch.randint(64, (1, 12))
+    with torch.no_grad():
+        full = model(ids)
+        half = model.to(dtype)(embeds=model.model.embed_tokens(ids).float())   # as features in fp32 would arrive
+    assert half.dtype == torch.float32 and (half - full).abs().max() < 0.05 * full.abs().max()
+
+
+def test_rms_norm_survives_values_whose_square_overflows_fp16():
+    norm = llm.RMSNorm(8, 1e-5).half()
+    assert torch.allclose(norm(torch.full((1, 8), 1000.0, dtype=torch.float16)).float(), torch.ones(1, 8))
+
+
+def test_gradient_flows_to_embeds_and_to_no_frozen_parameter():
+    model = tiny().requires_grad_(False)
+    embeds = torch.randn(2, 7, 32, requires_grad=True)
+    model(embeds=embeds).logsumexp(-1).sum().backward()
+    assert (embeds.grad.abs().sum(-1) > 0).all() and all(p.grad is None for p in model.parameters())
+
+
+def test_every_parameter_gets_a_gradient_when_not_frozen():
+    model = tiny()
+    model(torch.randint(64, (2, 12))).logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_an_untrained_model_finds_all_tokens_about_equally_likely():
+    torch.manual_seed(0)
+    model = LLaMA(LLaMAConfig(vocab_size=64, width=128, layers=4, heads=4, mlp=344))
+    assert (model(torch.randint(64, (4, 32))).softmax(-1) * 64 - 1).abs().mean() < 0.25
+
+
+def test_more_tokens_than_the_context_are_refused_with_both_numbers():
+    with pytest.raises(UserError, match="65 tokens.* 64"):
+        tiny()(torch.zeros(1, 65, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resize_vocab_keeps_old_rows_and_fills_new_ones_with_their_mean(tied):
+    model = tiny(tied=tied).requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters() if p.shape == (64, 32)}
+    model.resize_vocab(67)
+    for name, old in before.items():
+        new = model.get_parameter(name)
+        assert torch.equal(new[:64], old) and torch.allclose(new[64:], old.mean(0).expand(3, -1)) and not new.requires_grad
+    assert model(torch.tensor([[66]])).shape == (1, 1, 67) and model.config.vocab_size == 67
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    with pytest.raises(ValueError, match="shrink"):
+        model.resize_vocab(60)
+
+
+@pytest.mark.parametrize("sizes", [
+    dict(heads=4, kv_heads=3), dict(width=12, heads=4), dict(layers=0),
+    dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), dict(rope_scaling={"type": "linear"})])
+def test_impossible_sizes_are_refused(sizes):
+    with pytest.raises(UserError):
+        LLaMAConfig(**sizes)
+
+
+# ---------------------------------------------------------------------------------------------------- generation
+def test_greedy_generation_is_the_argmax_of_full_forwards():
+    model, ids = tiny(), torch.randint(64, (1, 5))
+    expected = ids
+    with torch.no_grad():
+        for _ in range(10):
+            expected = torch.cat((expected, model(expected)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    by_ids = list(generate(model, ids, max_new_tokens=10))
+    by_embeds = list(generate(model, embeds=model.model.embed_tokens(ids), max_new_tokens=10))
+    assert by_ids == by_embeds == expected[0, 5:].tolist()
+
+
+def test_generation_with_a_cached_prefix_equals_generation_from_the_whole_prompt():
+    model, ids = tiny(), torch.randint(64, (1, 9))
+    cache = cache_of(model)
+    with torch.no_grad():
+        model(ids[:, :6], kv_cache=cache)
+    rest = list(generate(model, ids[:, 6:], max_new_tokens=8, kv_cache=cache))
+    assert rest == list(generate(model, ids, max_new_tokens=8))
+    assert cache.length == 9 + 8 - 1
+
+
+def test_same_seed_same_sample_and_other_seeds_other_samples():
+    model, ids = tiny(), torch.randint(64, (1, 5))
+    runs = [tuple(generate(model, ids, max_new_tokens=12, temperature=1.0, seed=seed)) for seed in (0, 0, 1, 2)]
+    assert runs[0] == runs[1] and len(set(runs)) == 3
+
+
+def test_generation_stops_before_a_stop_id():
+    model, ids = tiny(), torch.randint(64, (1, 5))
+    free, cache = list(generate(model, ids, max_new_tokens=12, temperature=1.0)), cache_of(model)
+    end = free.index(free[7])
+    assert list(generate(model, ids, max_new_tokens=12, temperature=1.0, stop_ids={free[7]}, kv_cache=cache)) == free[:end]
+    assert cache.length == 5 + end
+
+
+def test_generation_ends_when_the_context_is_full():
+    model, ids = tiny(context_length=16), torch.randint(64, (1, 10))
+    assert len(list(generate(model, ids, max_new_tokens=100))) == 6
+    assert len(list(generate(model, ids, max_new_tokens=100, kv_cache=cache_of(model, max_len=13)))) == 3
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused():
+    with pytest.raises(UserError, match="16 tokens.*no room"):
+        next(generate(tiny(context_length=16), torch.zeros(1, 16, dtype=torch.int64), max_new_tokens=1))
+
+
+LOGITS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]).log()
+
+
+def draws(temperature, top_p, count=2000):
+    generator = torch.Generator().manual_seed(0)
+    tokens = [sample(LOGITS, temperature, top_p, generator) for _ in range(count)]
+    return torch.bincount(torch.tensor(tokens), minlength=5) / count
+
+
+def test_sampling_follows_the_softmax_of_the_logits():
+    assert (draws(1.0, 1.0) - LOGITS.exp()).abs().max() < 0.04
+
+
+def test_top_p_draws_only_from_the_fewest_tokens_that_reach_it():
+    assert (draws(1.0, 0.6) > 0).tolist() == [False, True, False, True, False]    # 0.40 + 0.25 reaches 0.6
+    assert (draws(1.0, 0.66) > 0).tolist() == [False, True, False, True, True]    # but not 0.66
+    assert (draws(1.0, 0.01) > 0).tolist() == [False, True, False, False, False]  # never none
+
+
+def test_temperature_towards_zero_becomes_greedy():
+    assert draws(1e-6, 1.0, count=50)[1] == 1 and draws(0.0, 1.0, count=5)[1] == 1
+    assert sample(-LOGITS, 1e-40, 1.0, torch.Generator()) == 2   # logits / temperature would be inf
+
+
+@pytest.mark.parametrize("temperature, top_p", [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.5)])
+def test_sampling_settings_out_of_range_are_refused(temperature, top_p):
+    with pytest.raises(UserError):
+        sample(LOGITS, temperature, top_p, torch.Generator())
+
+
+# ---------------------------------------------------------------------------------------------------- text
+@pytest.mark.parametrize("text", TEXTS)
+def test_both_tokenizers_give_back_any_text(byte_tokenizer, tiktoken_tokenizer, text):
+    for tokenizer in (byte_tokenizer, tiktoken_tokenizer):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and max(ids, default=0) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_pieces_join_to_decode_and_never_show_half_a_character(byte_tokenizer, tiktoken_tokenizer, text):
+    for tokenizer in (byte_tokenizer, tiktoken_tokenizer):
+        pieces = list(stream_text(tokenizer, iter(tokenizer.encode(text))))
+        assert "".join(pieces) == text and all(pieces) and "\ufffd" not in "".join(pieces)
+
+
+def test_a_character_of_several_tokens_comes_with_its_last_byte(byte_tokenizer):
+    ids = byte_tokenizer.encode("a🎉")
+    assert len(ids) >= 5                      # four of them are the bytes of the emoji
+    taken = []
+    stream = stream_text(byte_tokenizer, (taken.append(i) or i for i in ids))
+    assert [(piece, len(taken)) for piece in stream][-1] == ("🎉", len(ids))
+    assert list(stream_text(byte_tokenizer, ids[:-1])) == ["a", "\ufffd\ufffd\ufffd"]   # cut short: given out at the end
+
+
+def test_streams_of_random_tokens_join_to_decode(byte_tokenizer, tiktoken_tokenizer):
+    rng = random.Random(0)
+    for tokenizer, _ in itertools.product((byte_tokenizer, tiktoken_tokenizer), range(150)):
+        ids = [rng.randrange(tokenizer.vocab_size + 3) for _ in range(rng.randrange(30))]
+        assert "".join(stream_text(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_text_streams_word_by_word_with_the_spaces_between(byte_tokenizer):
+    pieces = list(stream_text(byte_tokenizer, byte_tokenizer.encode("the red circle")))
+    assert len(pieces) > 1 and not pieces[0].startswith(" ") and any(piece.startswith(" ") for piece in pieces[1:])
+
+
+def test_sentencepiece_puts_its_space_before_every_segment_and_no_bos_or_eos(byte_tokenizer):
+    first, second = byte_tokenizer.encode("the"), byte_tokenizer.encode("red")
+    assert byte_tokenizer.decode(first + second) == "the red"
+    assert not {byte_tokenizer.bos_id, byte_tokenizer.eos_id} & set(first + second)
+    assert (byte_tokenizer.bos_id, byte_tokenizer.eos_id, byte_tokenizer.stop_ids) == (1, 2, {2})
+
+
+def test_control_tokens_in_a_text_are_only_text(byte_tokenizer, tiktoken_tokenizer):
+    for tokenizer, text in ((byte_tokenizer, "a</s>b"), (tiktoken_tokenizer, "a<|eot_id|>b<|begin_of_text|>")):
+        ids = tokenizer.encode(text)
+        assert not tokenizer.stop_ids & set(ids) and tokenizer.decode(ids) == text
+
+
+def test_control_and_added_tokens_have_no_text(byte_tokenizer, tiktoken_tokenizer):
+    for tokenizer in (byte_tokenizer, tiktoken_tokenizer):
+        ids, V = tokenizer.encode("the red"), tokenizer.vocab_size
+        assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, V, V + 2]) == "the red"
+
+
+def test_llama3_special_tokens_follow_the_ranks_in_the_released_order(tiktoken_tokenizer):
+    n, special = 264, tiktoken_tokenizer.special
+    assert sorted(special.values()) == list(range(n, n + 256)) and tiktoken_tokenizer.vocab_size == n + 256
+    released = {"begin_of_text": 0, "end_of_text": 1, "reserved_special_token_0": 2, "reserved_special_token_3": 5,
+                "start_header_id": 6, "end_header_id": 7, "reserved_special_token_4": 8, "eot_id": 9,
+                "reserved_special_token_5": 10, "reserved_special_token_250": 255}
+    assert {name: special[f"<|{name}|>"] - n for name in released} == released
+    assert (tiktoken_tokenizer.bos_id, tiktoken_tokenizer.eos_id, tiktoken_tokenizer.stop_ids) == (n, n + 1, {n + 1, n + 9})
+
+
+@pytest.mark.parametrize("text, words", [
+    ("It's what WE'LL do", ["It", "'s", " what", " WE", "'LL", " do"]), ("I'mx", ["I", "'m", "x"]),
+    ("in 12345 days", ["in", " ", "123", "45", " days"]),
+    ("a  b\n\n c", ["a", " ", " b", "\n\n", " c"]), ("end... \n(so)", ["end", "...", " \n", "(so", ")"]),
+    ("x   ", ["x", "   "])])
+def test_llama3_cuts_text_into_these_words_before_merging(text, words):
+    assert regex.findall(llm.LLAMA3_SPLIT, text) == words
+
+
+def test_tiktoken_merges_by_rank_within_words(tiktoken_tokenizer):
+    pieces = [tiktoken_tokenizer.decode([i]) for i in tiktoken_tokenizer.encode("the there 12345")]
+    assert pieces == ["the", " the", "re", " ", "123", "4", "5"]
+
+
+def test_a_folder_with_only_tokenizer_json_says_what_to_put_there(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.model.*original"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [
+    b"version https://git-lfs.github.com/spec/v1", b"\n\x0fgarbage", b"IQ== 0\nIg== 2\n", b"IQ== 0\n!! x\n", b"IQ== 0\nno\n",
+    b"", None])
+def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match="tokenizer.model"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_cut_sentencepiece_model_is_refused(tmp_path, small_tokenizer):
+    (tmp_path / "tokenizer.model").write_bytes(small_tokenizer.read_bytes()[:200])
+    with pytest.raises(UserError, match="tokenizer.model"):
+        load_tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+def split_into_shards(folder, kind):
+    """Rewrites a folder's model.safetensors as two shards with an index, or as one or two .bin files."""
+    tensors = {name: t.clone() for name, t in read_tensors(folder).items()}
+    os.remove(folder / "model.safetensors")
+    names, base = list(tensors), "model" if "safetensors" in kind else "pytorch_model"
+    halves = [names] if kind == "bin" else [names[::2], names[1::2]]
+    ending, weight_map = "safetensors" if "safetensors" in kind else "bin", {}
+    for i, half in enumerate(halves, 1):
+        shard = f"{base}.{ending}" if len(halves) == 1 else f"{base}-0000{i}-of-00002.{ending}"
+        part = {name: tensors[name] for name in half}
+        torch.save(part, folder / shard) if ending == "bin" else write_safetensors(folder / shard, part)
+        weight_map |= {name: shard for name in half}
+    if len(halves) > 1:
+        (folder / f"{base}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("kind", ["bin", "sharded bin", "sharded safetensors"])
+def test_every_layout_of_a_folder_is_the_same_model(folder, kind):
+    path = folder("gqa")
+    single = {name: t.clone() for name, t in load_llama(path)[0].state_dict().items()}
+    split_into_shards(path, kind)
+    model, _, _ = load_llama(path)
+    loaded = model.state_dict()
+    assert single.keys() == loaded.keys() and all(torch.equal(t, single[name]) for name, t in loaded.items())
+
+
+def test_a_missing_shard_is_named(folder):
+    path = folder("gqa")
+    split_into_shards(path, "sharded bin")
+    os.remove(path / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(UserError, match="pytorch_model-00002-of-00002.bin"):
+        load_llama(path)
+
+
+def test_weights_are_the_memory_map_of_the_file_and_not_a_copy(folder, monkeypatch):
+    mapped = {}
+    monkeypatch.setattr(llm, "read_tensors", lambda path: mapped.update(read_tensors(path)) or dict(mapped))
+    model, _, _ = load_llama(folder("mha"))
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == {name: t.data_ptr() for name, t in mapped.items()}
+
+
+def test_tied_embeddings_are_one_parameter_also_after_a_move(folder):
+    model, _, _ = load_llama(folder("llama3"))
+    assert "lm_head.weight" not in read_tensors(os.path.join(FIXTURES, "llm_llama3"))
+    assert model.config.tied and model.float().lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_output_head_in_the_file_counts_also_where_the_config_ties_it(folder):
+    path, head = folder("llama3"), torch.randn(64, 32).bfloat16()
+    edit_tensors(path, lambda tensors: tensors.update({"lm_head.weight": head}))
+    model, _, _ = load_llama(path)
+    assert torch.equal(model.lm_head.weight, head) and not torch.equal(model.model.embed_tokens.weight, head)
+
+
+def test_a_llava_folder_gives_its_projector_and_tower_as_extra_and_drops_rotary_tables(folder):
+    path = folder("mha")
+    extra = {"model.mm_projector.weight": torch.randn(32, 16), "model.mm_projector.bias": torch.randn(32),
+             "model.vision_tower.vision_model.post_layernorm.weight": torch.randn(16)}
+    rotary = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.randn(4) for i in range(2)}
+    edit_tensors(path, lambda tensors: tensors.update(extra | rotary))
+    _, _, found = load_llama(path)
+    assert found.keys() == extra.keys() and all(torch.equal(found[name], t) for name, t in extra.items())
+
+
+def test_the_size_of_the_vocabulary_is_that_of_embed_tokens(folder):
+    path = folder("mha")
+    edit_config(path, vocab_size=61)
+    assert load_llama(path)[0].config.vocab_size == 64
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, *shape, dtype=torch.bfloat16):
+    return lambda tensors: tensors.update({name: torch.zeros(shape, dtype=dtype)})
+
+
+@pytest.mark.parametrize("change, message", [
+    (drop("model.layers.1.mlp.up_proj.weight"), "1 missing: model.layers.1.mlp.up_proj.weight"),
+    (drop("lm_head.weight"), "1 missing: lm_head.weight"), (drop("model.embed_tokens.weight"), "not a LLaMA"),
+    (put("model.layers.0.self_attn.q_proj.bias", 32), "1 unexpected: .*q_proj.bias"),
+    (put("model.layers.0.self_attn.inv_freq", 4), "1 unexpected: .*inv_freq"),
+    (put("model.norm.weight", 31), r"model.norm.weight \(31,\) where \(32,\)"),
+    (put("model.norm.weight", 32, dtype=torch.float32), "float32"),
+    (put("model.embed_tokens.weight", 50, 32), "60 tokens .* 50")])
+def test_tensors_that_do_not_fit_are_named(folder, change, message):
+    path = folder("mha")
+    edit_tensors(path, change)
+    with pytest.raises(UserError, match=message):
+        load_llama(path)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(hidden_size=None), "hidden_size"), (dict(hidden_size="wide"), "config.json"), (dict(hidden_act="gelu"), "gelu"),
+    (dict(num_attention_heads=0), "at least 1"), (dict(num_hidden_layers=3), "missing"),
+    (dict(num_key_value_heads=2), "of another size"),
+    (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"), (dict(rope_parameters="yarn"), "config.json")])
+def test_a_config_that_does_not_fit_is_refused(folder, changes, message):
+    path = folder("mha")
+    edit_config(path, **changes)
+    with pytest.raises(UserError, match=message):
+        load_llama(path)
+
+
+@pytest.mark.parametrize("name", ["gqa", "llama3", "linear"])
+def test_saving_and_loading_gives_the_same_model(folder, tmp_path, name):
+    model, tokenizer, _ = load_llama(folder(name))
+    out, projector, ids = tmp_path / "saved", torch.randn(32, 16), torch.randint(60, (1, 40))
+    save_llama(out, model, tmp_path / name / "tokenizer.model", {"model.mm_projector.weight": projector},
+               dtype=torch.float32, config_extra={"mm_hidden_size": 16})
+    again, tokenizer_again, extra = load_llama(out)
+    assert torch.equal(model.float()(ids), again(ids)) and torch.equal(extra["model.mm_projector.weight"], projector)
+    assert again.config == model.config and tokenizer_again.encode("the red") == tokenizer.encode("the red")
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlavaLlamaForCausalLM"] and config["mm_hidden_size"] == 16
+    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "tokenizer.model"]
+
+
+def test_saving_rounds_to_fp16_by_default_and_into_its_own_folder(folder):
+    path = folder("mha")
+    model, _, _ = load_llama(path)
+    save_llama(path, model, path / "tokenizer.model")
+    assert {t.dtype for t in read_tensors(path).values()} == {torch.float16}
+    assert json.loads((path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_saving_beside_a_sharded_model_is_refused(folder):
+    path = folder("mha")
+    model, _, _ = load_llama(path)
+    split_into_shards(path, "sharded safetensors")
+    with pytest.raises(UserError, match="shards"):
+        save_llama(path, model, path / "tokenizer.model")
