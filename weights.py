@@ -154,7 +154,7 @@ KNOWN = {("collections", "OrderedDict"): collections.OrderedDict, ("torch", "Siz
          ("torch.jit._pickle", "build_doublelist"): list, ("torch.jit._pickle", "build_tensorlist"): list,
          ("torch.jit._pickle", "restore_type_tag"): lambda value, tag: value,
          # what an mmengine checkpoint has beside its tensors: the history of its log
-         ("mmengine.logging.history_buffer", "HistoryBuffer"): Inert, ("builtins", "getattr"): Inert,
+         ("mmengine.logging.history_buffer", "HistoryBuffer"): Inert, ("builtins", "getattr"): Inert, ("__builtin__", "getattr"): Inert,
          ("numpy.core.multiarray", "_reconstruct"): Inert, ("numpy._core.multiarray", "_reconstruct"): Inert,
          ("numpy.core.multiarray", "scalar"): Inert, ("numpy._core.multiarray", "scalar"): Inert,
          ("numpy", "ndarray"): Inert, ("numpy", "dtype"): Inert}

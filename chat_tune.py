@@ -1,0 +1,214 @@
+"""Stage 2: instruction tuning. One loop, and a table of what each stage teaches:
+
+    projector   still pictures: the projector learns to speak the language of a frozen LLaMA     -> a LLaVA
+    language    still pictures: projector and LLaMA                                              -> a better LLaVA
+    video       videos: projector and branch; the LLaMA is frozen, as in the paper               -> chat.bin
+
+    python chat_tune.py --stage video --clip weights/tiny/clip --llm weights/tiny/llava --branch weights/tiny/branch.pth \\
+        --annotations out/shapes/train_talks.jsonl --root out/shapes --out out/chat --num_frames 8 --lr 5e-4
+    torchrun --nproc_per_node 8 chat_tune.py --stage video --clip weights/clip --llm weights/llava \\
+        --branch weights/branch.pth --annotations video_chatgpt_training.json --root videos --out out/chat
+
+In --out: last.pth (what is trained, and the optimizer; the same command goes on from it), log.jsonl, curve.png, and the
+result: chat.bin, or a Hugging Face LLaVA folder `llava`. With --eval_annotations the share of exactly right answers is
+printed, for each kind of question.
+"""
+import collections
+import dataclasses
+import itertools
+import os
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import common
+import data
+from clip import load_clip
+from llm import load_llama, save_llama
+from model import IGNORE_INDEX, VIDEO_TOKENS, VideoChat, VideoEncoder, chat_tensors, load_branch, make_projector, part, prompt_ids
+
+
+@dataclasses.dataclass
+class Config:
+    stage: str                       # a row of the table: projector, language or video
+    clip: str                        # CLIP: a Hugging Face folder or OpenAI's ViT-L-14.pt
+    llm: str                         # LLaVA folder (LLaMA is enough for the stage projector)
+    annotations: str                 # conversations: JSON or JSONL in Video-ChatGPT's format
+    root: str                        # folder that the names in it are relative to
+    out: str                         # folder for checkpoint, log, curve and result
+    branch: str = ""                 # branch file, for --tokens branch
+    drop_path: float = 0.1           # stochastic depth of the branch, as in pretraining
+    tokens: str = "branch"           # what the LLaMA sees of a video: branch, mean or st_pool (pictures: mean)
+    system: str = "vicuna_v1"        # the sentence before the first question: a key of model.SYSTEMS
+    num_frames: int = 100            # frames of a video
+    batch_size: int = 8              # conversations a step, over all processes
+    lr: float = 2e-5                 # peak; linear up over 3 % of the run, then half a cosine
+    clip_norm: float = 1.0           # of the gradient
+    epochs: int = 3                  # passes over the data
+    steps: int = 0                   # steps in all, instead of epochs
+    eval_annotations: str = ""       # questions with exact answers, under the same --root
+    eval_only: bool = False          # no training, only the questions: the zero-shot setting
+    workers: int = 1                 # decoding processes, for each training process
+    save_every: int = 200            # steps between checkpoints
+    log_every: int = 10              # steps between log lines
+    seed: int = 0                    # every random number follows from it
+    device: str = "auto"             # cpu, cuda or auto
+    amp: bool = True                 # half precision on a GPU
+
+
+STAGES = {   # stage: beginnings of the names that are trained. The gates stay as pretraining left them, as in the released run
+    "projector": ("mm_projector", "start_end"),
+    "language": ("mm_projector", "start_end", "llm"),
+    "video": ("mm_projector", "start_end", "encoder.branch.btadapter")}
+
+
+def collate(items):
+    """-> (video (B, T, 3, H, W), list of conversations, list of indices)."""
+    videos, conversations, indices = zip(*items)
+    return torch.stack(videos), conversations, list(indices)
+
+
+def batches(n, batch_size, seed, start, rank, size):
+    """Endless lists of this rank's indices, from step `start` on: a fresh order every epoch, incomplete batches left out."""
+    for step in itertools.count(start):
+        epoch, k = divmod(step, n // batch_size)
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+        yield order[k * batch_size + rank:(k + 1) * batch_size:size].tolist()
+
+
+@torch.no_grad()
+def exact_answers(chat, dataset, system, device, batch_size=32, workers=0):
+    """Questions -> {kind: (right, asked)}. An answer is right if greedy decoding would give it word for word: that is so
+    exactly when, with the right answer fed in, every next token has the highest logit."""
+    counts = collections.defaultdict(lambda: [0, 0])
+    chat.eval()
+    for video, conversations, indices in tqdm(DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers), desc="ask", leave=False):
+        prompts = [prompt_ids(chat.tokenizer, turns, system) for turns in conversations]
+        logits, target = chat.logits(video.to(device), prompts)
+        right = ((logits.argmax(-1) == target) | (target == IGNORE_INDEX)).all(1)   # (B,)
+        for i, ok in zip(indices, right.tolist()):
+            count = counts[dataset.rows[i].get("kind", "all")]
+            count[0] += ok
+            count[1] += 1
+    return {kind: tuple(count) for kind, count in sorted(counts.items())}
+
+
+def build(cfg):
+    """-> the model of a stage, in fp32."""
+    clip, _ = load_clip(cfg.clip)
+    llm, tokenizer, extra = load_llama(cfg.llm)
+    visual, width, projector = clip.config.vision_width, llm.config.width, part(extra, "model.mm_projector.")
+    # the first stage starts the projector anew; the others go on with the one that the weights hold
+    mm_projector = nn.Linear(visual, width) if cfg.stage == "projector" else make_projector(projector, visual, width, cfg.llm)
+    branch = load_branch(cfg.branch, clip, skip_last=1, drop_path=cfg.drop_path) if cfg.tokens == "branch" else None
+    return VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, cfg.tokens).float()
+
+
+def save_result(cfg, chat):
+    if cfg.stage == "video":
+        common.save_checkpoint(os.path.join(cfg.out, "chat.bin"), chat_tensors(chat, torch.float16))
+        return
+    grown = chat.llm.model.embed_tokens.weight.shape[0] == chat.tokenizer.vocab_size
+    if grown:   # LLaVA's <im_patch>, <im_start>, <im_end>
+        chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)
+    chat.llm.model.embed_tokens.weight.data[-2:] = chat.start_end.data
+    save_llama(os.path.join(cfg.out, "llava"), chat.llm, os.path.join(cfg.llm, "tokenizer.model"),
+               {f"model.mm_projector.{name}": t for name, t in chat.mm_projector.state_dict().items()},
+               config_extra={"mm_hidden_size": chat.encoder.clip.config.vision_width, "mm_use_im_start_end": True,
+                             "mm_vision_select_layer": -2})
+
+
+def main(cfg):
+    # ------------------------------------------------------------------------------------------------ setup
+    here = common.start_distributed(cfg.device)
+    device = here.device
+    for flag, value, known in (("stage", cfg.stage, STAGES), ("tokens", cfg.tokens, VIDEO_TOKENS)):
+        if value not in known:
+            raise common.UserError(f"--{flag} {value}: choose one of {', '.join(known)}")
+    if cfg.tokens == "branch" and not cfg.branch:
+        raise common.UserError("--tokens branch needs --branch FILE")
+    if cfg.batch_size % here.size:
+        raise common.UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes")
+    os.makedirs(cfg.out, exist_ok=True)
+    torch.manual_seed(cfg.seed)
+    # ------------------------------------------------------------------------------------------------ model
+    chat = build(cfg).to(device)
+    for name, p in chat.named_parameters():
+        p.requires_grad_(name.startswith(STAGES[cfg.stage]))
+    trained = {name: p for name, p in chat.named_parameters() if p.requires_grad}
+    # ------------------------------------------------------------------------------------------------ data
+    size = chat.encoder.clip.config.image_size
+    questions = cfg.eval_annotations and data.ConversationDataset(cfg.eval_annotations, cfg.root, cfg.num_frames, size)
+
+    def report(step, log):
+        for kind, (right, asked) in exact_answers(chat, questions, cfg.system, device, workers=cfg.workers).items():
+            print(f"{cfg.stage}, {cfg.tokens} tokens: {kind} questions {100 * right / asked:.1f} % exactly right ({right} of {asked})", flush=True)
+            log.add(step=step, **{kind: 100 * right / asked})
+    if cfg.eval_only:
+        if not questions:
+            raise common.UserError("--eval_only needs --eval_annotations")
+        return report(0, common.Log(os.path.join(cfg.out, "log.jsonl"), 0))
+    dataset = data.ConversationDataset(cfg.annotations, cfg.root, cfg.num_frames, size)
+    if len(dataset) < cfg.batch_size:
+        raise common.UserError(f"--batch_size {cfg.batch_size}: more than the {len(dataset)} conversations of {cfg.annotations}")
+    steps = cfg.steps or cfg.epochs * (len(dataset) // cfg.batch_size)
+    # ------------------------------------------------------------------------------------------------ optimizer
+    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0)
+    half = cfg.amp and device.type == "cuda"
+    scaler = torch.amp.GradScaler(enabled=half)
+    step, last = 0, os.path.join(cfg.out, "last.pth")
+    if os.path.exists(last):
+        saved = common.load_checkpoint(last)
+        common.check_same_run(saved, last, cfg)
+        for name, p in trained.items():
+            p.data.copy_(saved["trained"][name])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        step = saved["step"]
+    log = common.Log(os.path.join(cfg.out, "log.jsonl"), step) if here.first else None
+    ddp = nn.parallel.DistributedDataParallel(chat) if here.size > 1 else chat
+    loader = iter(DataLoader(dataset, batch_sampler=batches(len(dataset), cfg.batch_size, cfg.seed, step, here.rank, here.size),
+                             num_workers=cfg.workers, collate_fn=collate))
+    # ------------------------------------------------------------------------------------------------ loop
+    chat.train()
+    bar = tqdm(total=steps, initial=step, desc=f"chat_tune {cfg.stage}", disable=not here.first)
+    while step < steps:
+        video, conversations, _ = next(loader)
+        prompts = [prompt_ids(chat.tokenizer, turns, cfg.system) for turns in conversations]
+        common.seed_step(cfg.seed, step, here.rank)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * common.warmup_cosine(step, steps, max(1, round(0.03 * steps)))
+        with torch.autocast(device.type, torch.float16, enabled=half):
+            loss = ddp(video.to(device), prompts)
+        if not torch.isfinite(loss):
+            raise common.UserError(f"step {step}: the loss is {loss.item()}; {last} is kept")
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        step += 1
+        # -------------------------------------------------------------------------------------------- log and save
+        if here.first:
+            if step % cfg.log_every == 0 or step == steps:
+                log.add(step=step, loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"])
+                bar.set_postfix_str(f"loss {loss.item():.3f}")
+            if step % cfg.save_every == 0 or step == steps:
+                common.save_checkpoint(last, {"trained": {name: p.detach().cpu() for name, p in trained.items()},
+                                              "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                                              "step": step, "config": dataclasses.asdict(cfg)})
+                common.plot(os.path.join(cfg.out, "curve.png"), [(f"chat_tune, {cfg.stage}: loss", {"loss": log.column("loss")})])
+        bar.update()
+    bar.close()
+    if here.first:
+        save_result(cfg, chat)
+        if questions:
+            report(step, log)
+
+
+if __name__ == "__main__":
+    common.run(main, Config)

@@ -1,0 +1,592 @@
+"""Video files -> clip tensors: frames by time, the pixels that CLIP sees, data sets of captions, pairs and conversations.
+
+A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W): uint8 RGB while it is pictures, float once it is normalised for
+CLIP. Nothing guesses T from a shape. Time is counted in seconds from the moment at which the first frame is shown.
+
+A video file comes from anywhere, so it is never trusted. It is opened here and handed to the demuxer as a stream of bytes
+without a name; only real video containers are accepted, and what they say about other files is not followed. Whatever a
+file holds, the only exception that it causes is VideoError.
+"""
+import collections
+import contextlib
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+import stat
+import sys
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.stream import Discard
+from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import Dataset, default_collate, get_worker_info
+
+from common import UserError, write_atomic
+
+# libavformat's names. Not among them: playlists and scripts that name other files (hls, concat, dash, sdp), text, pictures.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,gif,ogg,asf"
+PICTURES = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]   # what Pillow may open here: no format that runs another program
+MAX_PIXELS = 1 << 26                                # of one frame: 8192 x 8192; a hostile header can claim far more
+TOLERANCE = 1e-6                                    # seconds: i / fps in floats still finds frame i
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)   # CLIP's statistics of RGB in 0..1
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+class VideoError(UserError):
+    """A file that cannot be used as a video: VideoError(path, reason)."""
+    def __init__(self, path, reason=None):   # one argument: the finished message, when a worker process hands the error on
+        super().__init__(path if reason is None else f"{path}: {reason}")
+
+
+@dataclasses.dataclass
+class Probe:
+    """What a video file is."""
+    duration: float   # seconds, from the first frame shown to the end of the last one
+    fps: float        # frames a second on average, as the container states it; 0 where it does not
+    width: int        # pixels, as shown: after the rotation
+    height: int
+    rotation: int     # degrees clockwise from the stored to the shown picture: 0, 90, 180 or 270
+    codec: str
+
+
+# ---------------------------------------------------------------------------------------------------- frames by time
+def probe(path):
+    """-> Probe. Decodes one frame. Raises VideoError."""
+    with open_video(path) as video:
+        width, height = (video.height, video.width) if video.transposed else (video.width, video.height)
+        duration = float((video.end() - video.start) * video.time_base)
+        return Probe(duration, float(video.stream.average_rate or 0), width, height, -video.first.rotation % 360,
+                     video.stream.codec_context.codec.canonical_name)
+
+
+def frames_at(path, times, size=None):
+    """The pictures that a viewer sees at `times` (seconds; any order, repeats welcome) -> (frames, used).
+
+    frames: (T, 3, H, W) uint8 RGB, turned upright; size: their short side in pixels, scaled while decoding, or None for the
+    file's own. used: (T,) floats, the time at which each of these frames really appears. A frame stays until the next one:
+    at t one sees the last frame that began at or before t; before the first one the first, after the end the last readable
+    one. Pixels are taken as square and frames as progressive. Raises VideoError."""
+    if not all(map(math.isfinite, times)):
+        raise UserError(f"{path}: times must be finite numbers of seconds, not {list(times)}")
+    with open_video(path) as video:
+        return video.show([video.tick(t) for t in times], size)
+
+
+def sample_frames(path, num_frames, mode, seed=None):
+    """`num_frames` frames spread over a video by the rule `mode` -> (frames, used) as from frames_at. Raises VideoError.
+
+    "uniform": the middles of equal stretches of time, (i + 0.5) / T * duration; needs no frame count (chat).
+    "seq", "test", "train": frame numbers by the rules below; the frames are counted first, without decoding any.
+    seed: whatever numpy.random.default_rng takes, for "train"."""
+    if mode != "uniform" and mode not in INDEX_RULES:
+        raise UserError(f"sampling mode {mode!r}: choose from uniform, {', '.join(INDEX_RULES)}")
+    if num_frames < 1:
+        raise UserError(f"{num_frames} frames of a video: at least 1 is needed")
+    with open_video(path) as video:
+        if mode == "uniform":
+            duration = float((video.end() - video.start) * video.time_base)
+            return video.show([video.tick((i + 0.5) / num_frames * duration) for i in range(num_frames)])
+        ticks = video.all_ticks()
+        return video.show([ticks[i] for i in INDEX_RULES[mode](len(ticks), num_frames, np.random.default_rng(seed))])
+
+
+def get_seq_frames(n, num_frames, rng=None):
+    """Video-ChatGPT's rule of that name: middles of num_frames stretches of n frames; all n where there are fewer."""
+    m = min(n, num_frames)
+    bounds = [round((n - 1) / m * i) for i in range(m + 1)]   # round half to even, here and below, as numpy does
+    return [(a + b) // 2 for a, b in itertools.pairwise(bounds)]
+
+
+def uniform_sample_test(n, num_frames, rng=None):
+    """mmaction2's UniformSample at test time. It differs from get_seq_frames by one frame for almost half of all (n, T)."""
+    stretch = (n - 1) / num_frames
+    return [round(stretch * i) + int(stretch / 2) for i in range(num_frames)]
+
+
+def uniform_sample_train(n, num_frames, rng):
+    """mmaction2's UniformSample in training: one frame at random from each stretch, both ends included."""
+    bounds = [round((n - 1) / num_frames * i) for i in range(num_frames + 1)]
+    return [int(rng.integers(a, b, endpoint=True)) for a, b in itertools.pairwise(bounds)]
+
+
+INDEX_RULES = {"seq": get_seq_frames, "test": uniform_sample_test, "train": uniform_sample_train}
+
+
+# ---------------------------------------------------------------------------------------------------- one open file
+@contextlib.contextmanager
+def open_video(path):
+    """`with open_video(path) as video`: a Video; what libav has to complain about inside becomes VideoError."""
+    with open_regular(path) as file:
+        try:
+            yield Video(path, file)
+        except av.error.FFmpegError as e:
+            raise VideoError(path, f"cannot be read as a video ({e.strerror}); is it cut off or damaged?") from e
+
+
+def open_regular(path):
+    """A file of bytes, open for reading. Folders, pipes, devices and empty files are refused; none of them can block."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        raise VideoError(path, e.strerror) from e
+    except ValueError as e:   # a NUL in the name
+        raise VideoError(repr(path), str(e)) from e
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+        os.close(fd)
+        raise VideoError(path, "the file is empty" if stat.S_ISREG(status.st_mode) else "not a regular file")
+    return ByteSource(fd)   # its .name is a number, so that the path cannot influence what the file is taken for
+
+
+class ByteSource(io.FileIO):
+    """A file for libav. A hostile one makes it seek to anywhere: out of range is an answer then, not an exception."""
+    def seek(self, offset, whence=os.SEEK_SET):
+        try:
+            return super().seek(offset, whence)
+        except OSError:
+            return -1
+
+
+def is_picture(file):
+    """Do the first bytes of an open file say that it is a still picture?"""
+    file.seek(0)
+    try:
+        Image.open(file, formats=PICTURES)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return True
+
+
+class Video:
+    """The picture track of an open file. Times in here are ticks of its time base, as the file counts them."""
+    def __init__(self, path, file):
+        self.path, self.file, self.container = path, file, None
+        self.reformatter = VideoReformatter()   # one for all frames: making it costs more than using it
+        self.trouble = "it is cut off or damaged"
+        self.rewind()
+        self.first = next(self.frames(), None)
+        if self.first is None:
+            raise VideoError(path, f"no frame can be decoded: {self.trouble}")
+        self.start, self.width, self.height = self.first.pts, self.first.width, self.first.height
+        # Display matrix (ISO 14496-12, 8.5.2.3, as libav stores it): a pixel at (x, y) is shown at (a x + c y, b x + d y).
+        matrix = self.first.side_data.get("DISPLAYMATRIX")
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+        self.transposed = abs(b) + abs(c) > abs(a) + abs(d)
+        self.flipped = [axis for axis, sign in enumerate((b, c) if self.transposed else (d, a)) if sign < 0]
+
+    def rewind(self):
+        """(Re)opens the container at its beginning: the one way back that every format knows."""
+        if self.container is not None:
+            self.container.close()
+        self.file.seek(0)
+        try:
+            self.container = av.open(self.file, metadata_errors="replace", container_options={
+                "format_whitelist": CONTAINERS, "protocol_whitelist": "none"})
+        except av.error.FFmpegError as e:
+            if is_picture(self.file):
+                raise VideoError(self.path, "a picture, not a video") from e
+            raise VideoError(self.path, f"not a video, or cut off or damaged; known containers: {CONTAINERS}") from e
+        tracks = [s for s in self.container.streams.video if not s.disposition & s.disposition.attached_pic]
+        if not tracks:
+            raise VideoError(self.path, "has no video track, only sound or a cover picture")
+        self.stream = tracks[0]
+        self.time_base, context = self.stream.time_base, self.stream.codec_context
+        if context is None or not self.time_base:
+            raise VideoError(self.path, "no decoder for its video track")
+        # AVI counts packets, it does not say when they are shown. With B-frames, libav's guess at that is wrong.
+        self.untimed = self.container.format.name == "avi" and context.has_b_frames
+        if context.width * context.height > MAX_PIXELS:
+            raise VideoError(self.path, f"frames of {context.width} x {context.height} are too large")
+        for other in self.container.streams:
+            if other is not self.stream:
+                other.discard = Discard.all   # sound is not even read
+        if get_worker_info() is None:
+            context.thread_type = "AUTO"
+        else:
+            context.thread_count = 1    # the loader's workers are the parallelism
+
+    def tick(self, seconds):
+        """The tick at `seconds` after the first frame; a century at most, so that it fits into 64 bits."""
+        return self.start + math.floor((min(max(seconds, 0), 3e9) + TOLERANCE) / self.time_base)
+
+    def when(self, packet):
+        """Tick at which a packet's frame is shown; where only decoding times are known, these stand in, in file order."""
+        return packet.dts if self.untimed or packet.pts is None else packet.pts
+
+    def packets(self):
+        """Whole packets of the track from here on, in file order. Damage ends them: what came before it is good."""
+        with contextlib.suppress(av.error.FFmpegError, IndexError):   # IndexError: PyAV's end where tracks turned up midway
+            for packet in self.container.demux(self.stream):
+                if packet.size and self.when(packet) is not None and not packet.is_corrupt:
+                    yield packet
+
+    def frames(self, jump=None):
+        """Decoded frames in the order of presentation, from a keyframe (see keyframe_before), or all from the beginning."""
+        place, key = jump or (None, -math.inf)
+        if jump:
+            self.container.seek(place, stream=self.stream)
+        else:
+            self.rewind()
+        packets = self.packets()
+        if jump:
+            packets = itertools.dropwhile(lambda p: not p.is_keyframe, packets)
+        file_order = collections.deque()
+        for packet in itertools.chain(packets, [None]):   # None: hand out what the decoder still holds
+            if packet is not None:
+                file_order.append(self.when(packet))
+            try:
+                decoded = self.stream.codec_context.decode(packet)
+            except av.error.FFmpegError as e:   # one damaged frame: the one before it stays on the screen
+                self.trouble = e.strerror
+                continue
+            for frame in decoded:
+                if self.untimed:   # the n-th frame shown takes the n-th time
+                    frame.pts = file_order.popleft() if file_order else None
+                if frame.pts is not None and frame.pts >= key:   # earlier ones may lean on frames that were never decoded
+                    yield frame
+
+    def keyframe_before(self, tick):
+        """Where decoding can start to reach `tick` -> (place to seek to, tick of the keyframe there); None: the beginning.
+
+        Seeking may land late (its times are those of decoding, not of showing) or on no keyframe at all (MPEG-TS), so the
+        packet found is looked at, and the search steps further back until it is right. MPEG program streams are never sought
+        in: few of their packets carry a time, and after a seek libav guesses the others wrongly."""
+        if self.untimed or self.container.format.name == "mpeg":
+            return None
+        back, second = 0, math.ceil(1 / self.time_base)
+        while tick - back > self.start:
+            try:
+                self.container.seek(tick - back, stream=self.stream)
+            except av.error.FFmpegError:   # a container without any way to seek
+                return None
+            key = next((self.when(p) for p in self.packets() if p.is_keyframe), None)
+            if key is not None and key <= tick:
+                return tick - back, key
+            back = max(second, 2 * back)
+        return None
+
+    def show(self, ticks, size=None):
+        """The frames on the screen at `ticks` -> (frames (T, 3, H, W) uint8, seconds (T,)). One pass, from early to late."""
+        scale = 1 if size is None else size / min(self.width, self.height)
+        width, height = (max(1, round(side * scale)) for side in (self.width, self.height))
+        out = torch.empty(len(ticks), 3, *((width, height) if self.transposed else (height, width)), dtype=torch.uint8)
+        used = [0.0] * len(ticks)
+        wanted = sorted({max(tick, self.start) for tick in ticks})
+        jumps = {tick: self.keyframe_before(tick) for tick in wanted}   # all first: looking moves the reader
+        frames = held = ahead = None
+        for tick in wanted:
+            jump = jumps[tick]
+            if frames is None or jump and jump[1] > (ahead or held).pts:   # a keyframe between here and there: go to it
+                frames, held = self.frames(jump), None if jump else self.first
+                ahead = next(frames, None)
+                if held is None and (ahead is None or ahead.pts > tick):   # no clean entry there after all
+                    frames, held = self.frames(), self.first
+                    ahead = next(frames, None)
+            while ahead is not None and ahead.pts <= tick:
+                held, ahead = ahead, next(frames, None)
+            picture = self.upright(self.reformatter.reformat(held, width, height, "rgb24").to_ndarray())
+            for i, t in enumerate(ticks):
+                if max(t, self.start) == tick:
+                    out[i], used[i] = picture, float((held.pts - self.start) * self.time_base)
+        return out, used
+
+    def upright(self, picture):
+        """A stored picture (H, W, 3) -> as the display matrix wants it shown, (3, H, W)."""
+        picture = torch.from_numpy(picture)
+        picture = picture.transpose(0, 1) if self.transposed else picture   # (W, H, 3) where transposed
+        return picture.flip(self.flipped).permute(2, 0, 1)
+
+    def end(self):
+        """Tick at which the last frame stops being shown, from the last packets; none is decoded."""
+        length = self.stream.duration or (self.container.duration or 0) / av.time_base / self.time_base
+        jump = self.keyframe_before(self.start + int(length))
+        if jump:
+            self.container.seek(jump[0], stream=self.stream)
+        else:
+            self.rewind()
+        last = max((p for p in self.packets() if not p.is_discard), key=self.when, default=None)
+        if last is None:
+            raise VideoError(self.path, "no readable frame in it")
+        return self.when(last) + (last.duration or round(1 / ((self.stream.average_rate or 25) * self.time_base)))
+
+    def all_ticks(self):
+        """When each frame appears, sorted, by reading all packets and decoding none."""
+        self.rewind()
+        return sorted({self.when(p) for p in self.packets() if not p.is_discard}) or [self.start]
+
+
+# ---------------------------------------------------------------------------------------------------- pixels
+def normalise(frames):
+    """(..., 3, H, W) in 0..255, uint8 or float -> float with CLIP's mean and spread."""
+    return (frames / 255 - MEAN.to(frames.device)) / STD.to(frames.device)
+
+
+def resize(frames, height, width):
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bilinear without antialiasing, rounded: OpenCV's INTER_LINEAR.
+
+    OpenCV computes in fixed point: of its values on noise (measured, 5.0.0), one in eight differs from ours, by 1."""
+    return torch.cat([F.interpolate(f[None].float(), (height, width), mode="bilinear", align_corners=False, antialias=False)
+                      .round().clamp(0, 255).byte() for f in frames])   # frame by frame: floats take four times the memory
+
+
+def short_side(frames, short):
+    """uint8 (T, 3, H, W) -> the same with min(H, W) = short; the long side is int(x + 0.5), as mmcv rounds."""
+    height, width = frames.shape[-2:]
+    scale = short / min(height, width)
+    return resize(frames, int(height * scale + 0.5), int(width * scale + 0.5))
+
+
+def train_pixels(frames, size, seed=None, min_area=0.08):
+    """uint8 (T, 3, H, W) -> float (T, 3, size, size), normalised: short side to 256/224 of size, then one crop per clip.
+
+    The crop has min_area..1 of the area and an aspect of 3/4..4/3 (log-uniform); after 10 tries that do not fit, the
+    largest centred square. seed: whatever numpy.random.default_rng takes."""
+    rng = np.random.default_rng(seed)
+    frames = short_side(frames, round(size * 256 / 224))
+    top, left, height, width = random_crop(*frames.shape[-2:], rng, min_area)
+    return normalise(resize(frames[:, :, top:top + height, left:left + width], size, size))
+
+
+def random_crop(height, width, rng, min_area):
+    """-> top, left, height, width of a random part of a picture of height x width; see train_pixels."""
+    for _ in range(10):
+        area, aspect = height * width * rng.uniform(min_area, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
+        if w <= width and h <= height:
+            return int(rng.integers(height - h, endpoint=True)), int(rng.integers(width - w, endpoint=True)), h, w
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def eval_pixels(frames, size, short=None):
+    """uint8 (T, 3, H, W) -> float (T, 3, size, size), normalised: short side to `short` (default: size), centre crop."""
+    short = size if short is None else short
+    if short < size:
+        raise UserError(f"a short side of {short} pixels is too small for a crop of {size}")
+    frames = short_side(frames, short)
+    top, left = ((side - size) // 2 for side in frames.shape[-2:])
+    return normalise(frames[:, :, top:top + size, left:left + size])
+
+
+def chat_pixels(frames, size):
+    """uint8 (T, 3, H, W) -> float (T, 3, size, size), normalised: squashed to a square by nearest neighbour.
+
+    The released chat does this on floats and rounds; picking neighbours gives the same values on uint8."""
+    return normalise(F.interpolate(frames, (size, size), mode="nearest"))
+
+
+# ---------------------------------------------------------------------------------------------------- annotation files
+def read_text(path):
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            return f.read()
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; expected JSON, JSON lines or CSV")
+
+
+def read_rows(path):
+    """JSON lines, or one JSON value -> [(where, row)], `where` for messages. A list is its entries, anything else one row.
+
+    Raises UserError with file and line."""
+    text, rows = read_text(path), []
+    try:
+        whole = json.loads(text)
+        rows = [(path, whole)]
+        if isinstance(whole, list):
+            rows = [(f"{path}, entry {i}", row) for i, row in enumerate(whole, 1)]
+    except (ValueError, RecursionError):   # not one JSON value: JSON lines, or damage that the lines will show
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                rows += [(f"{path}, line {number}", json.loads(line))] if line.strip() else []
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{path}, line {number}: not valid JSON ({e})")
+    if not rows:
+        raise UserError(f"{path}: no rows in it")
+    return rows
+
+
+def field(row, where, name, kind=str):
+    """row[name], checked. Raises UserError that names the line."""
+    if not isinstance(row, dict) or not isinstance(row.get(name), kind) or not row[name]:
+        raise UserError(f"{where}: needs {name!r}, a {kind.__name__} that is not empty")
+    return row[name]
+
+
+def read_webvid(path):
+    """WebVid's CSV -> [(video, caption)]. The header names the columns: 2M has the caption second, 10M fifth."""
+    lines, rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), []
+    try:
+        header = next(lines, [])
+        caption = next((name for name in ("caption", "name", "title") if name in header), "caption")
+        missing = [name for name in ("videoid", "page_dir", caption) if name not in header]
+        if missing:
+            raise UserError(f"{path}, line 1: the header lacks {', '.join(missing)}; it has {', '.join(header)[:200]}")
+        for line in lines:
+            if len(line) != len(header):
+                raise UserError(f"{path}, line {lines.line_num}: {len(line)} columns where the header has {len(header)}")
+            row, where = dict(zip(header, line)), f"{path}, line {lines.line_num}"
+            rows.append((os.path.join(row["page_dir"], field(row, where, "videoid") + ".mp4"), field(row, where, caption)))
+    except csv.Error as e:
+        raise UserError(f"{path}, line {lines.line_num}: not valid CSV ({e})")
+    if not rows:
+        raise UserError(f"{path}: no rows in it")
+    return rows
+
+
+def locate(root, name):
+    """The file of a video that annotations name, maybe without its extension or as Video-ChatGPT's features, `<id>.pkl`."""
+    path = os.path.join(root, name.removesuffix(".pkl"))
+    candidates = (path + extension for extension in ("", ".mp4", ".mkv", ".webm", ".avi"))
+    return next(filter(os.path.isfile, candidates), path)
+
+
+# ---------------------------------------------------------------------------------------------------- data sets
+@dataclasses.dataclass
+class Skipped:
+    """In the place of an item whose video is broken."""
+    message: str
+
+
+class CaptionDataset(Dataset):
+    """Videos with captions, for contrastive training. Item (epoch, i) -> (video (T, 3, H, W), ids (context_length,), i) or Skipped.
+
+    annotations: JSON lines {"video", "caption"}, or WebVid's CSV (a name that ends in .csv). tokenizer(text, context_length)
+    -> (1, context_length). The frames and the crop follow from (seed, epoch, i) alone. Raises UserError for bad rows."""
+    def __init__(self, annotations, root, num_frames, image_size, tokenizer, context_length=64, seed=0, min_area=0.08):
+        if os.fspath(annotations).endswith(".csv"):
+            rows = read_webvid(annotations)
+        else:
+            rows = [(field(row, where, "video"), field(row, where, "caption")) for where, row in read_rows(annotations)]
+        self.videos, self.captions = zip(*rows)
+        self.root, self.num_frames, self.image_size, self.min_area = root, num_frames, image_size, min_area
+        self.tokenizer, self.context_length = tokenizer, context_length
+        self.seed = seed
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, key):
+        epoch, i = key
+        rng = np.random.default_rng((self.seed, epoch, i))
+        try:
+            frames, _ = sample_frames(locate(self.root, self.videos[i]), self.num_frames, "train", rng)
+        except VideoError as e:
+            return Skipped(str(e))
+        video = train_pixels(frames, self.image_size, rng, self.min_area)
+        return video, self.tokenizer(self.captions[i], self.context_length)[0], i
+
+
+def collate_skip(batch):
+    """Items of a CaptionDataset -> dict(video (B, T, 3, H, W), ids (B, S), index (B,), skipped: messages of broken videos).
+
+    B is what is left: where nothing is, the three are empty tensors and len(batch["index"]) is 0."""
+    good = [item for item in batch if not isinstance(item, Skipped)]
+    skipped = [item.message for item in batch if isinstance(item, Skipped)]
+    video, ids, index = default_collate(good) if good else (torch.empty(0), torch.empty(0).long(), torch.empty(0).long())
+    return {"video": video, "ids": ids, "index": index, "skipped": skipped}
+
+
+class RetrievalDataset(Dataset):
+    """Pairs of video and text, for retrieval. Item i -> (video (T, 3, H, W), i); its text is captions[i].
+
+    annotations: JSON lines or a JSON list of {"video", "caption"}, or a JSON dict {video: caption or captions}. Each caption
+    makes a pair of its own (MSR-VTT), or all captions of a row make one text, joined=True (DiDeMo, ActivityNet).
+    short: the short side before the crop, 256 for DiDeMo, LSMDC and ActivityNet. A broken video raises VideoError."""
+    def __init__(self, annotations, root, num_frames, image_size, short=None, mode="test", joined=False):
+        self.videos, self.captions = [], []
+        rows = read_rows(annotations)
+        if len(rows) == 1 and isinstance(rows[0][1], dict) and "video" not in rows[0][1]:
+            rows = [(f"{annotations}, {video!r}", {"video": video, "caption": value}) for video, value in rows[0][1].items()]
+        for where, row in rows:
+            video, value = field(row, where, "video"), row.get("caption")
+            texts = [value] if isinstance(value, str) else value
+            if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t for t in texts):
+                raise UserError(f"{where}: needs a caption or a list of captions, none of them empty")
+            texts = [" ".join(texts)] if joined else texts
+            self.videos += [video] * len(texts)
+            self.captions += texts
+        self.root, self.num_frames, self.image_size, self.short, self.mode = root, num_frames, image_size, short, mode
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, i):
+        frames, _ = sample_frames(locate(self.root, self.videos[i]), self.num_frames, self.mode)
+        return eval_pixels(frames, self.image_size, self.short), i
+
+
+class ConversationDataset(Dataset):
+    """Questions and answers about videos or pictures. Item i -> (video (T, 3, H, W), [(question, answer), ...], i).
+
+    annotations: JSON lines or a JSON list of {"video" or "image": path, "conversations": [{"from": "human", "value"},
+    {"from": "gpt", "value"}, ...]}, Video-ChatGPT's format. The marker "<video>" (or "<image>") and the line break beside it
+    are taken out of the question. A picture is a clip with T = 1. pixels(frames, size): chat_pixels, as chat will show them;
+    the released tuning used eval_pixels with short = 256 instead. A broken file raises VideoError."""
+    def __init__(self, annotations, root, num_frames, image_size, mode="uniform", pixels=chat_pixels):
+        self.rows, self.conversations = [], []   # as in the file, with whatever else a row says; questions and answers
+        for where, row in read_rows(annotations):
+            field(row, where, "image" if isinstance(row, dict) and "image" in row else "video")
+            self.rows.append(row)
+            self.conversations.append(turns(field(row, where, "conversations", list), where))
+        self.root, self.num_frames, self.image_size, self.mode, self.pixels = root, num_frames, image_size, mode, pixels
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        row = self.rows[i]
+        if "image" in row:
+            frames = read_picture(os.path.join(self.root, row["image"]))[None]   # (1, 3, H, W)
+        else:
+            frames, _ = sample_frames(locate(self.root, row["video"]), self.num_frames, self.mode)
+        return self.pixels(frames, self.image_size), self.conversations[i], i
+
+
+def turns(conversation, where):
+    """Video-ChatGPT's list of messages -> [(question, answer), ...]. Raises UserError."""
+    messages = [(field(message, where, "from"), field(message, where, "value")) for message in conversation]
+    if [who for who, _ in messages] != ["human", "gpt"] * (len(messages) // 2):
+        raise UserError(f"{where}: messages must go human, gpt, human, gpt, ...")
+    texts = [text for _, text in messages]
+    return [(q.replace("<video>", "").replace("<image>", "").strip("\n"), a) for q, a in zip(texts[::2], texts[1::2])]
+
+
+def read_picture(path):
+    """A picture file -> (3, H, W) uint8 RGB, upright. Raises VideoError."""
+    with open_regular(path) as f:
+        try:
+            picture = ImageOps.exif_transpose(Image.open(f, formats=PICTURES)).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            raise VideoError(path, f"not a picture that can be read ({', '.join(PICTURES)}; {type(e).__name__})") from e
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)   # (H, W, 3) -> (3, H, W)
+
+
+# ---------------------------------------------------------------------------------------------------- to look at
+def contact_sheet(frames, times, path, width=240):
+    """A PNG of all frames, (T, 3, H, W) uint8, each `width` pixels wide with its time in seconds below."""
+    height, font = max(1, round(width * frames.shape[2] / frames.shape[3])), ImageFont.load_default(14)
+    columns = math.ceil(math.sqrt(len(frames)))
+    sheet = Image.new("RGB", (columns * (width + 4), math.ceil(len(frames) / columns) * (height + 24)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (frame, time) in enumerate(zip(frames, times)):
+        x, y = i % columns * (width + 4) + 2, i // columns * (height + 24) + 2
+        sheet.paste(Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()).resize((width, height)), (x, y))
+        draw.text((x + 2, y + height + 2), f"{i}: {time:.2f} s", "black", font)
+    write_atomic(path, lambda f: sheet.save(f, "PNG"))
+
+
+if __name__ == "__main__":   # python data.py video.mp4 frames.png
+    try:
+        print(probe(sys.argv[1]))
+        contact_sheet(*sample_frames(sys.argv[1], 16, "uniform"), sys.argv[2])
+    except UserError as e:
+        sys.exit(f"data.py: {e}")

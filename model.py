@@ -1,0 +1,474 @@
+"""BT-Adapter (arXiv 2309.15785): a branch with temporal attention beside a frozen CLIP, its losses, and the chat on top.
+
+First half: the branch, the video encoder, the three losses of pretraining. Second half: video tokens, prompts, VideoChat.
+Layers, names and formulas are those of the released code (github.com/farewellthree/BT-Adapter, commit 393b4b8), which
+differ from the paper in places; docs/paper-vs-code.md lists them all.
+
+Shapes: B videos, T frames, N patches a frame, n of them visible under a mask, D width, P projection, S text length.
+A video is (B, T, 3, H, W), float, CLIP-normalised. The branch holds (B, 1 + n*T, D): one CLS token for the whole video, then
+the patches, position by position, each position's T frames side by side.
+"""
+import os
+import re
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+import weights
+from clip import MLP, Attention, load_clip
+from common import UserError
+from llm import generate, load_llama, stream_text
+
+OUT_NORM, MIDDLE_NORM = 1e4, 1e2   # the gates' fixed multipliers: they turn a tiny learning rate into a quick decision
+
+
+# ---------------------------------------------------------------------------------------------------- the branch
+def drop_path(x, p, training):
+    """Stochastic depth: zeroes whole rows (dim 0) with probability p and scales the others by 1 / (1 - p)."""
+    if p == 0 or not training:
+        return x
+    keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= p
+    return x * keep / (1 - p)
+
+
+class TemporalLayer(nn.Module):
+    """Attention along time: a patch sees the patches at its own place in all frames. CLS passes by (Eq. 2 of the paper)."""
+    def __init__(self, width, heads, p):
+        super().__init__()
+        self.p = p
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.self_attn = Attention(width, heads)
+        self.temporal_fc = nn.Linear(width, width)
+        nn.init.zeros_(self.temporal_fc.weight)   # at step 0 the layer is the identity
+        nn.init.zeros_(self.temporal_fc.bias)
+
+    def forward(self, x, T):
+        """x (B, 1 + n*T, D) -> same shape."""
+        cls, patches = x[:, :1], x[:, 1:]
+        y = patches.reshape(-1, T, x.shape[-1])   # (B*n, T, D): each patch looks along time
+        y = self.temporal_fc(drop_path(self.self_attn(self.layer_norm1(y)), self.p, self.training))
+        return torch.cat([cls, patches + y.reshape(patches.shape)], dim=1)
+
+
+class SpatialLayer(nn.Module):
+    """A CLIP layer within each frame. The video's CLS joins every frame; what it attends to is averaged over the frames."""
+    def __init__(self, width, heads, mlp_width, p):
+        super().__init__()
+        self.p = p
+        self.self_attn = Attention(width, heads)
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.mlp = MLP(width, mlp_width)
+        self.layer_norm2 = nn.LayerNorm(width)
+
+    def forward(self, x, T):
+        """x (B, 1 + n*T, D) -> same shape."""
+        B, L, D = x.shape
+        cls = x[:, :1].repeat_interleave(T, dim=0)                                   # (B*T, 1, D)
+        patches = x[:, 1:].view(B, -1, T, D).transpose(1, 2).reshape(B * T, -1, D)   # (B*T, n, D): each frame by itself
+        y = self.layer_norm1(torch.cat([cls, patches], dim=1))                       # (B*T, 1+n, D)
+        y = drop_path(self.self_attn(y), self.p, self.training).view(B, T, -1, D)    # (B, T, 1+n, D)
+        x = x + torch.cat([y[:, :, 0].mean(1, keepdim=True), y[:, :, 1:].transpose(1, 2).reshape(B, L - 1, D)], dim=1)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Branch(nn.Module):
+    """K temporal + spatial layers that read the outputs of K consecutive CLIP layers. Parameter names are the released ones.
+
+    gated: learnable gates mix the branch with CLIP; without them the two are summed. A weight file has the gates or not."""
+    def __init__(self, width=1024, heads=16, mlp_width=4096, depth=4, gated=True, num_positions=64, drop_path=0.1):
+        super().__init__()
+        rates = [drop_path * j / max(1, depth - 1) for j in range(depth)]   # deeper layers are dropped more often
+        self.btadapter_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.btadapter_time_embed = nn.Embedding.from_pretrained(torch.randn(num_positions, width), freeze=False)   # N(0, 1)
+        self.btadapter_T_layers = nn.ModuleList(TemporalLayer(width, heads, p) for p in rates)
+        self.btadapter_S_layers = nn.ModuleList(SpatialLayer(width, heads, mlp_width, p) for p in rates)
+        # zero: both sides count half at first. In fp32 also under AMP: their useful changes are far below half precision.
+        self.balance1 = nn.Parameter(torch.zeros(width)) if gated else None
+        self.balance2 = nn.Parameter(torch.zeros(width)) if gated else None
+
+    @classmethod
+    def beside(cls, clip, depth=4, **options):
+        """A new branch for this CLIP: spatial layer j starts as a copy of the CLIP layer whose output it reads."""
+        c = clip.config
+        branch = cls(c.vision_width, c.vision_heads, c.vision_mlp, depth, **options)
+        for layer, source in zip(branch.btadapter_S_layers, clip.vision_model.encoder.layers[-depth:]):
+            layer.load_state_dict({name: t.float().clone() for name, t in source.state_dict().items()})
+        return branch
+
+    @property
+    def depth(self):
+        return len(self.btadapter_S_layers)
+
+    def forward(self, states, position_embedding, kept=None):
+        """states: the outputs of K CLIP layers, each (B, T, 1+N, D). position_embedding: CLIP's own (1+N, D).
+
+        kept: (B, n) indices of the visible patches, or None for all. -> the outputs of the K layers, each (B, 1 + n*T, D).
+        More frames than time positions are averaged in groups of neighbours first, the last frame repeated to fill up."""
+        positions = self.btadapter_time_embed.weight
+        group = -(-states[0].shape[1] // len(positions))
+        outputs = []
+        for j, (state, temporal, spatial) in enumerate(zip(states, self.btadapter_T_layers, self.btadapter_S_layers, strict=True)):
+            state = average_frames(state, group)   # (B, T', 1+N, D)
+            T = state.shape[1]
+            if j == 0:   # places and times are marked once, at the entrance (Eq. 3)
+                patches = state[:, :, 1:] + position_embedding[1:] + positions[:T, None]                  # (B, T, N, D)
+                start = self.btadapter_cls_token[0] + position_embedding[0]                               # (1, D)
+                x = to_branch((state[:, :, 0].mean(1) + start) / 2, patches, kept)                        # (B, 1 + n*T, D)
+            else:
+                x = mix(x, to_branch(state[:, :, 0].mean(1), state[:, :, 1:], kept), self.balance2, MIDDLE_NORM)
+            x = spatial(temporal(x, T), T)
+            outputs.append(x)
+        return outputs
+
+
+def average_frames(state, group):
+    """(B, T, L, D) -> (B, ceil(T / group), L, D): means of neighbouring frames."""
+    if group == 1:
+        return state
+    state = torch.cat([state, state[:, -1:].expand(-1, -state.shape[1] % group, -1, -1)], dim=1)
+    return state.unflatten(1, (-1, group)).mean(2)
+
+
+def to_branch(cls, patches, kept):
+    """cls (B, D), patches (B, T, N, D), kept (B, n) or None -> (B, 1 + n*T, D) in the branch's order."""
+    patches = patches.transpose(1, 2)   # (B, N, T, D)
+    if kept is not None:
+        patches = patches[torch.arange(len(kept), device=kept.device)[:, None], kept]   # (B, n, T, D): the same patches in every frame
+    return torch.cat([cls[:, None], patches.flatten(1, 2)], dim=1)
+
+
+def mix(branch, backbone, balance, norm):
+    """Gated: (1 - w) branch + w backbone, w = sigmoid(norm * balance), one weight a channel (Eq. 4). Ungated: the sum."""
+    if balance is None:
+        return branch + backbone
+    w = torch.sigmoid(norm * balance.float()).to(branch.dtype)
+    return (1 - w) * branch + w * backbone
+
+
+def tube_mask(B, N, mask_ratio, generator=None):
+    """-> kept (B, n) int64, sorted: the patches that stay visible, the same in every frame; n = N - int(mask_ratio * N)."""
+    order = torch.rand(B, N, generator=generator).argsort(1)
+    return order[:, : N - int(mask_ratio * N)].sort(1).values
+
+
+# ---------------------------------------------------------------------------------------------------- the video encoder
+class VideoEncoder(nn.Module):
+    """Frozen CLIP with a branch beside its last layers.
+
+    skip_last: CLIP layers at the end that are not used. 0 for retrieval; 1 for chat, because LLaVA reads the last layer but one
+    (and a branch from pretraining then leaves its own last layer idle: see `for_chat`)."""
+    def __init__(self, clip, branch, skip_last=0):
+        super().__init__()
+        self.clip, self.branch, self.skip_last = clip.requires_grad_(False), branch, skip_last
+
+    @torch.no_grad()
+    def backbone_states(self, video, depth, chunk=128):
+        """video (B, T, 3, H, W) -> the outputs of the `depth` CLIP layers before the skipped ones, each (B, T, 1+N, D).
+
+        Frames go through in chunks, and only what is asked for is kept: memory does not grow with CLIP's depth."""
+        last = self.clip.config.vision_layers - self.skip_last
+        rows = [[] for _ in range(depth)]
+        for frames in video.flatten(0, 1).split(chunk):   # (chunk, 3, H, W)
+            for i, state in enumerate(self.clip.image_states(frames)):   # i = layers done
+                if i > last - depth:
+                    rows[i - 1 - last + depth].append(state)
+                if i == last:
+                    break
+        return [torch.cat(r).unflatten(0, video.shape[:2]) for r in rows]
+
+    def forward(self, video, kept=None):
+        """-> (video_feature (B, P), not normalised; last CLIP state (B, T, 1+N, D); last branch tokens (B, 1 + n*T, D))."""
+        states = self.backbone_states(video, self.branch.depth)
+        tokens = self.branch(states, self.clip.vision_model.embeddings.position_embedding.weight, kept)[-1]
+        cls = mix(tokens[:, :1], states[-1][:, :, 0], self.branch.balance1, OUT_NORM)   # (B, T, D): Eq. 5, frame by frame
+        return self.clip.project_image(cls).mean(1), states[-1], tokens
+
+    def encode_video(self, video):
+        """video (B, T, 3, H, W) -> (B, P), not normalised."""
+        return self(video)[0]
+
+    def encode_mean(self, video):
+        """The baseline of every table: the mean over frames of CLIP's own image features -> (B, P), not normalised."""
+        return self.clip.project_image(self.backbone_states(video, 1)[0][:, :, 0]).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------------- the three losses
+LOSS_WEIGHTS = {"released": (1.0, 0.1, 0.8),   # VTC, MBCA, MBTA: what the released run amounts to on its 8 GPUs
+                "paper": (1.0, 1.0, 1.0)}
+
+
+class GatherFeatures(torch.autograd.Function):
+    """All ranks' rows, in rank order. Every rank computes the same loss from them, so each one's own rows carry its share of
+    the gradient; times the number of ranks, because DDP will average where the global batch needs the sum."""
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+
+
+def gather(x):
+    """(B, P) of this process -> (B * processes, P)."""
+    return GatherFeatures.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
+def contrastive_loss(video, text, temperature=0.01):
+    """video, text (B, P), row i belongs to row i -> InfoNCE over cosines, both directions *summed* as in the released code."""
+    logits = F.normalize(video.float(), dim=-1, eps=1e-8) @ F.normalize(text.float(), dim=-1, eps=1e-8).T / temperature
+    target = torch.arange(len(logits), device=logits.device)
+    return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+
+
+def vtc_loss(video_feature, text_feature):
+    """Video-text contrast (Eq. 6): the whole video against the caption."""
+    return contrastive_loss(gather(video_feature), gather(text_feature))
+
+
+def mbca_loss(branch_tokens, visual_projection, text_feature):
+    """Masked branch cross-modal alignment (Eq. 8): the mean of the branch's visible patches, projected, against the caption."""
+    return contrastive_loss(gather(visual_projection(branch_tokens[:, 1:]).mean(1)), gather(text_feature))
+
+
+def mbta_loss(student, teacher):
+    """Masked branch token alignment (Eq. 7): student (B, n*T, P) and teacher, the same patches of CLIP -> mean of 2 - 2 cos."""
+    return (2 - 2 * F.cosine_similarity(student.float(), teacher.float(), dim=-1, eps=1e-8)).mean()
+
+
+class Pretraining(nn.Module):
+    """The encoder, the head of MBTA and the frozen text tower: batch in, losses out. What DDP wraps."""
+    def __init__(self, encoder):
+        super().__init__()
+        P = encoder.clip.config.projection_dim
+        self.encoder = encoder
+        self.extra_proj = nn.Sequential(nn.Linear(encoder.clip.config.vision_width, P), nn.LayerNorm(P))
+
+    def forward(self, video, ids, kept):
+        """video (B, T, 3, H, W), ids (B, S), kept (B, n) or None -> (vtc, mbca, mbta), unweighted."""
+        with torch.no_grad():
+            text = self.encoder.clip.encode_text(ids)   # (B, P)
+        return self.losses(video, text, kept)
+
+    def losses(self, video, text, kept):
+        """The same for captions that are encoded already, text (B, P)."""
+        clip = self.encoder.clip
+        video_feature, state, tokens = self.encoder(video, kept)
+        with torch.no_grad():
+            cls, patches = state[:, :, 0].mean(1), state[:, :, 1:]
+            teacher = clip.project_image(to_branch(cls, patches, kept)[:, 1:])   # (B, n*T, P)
+        return (vtc_loss(video_feature, text), mbca_loss(tokens, clip.visual_projection, text),
+                mbta_loss(self.extra_proj(tokens[:, 1:]), teacher))
+
+
+# ---------------------------------------------------------------------------------------------------- branch files
+def read_branch_file(path):
+    """A weight file with a branch -> ({released name without prefix: tensor}, tuned).
+
+    Both released layouts: a pretraining checkpoint (`backbone.btadapter_*`, in older files `backbone.timesFPN_*`, beside a
+    whole CLIP), and what chat tuning saves (`model.vision_tower.btadapter_*`, one layer fewer; then `tuned` is True)."""
+    tensors = weights.read_file(path)
+    tuned = any("vision_tower." in name for name in tensors)
+    names = {}
+    for name, t in tensors.items():
+        name = re.sub(r"^(module\.)?(model\.vision_tower\.|backbone\.|vision_model\.|model\.)?", "", name)
+        names[re.sub(r"^(timesFPN|BTAdapter)_", "btadapter_", name)] = t
+    return names, tuned
+
+
+def load_branch(path, clip, skip_last=0, drop_path=0.1):
+    """-> Branch in fp32 that fits `clip`. Gates: in the file, the file's; absent from a pretraining file, none (sums, as all
+    released evaluations use it); absent from a tuned file, zeros (tuning never saved them). Raises UserError.
+
+    For chat (skip_last=1) the last layer of a pretraining file is left out: nothing would read it."""
+    tensors, tuned = read_branch_file(path)
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("btadapter_S_layers.")})
+    if depth == 0:
+        raise UserError(f"{path}: holds no BT-Adapter branch (no btadapter_S_layers.*)")
+    if tuned and not skip_last:
+        raise UserError(f"{path}: a branch tuned for chat, {depth} layers; retrieval needs a branch file from pretraining")
+    used = depth if tuned else depth - skip_last
+    c = clip.config
+    gated = tuned or "balance1" in tensors
+    positions = tensors.get("btadapter_time_embed.weight", torch.empty(0)).shape[0]
+    with torch.device("meta"):   # stochastic depth: each layer keeps its rate where the last layer is left out
+        branch = Branch(c.vision_width, c.vision_heads, c.vision_mlp, used, gated, positions,
+                        drop_path * max(0, used - 1) / max(1, used + skip_last - 1))
+    wanted = {name: t.float() for name, t in tensors.items() if name.startswith(("btadapter_", "balance"))
+              and name != "btadapter_pos_embed"   # an unused leftover in files of the predecessor
+              and not re.match(rf"btadapter_[ST]_layers\.{used}\.", name)}
+    if tuned:
+        wanted = {"balance1": torch.zeros(c.vision_width), "balance2": torch.zeros(c.vision_width), **wanted}
+    return weights.load_into(branch, wanted, path)
+
+
+def branch_tensors(branch, prefix, dtype=torch.float32):
+    """A branch under its released names: prefix `backbone.` (pretraining) or `model.vision_tower.` (chat tuning).
+
+    dtype: of all but the gates, whose small numbers matter."""
+    return {prefix + name: t.detach().cpu().to(t.dtype if name.startswith("balance") else dtype)
+            for name, t in branch.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------------------- video tokens
+def branch_tokens(encoder, video):
+    """BT-Adapter: the means over time of backbone and of branch, half each; the N patches, then CLS -> (B, N+1, D)."""
+    states = encoder.backbone_states(video, encoder.branch.depth)
+    position_embedding = encoder.clip.vision_model.embeddings.position_embedding.weight
+    tokens = encoder.branch(states, position_embedding)[-1]                            # (B, 1 + N*T, D)
+    backbone, N = states[-1].mean(1), states[-1].shape[2] - 1                          # (B, 1+N, D)
+    patches = tokens[:, 1:].unflatten(1, (N, -1)).mean(2)                              # (B, N, D)
+    return torch.cat([(backbone[:, 1:] + patches) / 2, (backbone[:, :1] + tokens[:, :1]) / 2], dim=1)
+
+
+def mean_tokens(encoder, video):
+    """Plain LLaVA on the mean frame, blind to order: the mean over time of CLIP's patches -> (B, N, D)."""
+    return encoder.backbone_states(video, 1)[0][:, :, 1:].mean(1)
+
+
+def st_pool_tokens(encoder, video):
+    """Video-ChatGPT: a token a frame (its mean over space), then a token a patch (its mean over time) -> (B, T+N, D)."""
+    patches = encoder.backbone_states(video, 1)[0][:, :, 1:]   # (B, T, N, D)
+    return torch.cat([patches.mean(2), patches.mean(1)], dim=1)
+
+
+VIDEO_TOKENS = {"branch": branch_tokens, "mean": mean_tokens, "st_pool": st_pool_tokens}
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+IGNORE_INDEX = -100   # a label that is not learned
+VIDEO_INDEX = -200    # stands in a prompt where the video tokens go
+SYSTEMS = {   # the sentence before the first question, word for word as each model was trained with it
+    "vicuna_v1": "A chat between a curious user and an artificial intelligence assistant. "
+                 "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "none": ""}
+
+
+def prompt_ids(tokenizer, turns, system="vicuna_v1"):
+    """turns [(question, answer)], the last answer may be None -> (ids, labels), lists of int of one length.
+
+    `<s>SYSTEM USER: question\\n<video> ASSISTANT: answer</s>USER: ...`: built piece by piece in one pass, so that what is
+    learned (an answer and its end) is known exactly and nothing has to be found again in the text. The video follows
+    the first question, as in Video-ChatGPT's evaluation."""
+    ids, labels = [], []
+
+    def add(new, learn=False):
+        ids.extend(new)
+        labels.extend(new if learn else [IGNORE_INDEX] * len(new))
+
+    add([tokenizer.bos_id])
+    if SYSTEMS[system]:
+        add(tokenizer.encode(SYSTEMS[system]))
+    for i, (question, answer) in enumerate(turns):
+        add(tokenizer.encode(f"USER: {question}" + ("\n" if i == 0 else "")))
+        if i == 0:
+            add([VIDEO_INDEX])
+        add(tokenizer.encode("ASSISTANT:"))
+        if answer is not None:
+            add(tokenizer.encode(answer) + [tokenizer.eos_id], learn=True)
+    return ids, labels
+
+
+# ---------------------------------------------------------------------------------------------------- the chat model
+class VideoChat(nn.Module):
+    """Video tokens, projected into the embedding space of a LLaMA between a start and an end row, inside a prompt.
+
+    tokens: a key of VIDEO_TOKENS. start_end (2, D_llm): LLaVA's trained <im_start> and <im_end> rows where the weights have
+    them, else the mean of all word embeddings."""
+    def __init__(self, encoder, mm_projector, llm, tokenizer, tokens="branch"):
+        super().__init__()
+        self.encoder, self.mm_projector, self.llm, self.tokenizer, self.tokens = encoder, mm_projector, llm, tokenizer, tokens
+        words = llm.model.embed_tokens.weight.detach()
+        extra = words.shape[0] - tokenizer.vocab_size   # LLaVA appends <im_patch>, <im_start>, <im_end>
+        rows = words[-2:] if extra == 3 else words.float().mean(0, keepdim=True).repeat(2, 1)
+        self.start_end = nn.Parameter(rows.to(words.dtype).clone())
+
+    def encode_video(self, video):
+        """video (B, T, 3, H, W) -> video tokens (B, K, D_llm); K does not depend on T (but for st_pool)."""
+        return self.mm_projector(VIDEO_TOKENS[self.tokens](self.encoder, video).to(self.start_end.dtype))
+
+    def splice(self, ids, video_tokens):
+        """ids: list of int with one VIDEO_INDEX; video_tokens (K, D_llm) -> embeddings (len(ids) + K + 1, D_llm)."""
+        at = ids.index(VIDEO_INDEX)
+        before, after = (self.llm.model.embed_tokens(torch.tensor(part, dtype=torch.long, device=video_tokens.device))
+                         for part in (ids[:at], ids[at + 1:]))
+        return torch.cat([before, self.start_end[:1], video_tokens, self.start_end[1:], after])
+
+    def logits(self, video, prompts):
+        """video (B, T, 3, H, W); prompts: B pairs (ids, labels) of prompt_ids -> logits (B, S, V) of the next token at every
+        place, and what it should be (B, S), IGNORE_INDEX where that is not learned."""
+        rows, targets = [], []
+        for tokens, (ids, labels) in zip(self.encode_video(video), prompts, strict=True):
+            at = ids.index(VIDEO_INDEX)
+            rows.append(self.splice(ids, tokens))   # (S, D_llm)
+            targets.append(torch.tensor(labels[:at] + [IGNORE_INDEX] * (len(tokens) + 2) + labels[at + 1:])[1:])
+        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)   # (B, S, D_llm): padded on the right, where nothing looks
+        target = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
+        return self.llm(embeds=embeds)[:, :-1], target.to(embeds.device)
+
+    def forward(self, video, prompts):
+        """-> mean cross-entropy over the learned tokens."""
+        logits, target = self.logits(video, prompts)
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX)
+
+    def answer(self, video_tokens, turns, system="vicuna_v1", max_new_tokens=256, temperature=0.0, top_p=1.0, seed=0):
+        """video_tokens (K, D_llm); turns as in prompt_ids, the last answer None -> iterator over pieces of text."""
+        ids, _ = prompt_ids(self.tokenizer, turns, system)
+        with torch.no_grad():
+            embeds = self.splice(ids, video_tokens)[None]   # (1, S, D_llm)
+        new = generate(self.llm, embeds=embeds, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+                       stop_ids=self.tokenizer.stop_ids)
+        return stream_text(self.tokenizer, new)
+
+
+def make_projector(tensors, visual, width, source):
+    """{weight, bias} -> Linear; {0.weight, 0.bias, 2.weight, 2.bias} (LLaVA-1.5) -> Linear, GELU, Linear."""
+    if not tensors:
+        raise UserError(f"{source}: holds no mm_projector; this is a LLaMA, not a LLaVA")
+    module = nn.Linear(visual, width) if "weight" in tensors else nn.Sequential(
+        nn.Linear(visual, width), nn.GELU(), nn.Linear(width, width))
+    return weights.load_into(module, tensors, source)
+
+
+def part(tensors, prefix):
+    """The tensors whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32):
+    """A folder of weights -> (VideoChat, eval mode; what it is, in words). Raises UserError.
+
+    clip        CLIP: a Hugging Face folder, or OpenAI's ViT-L-14.pt under this name
+    llava       LLaVA: a Hugging Face folder with mm_projector inside
+    branch.pth  a branch, from pretraining or tuned for chat (needed for tokens="branch")
+    chat.bin    optional: what chat tuning learned (branch, mm_projector, start and end rows); tuned=False passes it by"""
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder of weights")
+    llava, branch_file, chat_file = (os.path.join(folder, name) for name in ("llava", "branch.pth", "chat.bin"))
+    clip, _ = load_clip(os.path.join(folder, "clip"))
+    llm, tokenizer, extra = load_llama(llava)
+    learned = weights.read_file(chat_file) if tuned and os.path.exists(chat_file) else {}
+    projector = part(learned, "model.mm_projector.") or part(extra, "model.mm_projector.")
+    if any("btadapter" in name for name in learned):
+        branch_file = chat_file
+    branch = load_branch(branch_file, clip, skip_last=1) if tokens == "branch" else None
+    mm_projector = make_projector(projector, clip.config.vision_width, llm.config.width, chat_file if learned else llava)
+    chat = VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, tokens).requires_grad_(False)
+    # our own files name the two rows; the released ones hold all word embeddings, and the two come last
+    rows = learned.get("model.video_start_end.weight", learned.get("model.embed_tokens.weight", chat.start_end)[-2:])
+    if rows.shape != chat.start_end.shape:
+        raise UserError(f"{chat_file}: its start and end rows are {tuple(rows.shape)}, this LLaVA needs {tuple(chat.start_end.shape)}")
+    chat.start_end.data = rows
+    return chat.to(dtype).eval(), "tuned on video" if learned else "an image model: branch plugged in, not tuned on video"
+
+
+def chat_tensors(chat, dtype):
+    """What chat tuning learns, under the released names (the two rows apart: the released file holds all word embeddings)."""
+    tensors = branch_tensors(chat.encoder.branch, "model.vision_tower.", dtype) if chat.encoder.branch else {}
+    rows = {f"model.mm_projector.{name}": t for name, t in chat.mm_projector.state_dict().items()}
+    rows["model.video_start_end.weight"] = chat.start_end
+    return tensors | {name: t.detach().cpu().to(dtype) for name, t in rows.items()}

@@ -1,0 +1,594 @@
+"""data.py: which frames are shown, what their pixels become, what is refused, what the data sets yield."""
+import ctypes
+import fractions
+import json
+import os
+import random
+
+import av
+import numpy as np
+import pytest
+import torch
+from av.stream import Disposition
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data
+from common import UserError
+
+torch.set_num_threads(1)
+HEIGHT, WIDTH, FPS, FRAMES = 64, 96, 25, 60
+
+
+# ---------------------------------------------------------------------------------------------------- clips that can be read
+def picture(number):
+    """(64, 96, 3) uint8: eight blocks, left to right, are the bits of `number`, lowest first; the top left corner is bright."""
+    image = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
+    for bit in range(8):
+        image[24:56, 12 * bit:12 * bit + 12] = 220 if number >> bit & 1 else 40
+    image[:12, :24] = 220
+    return image
+
+
+def number(frame):
+    """The number in a (3, H, W) frame, of any size that picture() was scaled to."""
+    height, width = frame.shape[1:]
+    blocks = frame[:, int(height * 0.55):int(height * 0.70)].float().mean((0, 1)).reshape(8, -1)   # (8 bits, columns)
+    return sum(int(block[1:-1].mean() > 128) << bit for bit, block in enumerate(blocks))
+
+
+def numbers(frames):
+    return [number(frame) for frame in frames]
+
+
+def write(path, codec, frames=FRAMES, pts=None, options={}, rotate=None, fps=FPS, sound=False, container={}, time_base=None):
+    """A clip whose i-th frame shows the number i at time pts[i] (default i) of a time base (default 1 / fps)."""
+    with av.open(str(path), "w", options=container) as out:
+        stream = out.add_stream(codec, rate=fps, options={"threads": "1", **options})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "rgb8" if codec == "gif" else "yuv420p"
+        if time_base is not None:
+            stream.time_base = stream.codec_context.time_base = time_base
+        if rotate is not None:
+            stream.set_display_rotation(*rotate)
+        audio = out.add_stream("aac", rate=48000) if sound else None
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(i))
+            frame.pts, frame.time_base = (i if pts is None else pts[i]), time_base or fractions.Fraction(1, fps)
+            out.mux(stream.encode(frame))
+            if sound:
+                out.mux(audio.encode(silence(i)))
+        out.mux(stream.encode())
+        if sound:
+            out.mux(audio.encode())
+    return str(path)
+
+
+def silence(i):
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1920), np.float32), format="fltp", layout="mono")
+    frame.rate, frame.pts = 48000, 1920 * i
+    return frame
+
+
+CLIPS = {   # name: (file, encoder, options)
+    "h264 long gop": ("long.mp4", "libx264", {"g": "250", "bf": "3"}),
+    "h264 short gop": ("short.mp4", "libx264", {"g": "10", "bf": "3", "sc_threshold": "0"}),
+    "h264 open gop": ("open.mkv", "libx264", {"g": "10", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}),
+    "hevc mkv": ("hevc.mkv", "libx265", {"x265-params": "keyint=12:log-level=none:pools=none"}),
+    "vp9 webm": ("vp9.webm", "libvpx-vp9", {"g": "20", "deadline": "realtime", "cpu-used": "8"}),
+    "h264 ts": ("h264.ts", "libx264", {"g": "20", "bf": "3"}),
+    "mpeg2 ts": ("mpeg2.ts", "mpeg2video", {"g": "12", "bf": "2"}),
+    "mpeg2 ps": ("mpeg2.mpg", "mpeg2video", {"g": "12", "bf": "2"}),
+    "mpeg4 avi": ("mpeg4.avi", "mpeg4", {"g": "12"}),
+    "mpeg4 avi with B-frames": ("mpeg4b.avi", "mpeg4", {"g": "12", "bf": "2"}),
+    "h264 avi with B-frames": ("h264b.avi", "libx264", {"g": "20", "bf": "3"}),
+    "flv": ("flv.flv", "flv", {}), "wmv": ("wmv.wmv", "wmv2", {}), "gif": ("gif.gif", "gif", {})}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    return {name: write(folder / file, codec, options=options) for name, (file, codec, options) in CLIPS.items()}
+
+
+def shown(t):
+    """Number on the screen t seconds into a clip of constant frame rate."""
+    return min(max(int(np.floor((t + 1e-6) * FPS)), 0), FRAMES - 1)
+
+
+# ---------------------------------------------------------------------------------------------------- frames by time
+@pytest.mark.parametrize("name", CLIPS)
+def test_frames_at_shows_the_frame_that_a_viewer_sees_at_any_times_in_any_order(clips, name):
+    rng = random.Random(name)
+    for count in (1, 2, 5, 12):
+        for _ in range(3):
+            times = [rng.choice([rng.uniform(-0.2, FRAMES / FPS + 0.4), rng.randrange(FRAMES) / FPS]) for _ in range(count)]
+            times += times[:2]
+            frames, used = data.frames_at(clips[name], times)
+            assert numbers(frames) == [shown(t) for t in times]
+            assert used == pytest.approx([shown(t) / FPS for t in times])
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_probe_finds_the_exact_duration_also_where_the_container_states_none(clips, name):
+    found = data.probe(clips[name])
+    assert (found.duration, found.width, found.height, found.rotation) == (pytest.approx(FRAMES / FPS), WIDTH, HEIGHT, 0)
+    assert found.fps == pytest.approx(FPS) and found.codec != ""
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_frame_counting_without_decoding_finds_every_frame(clips, name):
+    frames, used = data.sample_frames(clips[name], FRAMES, "seq")   # all of them, as many as there are
+    assert numbers(frames) == data.get_seq_frames(FRAMES, FRAMES)
+    assert used == pytest.approx([i / FPS for i in data.get_seq_frames(FRAMES, FRAMES)])
+
+
+def test_webm_written_to_a_pipe_has_neither_duration_nor_index_and_still_works(tmp_path):
+    path = write(tmp_path / "live.webm", "libvpx-vp9", options={"g": "20", "deadline": "realtime", "cpu-used": "8"},
+                 container={"live": "1"})
+    assert av.open(path).duration is None
+    assert data.probe(path).duration == pytest.approx(FRAMES / FPS)
+    assert numbers(data.frames_at(path, [2.0, 0.1, 9.0])[0]) == [50, 2, 59]
+
+
+def test_a_late_frame_costs_one_group_of_pictures(clips, monkeypatch):
+    decoded = []
+    frames = data.Video.frames
+
+    def counted(self, jump=None):
+        for frame in frames(self, jump):
+            decoded.append(frame.pts)
+            yield frame
+    monkeypatch.setattr(data.Video, "frames", counted)
+    assert numbers(data.frames_at(clips["h264 short gop"], [57 / FPS])[0]) == [57]
+    assert len(decoded) <= 1 + 10
+    decoded.clear()
+    thirds = list(range(0, FRAMES, 3))
+    assert numbers(data.frames_at(clips["h264 long gop"], [i / FPS for i in thirds])[0]) == thirds
+    assert len(decoded) <= 1 + FRAMES   # a group is decoded once, however many frames are wanted of it
+
+
+def test_variable_frame_rate_follows_the_time_stamps(tmp_path):
+    milliseconds = [0, 40, 50, 400, 410, 900, 1500, 1501, 1600]
+    path = write(tmp_path / "vfr.mp4", "libx264", len(milliseconds), milliseconds, {"bf": "2"}, fps=1000,
+                 time_base=fractions.Fraction(1, 1000))
+    times = [0.0, 0.039, 0.04, 0.049, 0.3, 0.405, 0.899, 0.9, 1.4999, 1.5, 1.5015, 5]
+    frames, used = data.frames_at(path, times)
+    assert numbers(frames) == [0, 0, 1, 1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert used == pytest.approx([milliseconds[i] / 1000 for i in numbers(frames)])
+    assert numbers(data.sample_frames(path, 4, "uniform")[0]) == [2, 4, 5, 5]   # 0.2, 0.6, 1.0, 1.4 s: by time
+
+
+def test_clips_of_one_frame_in_many_seconds(tmp_path):
+    path = write(tmp_path / "lapse.avi", "mpeg4", 20, options={"g": "4"}, fps=fractions.Fraction(1, 5))
+    assert numbers(data.frames_at(path, [99, 7.4, 4.9, 62])[0]) == [19, 1, 0, 12]
+    assert data.probe(path).duration == pytest.approx(100)
+
+
+@pytest.mark.parametrize("file", ["late.mp4", "late.mkv", "late.ts"])
+def test_time_counts_from_the_first_frame_shown_not_from_the_clock_of_the_file(tmp_path, file):
+    path = write(tmp_path / file, "libx264", 20, range(250, 270), {"g": "10", "bf": "3"})
+    frames, used = data.frames_at(path, [0, 0.4, 0.77, 3])
+    assert numbers(frames) == [0, 10, 19, 19] and used == pytest.approx([0, 0.4, 0.76, 0.76])
+    assert data.probe(path).duration == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+def test_very_short_clips(tmp_path, length):
+    path = write(tmp_path / "short.mp4", "libx264", length)
+    assert numbers(data.frames_at(path, [9, 0, -9, 0.05])[0]) == [length - 1, 0, 0, min(1, length - 1)]
+    assert numbers(data.sample_frames(path, 8, "uniform")[0]) == [int((i + 0.5) / 8 * length) for i in range(8)]
+    assert numbers(data.sample_frames(path, 8, "test")[0]) == data.uniform_sample_test(length, 8)
+    assert len(data.sample_frames(path, 8, "seq")[0]) == length
+
+
+@pytest.mark.parametrize("rotate", [(0,), (90,), (180,), (270,), (0, True), (90, True), (0, False, True), (270, True)])
+def test_the_display_matrix_turns_and_mirrors_frames(tmp_path, rotate):
+    path = write(tmp_path / "turned.mp4", "libx264", 3, rotate=rotate)
+    expected = np.rot90(picture(0), rotate[0] // 90)   # counterclockwise, then mirrored
+    for axis, flip in enumerate(reversed((*rotate[1:], False, False)[:2])):
+        expected = np.flip(expected, axis) if flip else expected
+    frames, _ = data.frames_at(path, [0])
+    assert (frames[0].permute(1, 2, 0).float() - torch.tensor(expected.copy()).float()).abs().mean() < 4
+    found = data.probe(path)
+    assert (found.height, found.width) == expected.shape[:2]
+    assert len(rotate) > 1 or found.rotation == -rotate[0] % 360
+
+
+def test_size_scales_the_short_side(clips):
+    frames, _ = data.frames_at(clips["h264 long gop"], [0.4, 1.0], size=32)
+    assert frames.shape == (2, 3, 32, 48) and frames.dtype == torch.uint8 and numbers(frames) == [10, 25]
+
+
+def test_sound_beside_the_pictures_changes_nothing(tmp_path):
+    for file in ("sound.mp4", "sound.mkv", "sound.ts"):
+        path = write(tmp_path / file, "libx264", 30, options={"g": "10"}, sound=True)
+        assert numbers(data.frames_at(path, [0.84, 0.2])[0]) == [21, 5]
+
+
+def test_no_times_give_no_frames_and_odd_times_are_refused(clips):
+    frames, used = data.frames_at(clips["gif"], [])
+    assert frames.shape == (0, 3, HEIGHT, WIDTH) and used == []
+    for times in ([float("nan")], [0, float("inf")]):
+        with pytest.raises(UserError, match="finite"):
+            data.frames_at(clips["gif"], times)
+
+
+# ---------------------------------------------------------------------------------------------------- the rules
+@pytest.mark.parametrize("n, num_frames, seq, test", [   # worked by hand; half rounds to even: 4.5 -> 4, 14.5 -> 14
+    (10, 4, [1, 3, 5, 8], [1, 3, 5, 8]),
+    (30, 8, [2, 5, 9, 12, 16, 20, 23, 27], [1, 5, 8, 12, 15, 19, 23, 26]),
+    (3, 8, [0, 1, 1], [0, 0, 0, 1, 1, 1, 2, 2]),
+    (1, 3, [0], [0, 0, 0])])
+def test_index_rules_against_tables(n, num_frames, seq, test):
+    assert data.get_seq_frames(n, num_frames) == seq
+    assert data.uniform_sample_test(n, num_frames) == test
+
+
+def test_training_indices_fill_each_stretch_with_both_ends():
+    draws = np.array([data.uniform_sample_train(10, 4, np.random.default_rng(seed)) for seed in range(300)])
+    assert [sorted(set(column.tolist())) for column in draws.T] == [[0, 1, 2], [2, 3, 4], [4, 5, 6, 7], [7, 8, 9]]
+
+
+def test_sample_frames_follows_each_rule_and_its_seed(clips):
+    path = clips["h264 short gop"]
+    assert numbers(data.sample_frames(path, 8, "uniform")[0]) == [3, 11, 18, 26, 33, 41, 48, 56]
+    assert numbers(data.sample_frames(path, 8, "seq")[0]) == data.get_seq_frames(60, 8)
+    assert numbers(data.sample_frames(path, 8, "test")[0]) == data.uniform_sample_test(60, 8)
+    for seed in (0, (1, 2, 3)):
+        expected = data.uniform_sample_train(60, 8, np.random.default_rng(seed))
+        assert numbers(data.sample_frames(path, 8, "train", seed)[0]) == expected
+    with pytest.raises(UserError, match="middle"):
+        data.sample_frames(path, 8, "middle")
+    with pytest.raises(UserError, match="at least 1"):
+        data.sample_frames(path, 0, "uniform")
+
+
+# ---------------------------------------------------------------------------------------------------- bad files
+CLIP_NAMERS = {
+    "list.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:2.4,\n{clip}\n#EXT-X-ENDLIST\n",
+    "script.ffconcat": "ffconcat version 1.0\nfile '{clip}'\n",
+    "session.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+                   "m=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    "manifest.mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet '
+                    'mimeType="video/mp4"><Representation id="0" bandwidth="1"><BaseURL>{clip}</BaseURL></Representation>'
+                    '</AdaptationSet></Period></MPD>',
+    "stream.strm": "{clip}\n"}
+
+
+class Opened:
+    """Has anybody opened this file? Asks the kernel (inotify), since libav does not open files through Python."""
+    def __init__(self, path):
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.fd = libc.inotify_init1(os.O_NONBLOCK)
+        assert libc.inotify_add_watch(self.fd, os.fsencode(path), 0x20) >= 0   # IN_OPEN
+
+    def __bool__(self):
+        try:
+            return len(os.read(self.fd, 4096)) > 0
+        except BlockingIOError:
+            return False
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("file", CLIP_NAMERS)
+def test_a_script_that_names_another_file_is_refused_and_the_file_not_opened(tmp_path, clips, file, renamed):
+    clip = clips["h264 ts"]
+    script = tmp_path / (file + ".mp4" if renamed else file)
+    script.write_text(CLIP_NAMERS[file].format(clip=clip))
+    opened = Opened(clip)
+    for call in (data.probe, lambda p: data.frames_at(p, [0]), lambda p: data.sample_frames(p, 2, "seq")):
+        with pytest.raises(data.VideoError, match="not a video"):
+            call(script)
+    assert not opened
+    with open(clip):
+        assert opened   # the watch works
+
+
+def junk(folder, clips):
+    """{kind of bad file: (path, part of the message)}."""
+    (folder / "folder.mp4").mkdir()
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("Once upon a time there was a video.\n" * 50)
+    (folder / "subtitles.mp4").write_text("1\n00:00:00,000 --> 00:00:02,000\nHello\n\n" * 5)
+    (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20000))
+    for kind in ("png", "jpeg", "webp", "bmp"):
+        Image.fromarray(picture(5)).save(folder / f"{kind}.mp4", kind)
+    with av.open(str(folder / "sound.m4a"), "w", format="mp4") as out:
+        stream = out.add_stream("aac", rate=48000)
+        for i in range(5):
+            out.mux(stream.encode(silence(i)))
+        out.mux(stream.encode())
+    with av.open(str(folder / "cover.m4a"), "w", format="mp4") as out:
+        stream, cover = out.add_stream("aac", rate=48000), out.add_stream("mjpeg")
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = WIDTH, HEIGHT, "yuvj420p", Disposition.attached_pic
+        out.mux(cover.encode(av.VideoFrame.from_ndarray(picture(5))))
+        for i in range(5):
+            out.mux(stream.encode(silence(i)))
+        out.mux([*stream.encode(), *cover.encode()])
+    whole = open(clips["h264 long gop"], "rb").read()
+    (folder / "no_index.mp4").write_bytes(whole[:len(whole) // 2])   # an MP4's table of frames is at its end
+    reasons = {"folder.mp4": "regular file", "pipe.mp4": "regular file", "empty.mp4": "empty", "text.mp4": "not a video",
+               "subtitles.mp4": "not a video", "noise.mp4": "not a video", "no_index.mp4": "cut off",
+               "sound.m4a": "no video track", "cover.m4a": "no video track",
+               "missing.mp4": "No such file", "http://localhost/clip.mp4": "No such file",
+               **{f"{kind}.mp4": "a picture" for kind in ("png", "jpeg", "webp", "bmp")}}
+    return {name: (name if "://" in name else str(folder / name), reason) for name, reason in reasons.items()} | {
+        "device": ("/dev/zero", "regular file"), "NUL in the name": ("a\0b.mp4", "null")}
+
+
+def test_every_bad_file_is_a_video_error_of_one_line_with_its_path(tmp_path, clips):
+    for name, (path, reason) in junk(tmp_path, clips).items():
+        for call in (data.probe, lambda p: data.frames_at(p, [0, 1]), lambda p: data.sample_frames(p, 4, "uniform")):
+            with pytest.raises(data.VideoError, match=reason) as error:
+                call(path)
+            assert "\n" not in str(error.value) and (path in str(error.value) or "\0" in path), name
+
+
+def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, clips):
+    for name in ("clip.jpg", "clip.txt", "clip.m3u8", "clip%03d.png", "clip"):
+        os.symlink(clips["h264 short gop"], tmp_path / name)
+        assert numbers(data.frames_at(tmp_path / name, [1.0])[0]) == [25]
+
+
+@pytest.mark.parametrize("file, codec", [("cut.mp4", "libx264"), ("cut.mkv", "libx264"), ("cut.ts", "libx264"), ("cut.avi", "mpeg4")])
+def test_a_cut_file_shows_what_is_left_and_then_its_last_frame(tmp_path, file, codec):
+    path = write(tmp_path / file, codec, options={"g": "10"}, container={"movflags": "faststart"} if file == "cut.mp4" else {})
+    whole = open(path, "rb").read()
+    open(path, "wb").write(whole[:int(len(whole) * 0.7)])
+    early, late = data.frames_at(path, [0.2, 0.0]), data.frames_at(path, [2.39, 50, 0.4])
+    assert numbers(early[0]) == [5, 0]
+    last = number(late[0][0])
+    assert 15 < last < 55 and numbers(late[0]) == [last, last, 10]
+    assert data.probe(path).duration == pytest.approx((last + 1) / FPS, abs=2 / FPS)
+    assert numbers(data.sample_frames(path, 8, "uniform")[0])[-1] <= last
+
+
+def test_a_file_cut_before_its_first_frame_is_a_video_error(tmp_path):
+    path = write(tmp_path / "cut.mp4", "libx264", container={"movflags": "faststart"})
+    whole = open(path, "rb").read()
+    open(path, "wb").write(whole[:whole.index(b"mdat") + 6])
+    with pytest.raises(data.VideoError):
+        data.frames_at(path, [0])
+
+
+def test_damaged_files_never_raise_anything_but_video_errors(tmp_path, clips):
+    rng = random.Random(0)
+    for path in clips.values():
+        whole = open(path, "rb").read()
+        for _ in range(6):
+            damaged = bytearray(whole)
+            for _ in range(rng.choice([3, 30, 300])):
+                damaged[rng.randrange(rng.choice([len(whole), 400]))] = rng.randrange(256)
+            (tmp_path / "damaged").write_bytes(damaged)
+            for call in (data.probe, lambda p: data.frames_at(p, [0, 1.3]), lambda p: data.sample_frames(p, 4, "test")):
+                try:
+                    call(tmp_path / "damaged")
+                except data.VideoError:
+                    pass
+
+
+# ---------------------------------------------------------------------------------------------------- pixels
+def unnormalise(x):
+    return x * data.STD * 255 + data.MEAN * 255
+
+
+def test_normalise_uses_clips_statistics():
+    x = data.normalise(torch.tensor([0, 255]).byte().view(2, 1, 1, 1).expand(2, 3, 1, 1))
+    assert x.flatten(1)[0].tolist() == pytest.approx([-1.7922626, -1.7520971, -1.4802198], abs=1e-5)   # -mean / std
+    assert x.flatten(1)[1].tolist() == pytest.approx([1.9303361, 2.0748837, 2.1458969], abs=1e-5)      # (1 - mean) / std
+
+
+def test_resize_is_bilinear_without_antialiasing():
+    row = torch.tensor([0, 100]).byte().expand(1, 3, 1, 2)
+    assert data.resize(row, 1, 4)[0, 0, 0].tolist() == [0, 25, 75, 100]   # pixel centres at -0.25, 0.25, 0.75, 1.25
+    row = torch.tensor([0, 0, 200, 0, 0, 0, 0, 200]).byte().expand(1, 3, 1, 8)
+    assert data.resize(row, 1, 2)[0, 0, 0].tolist() == [100, 0]           # centres at 1.5 and 5.5: two neighbours each
+
+
+def test_eval_pixels_scales_the_short_side_and_cuts_the_centre():
+    columns = (torch.arange(8) * 10).byte().expand(1, 3, 4, 8)
+    assert unnormalise(data.eval_pixels(columns, 4))[0, 0, 0].tolist() == pytest.approx([20, 30, 40, 50], abs=1e-3)
+    assert unnormalise(data.eval_pixels(columns, 2, short=4))[0, 0, 0].tolist() == pytest.approx([30, 40], abs=1e-3)
+    assert unnormalise(data.eval_pixels(columns, 2))[0, 0, 0].tolist() == pytest.approx([25, 45], abs=1e-3)   # 8 -> 4 wide
+    rows = columns.transpose(2, 3)
+    assert torch.equal(data.eval_pixels(rows, 4), data.eval_pixels(columns, 4).transpose(2, 3))
+    assert data.short_side(torch.zeros(1, 3, 360, 641).byte(), 256).shape == (1, 3, 256, 456)   # int(455.82 + 0.5)
+    with pytest.raises(UserError, match="too small"):
+        data.eval_pixels(columns, 4, short=2)
+
+
+def test_chat_pixels_squashes_to_a_square_by_nearest_neighbour():
+    frames = torch.arange(8).byte().view(1, 1, 2, 4).expand(1, 3, 2, 4)   # rows 0 1 2 3 and 4 5 6 7
+    assert unnormalise(data.chat_pixels(frames, 2))[0, 1].flatten().tolist() == pytest.approx([0, 2, 4, 6], abs=1e-3)
+    square = torch.randint(0, 256, (2, 3, 6, 6)).byte()
+    assert torch.equal(data.chat_pixels(square, 6), data.normalise(square))
+
+
+def test_training_crops_all_frames_of_a_clip_alike_and_differ_by_seed():
+    still = torch.randint(0, 256, (1, 3, 40, 60), generator=torch.Generator().manual_seed(0)).byte().expand(4, 3, 40, 60)
+    crops = [data.train_pixels(still, 28, seed) for seed in range(5)]
+    for crop in crops:
+        assert crop.shape == (4, 3, 28, 28) and all(torch.equal(frame, crop[0]) for frame in crop)
+    assert all(not torch.equal(a, b) for i, a in enumerate(crops) for b in crops[:i])
+    assert torch.equal(data.train_pixels(still, 28, 3), crops[3])
+
+
+def test_random_crops_keep_to_their_area_and_aspect():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        top, left, height, width = data.random_crop(256, 340, rng, min_area=0.3)
+        assert 0 <= top <= 256 - height and 0 <= left <= 340 - width
+        assert 0.29 < height * width / (256 * 340) < 1.01 and 0.74 < width / height < 1.35
+    assert data.random_crop(10, 1000, rng, min_area=1) == (0, 495, 10, 10)   # nothing fits: the centred square
+
+
+# ---------------------------------------------------------------------------------------------------- data sets
+def tokenizer(text, context_length):
+    return torch.tensor([[len(text)] + [0] * (context_length - 1)])
+
+
+@pytest.fixture
+def world(tmp_path, clips):
+    """A folder with a clip, a broken one and a picture."""
+    os.symlink(clips["h264 short gop"], tmp_path / "good.mp4")
+    (tmp_path / "broken.mp4").write_text("not a video")
+    Image.fromarray(picture(9)).save(tmp_path / "still.png")
+    (tmp_path / "page").mkdir()
+    os.symlink(clips["h264 short gop"], tmp_path / "page" / "17.mp4")
+    return tmp_path
+
+
+def lines(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def captions(world, annotations, **options):
+    return data.CaptionDataset(annotations, world, 4, 28, tokenizer, context_length=6, **options)
+
+
+def test_caption_items_are_a_training_clip_ids_and_an_index(world):
+    items = captions(world, lines(world / "a.jsonl", {"video": "good.mp4", "caption": "abc"}, "\n",
+                                  {"video": "good.mp4", "caption": "abcde"}))
+    video, ids, index = items[0, 1]
+    assert len(items) == 2 and index == 1 and ids.tolist() == [5, 0, 0, 0, 0, 0]
+    assert video.shape == (4, 3, 28, 28) and video.dtype == torch.float32
+    rng = np.random.default_rng((0, 0, 1))
+    frames, _ = data.sample_frames(world / "good.mp4", 4, "train", rng)
+    assert torch.equal(video, data.train_pixels(frames, 28, rng))
+
+
+def test_caption_items_follow_from_seed_epoch_and_index_alone(world):
+    path = lines(world / "a.jsonl", *[{"video": "good.mp4", "caption": "a"}] * 2)
+    items, again, other = captions(world, path), captions(world, path), captions(world, path, seed=1)
+    first = items[0, 0][0]
+    assert torch.equal(first, again[0, 0][0])
+    assert not any(torch.equal(first, video) for video in (items[0, 1][0], items[1, 0][0], other[0, 0][0]))
+
+
+@pytest.mark.parametrize("header, row", [
+    ("videoid,name,duration,page_dir", '17,"a dog, running",PT1S,page'),
+    ("videoid,contentUrl,duration,page_dir,name", '17,http://x/17.mp4,PT1S,page,"a dog, running"')])
+def test_webvid_csv_of_both_releases(world, header, row):
+    items = captions(world, lines(world / "a.csv", header + "\n", row + "\n"))
+    assert items.captions == ("a dog, running",) and items[0, 0][0].shape == (4, 3, 28, 28)
+
+
+def test_collate_skip_drops_broken_videos_and_says_which(world):
+    items = captions(world, lines(world / "a.jsonl", *[{"video": v, "caption": "x"} for v in
+                                                       ("good.mp4", "broken.mp4", "missing.mp4", "good.mp4")]))
+    batch = data.collate_skip([items[0, i] for i in range(4)])
+    assert batch["video"].shape == (2, 4, 3, 28, 28) and batch["ids"].shape == (2, 6) and batch["index"].tolist() == [0, 3]
+    assert [("broken.mp4" in m or "missing.mp4" in m) for m in batch["skipped"]] == [True, True]
+    nothing = data.collate_skip([items[0, 1]])
+    assert len(nothing["index"]) == 0 and len(nothing["skipped"]) == 1
+
+
+def test_retrieval_makes_a_pair_of_every_caption_or_joins_them(world):
+    annotations = lines(world / "a.json", {"good.mp4": ["one", "two"], "page/17": "three"})
+    items = data.RetrievalDataset(annotations, world, 4, 28)
+    assert items.videos == ["good.mp4", "good.mp4", "page/17"] and items.captions == ["one", "two", "three"]
+    video, index = items[2]   # the name lacks its extension
+    assert index == 2 and torch.equal(video, data.eval_pixels(data.sample_frames(world / "good.mp4", 4, "test")[0], 28))
+    joined = data.RetrievalDataset(annotations, world, 4, 28, short=32, joined=True)
+    assert joined.captions == ["one two", "three"]
+    assert torch.equal(joined[0][0], data.eval_pixels(data.sample_frames(world / "good.mp4", 4, "test")[0], 28, 32))
+
+
+def test_retrieval_reads_json_lines_and_lists_alike(world):
+    rows = [{"video": "good.mp4", "caption": "one"}, {"video": "good.mp4", "caption": ["two"]}]
+    for path in (lines(world / "a.jsonl", *rows), lines(world / "a.json", rows)):
+        assert data.RetrievalDataset(path, world, 4, 28).captions == ["one", "two"]
+    assert data.RetrievalDataset(lines(world / "b.jsonl", rows[0]), world, 4, 28).captions == ["one"]
+
+
+def test_a_broken_retrieval_video_stops_also_in_a_worker_process(world):
+    items = data.RetrievalDataset(lines(world / "a.jsonl", {"video": "broken.mp4", "caption": "x"}), world, 4, 28)
+    for workers in (0, 1):
+        with pytest.raises(data.VideoError, match="broken.mp4: not a video"):
+            list(DataLoader(items, num_workers=workers))
+
+
+def talk(*values, **source):
+    who = ["human", "gpt"] * len(values)
+    return {"id": 1, **source, "conversations": [{"from": w, "value": v} for w, v in zip(who, values)]}
+
+
+def test_conversations_lose_the_marker_and_keep_their_turns(world):
+    rows = [talk("What?\n<video>", "A dog.", "Why?", "So.", video="page/17.pkl"), talk("<video>\nWho?", "It.", video="good.mp4")]
+    for path in (lines(world / "a.json", rows), lines(world / "a.jsonl", *rows)):
+        items = data.ConversationDataset(path, world, 4, 28)
+        video, conversation, index = items[0]
+        assert conversation == [("What?", "A dog."), ("Why?", "So.")] and index == 0 and items[1][1] == [("Who?", "It.")]
+        assert torch.equal(video, data.chat_pixels(data.sample_frames(world / "good.mp4", 4, "uniform")[0], 28))
+        assert items.rows == rows
+
+
+def test_a_picture_is_a_clip_of_one_frame_through_the_same_pixels(world):
+    path = lines(world / "a.jsonl", talk("<image>\nWhat?", "It.", image="still.png"))
+    items = data.ConversationDataset(path, world, 4, 28)
+    video, conversation, _ = items[0]
+    assert conversation == [("What?", "It.")]
+    assert torch.equal(video, data.chat_pixels(torch.from_numpy(picture(9)).permute(2, 0, 1)[None], 28))
+    os.replace(world / "broken.mp4", world / "still.png")
+    with pytest.raises(data.VideoError, match="not a picture"):
+        items[0]
+
+
+GOOD = {"video": "good.mp4", "caption": "x"}
+
+
+def retrieval(folder, annotations):
+    return data.RetrievalDataset(annotations, folder, 4, 28)
+
+
+def conversations(folder, annotations):
+    return data.ConversationDataset(annotations, folder, 4, 28)
+
+
+@pytest.mark.parametrize("make, rows, message", [
+    (captions, [GOOD, "{'video': 1}\n"], "line 2: not valid JSON"),
+    (captions, [GOOD, GOOD, {"video": "good.mp4"}], "line 3: needs 'caption'"),
+    (captions, [GOOD, {"video": 7, "caption": "x"}], "line 2: needs 'video'"),
+    (captions, [GOOD, "[1, 2]\n"], "line 2: needs 'video'"),
+    (captions, [""], "no rows"),
+    (retrieval, [{"a.mp4": "x", "b.mp4": []}], "'b.mp4': needs a caption"),
+    (retrieval, [[GOOD, {"video": "b.mp4", "caption": [1]}]], "entry 2: needs a caption"),
+    (conversations, [[talk("q", "a", video="v"), talk("q", video="v")]], "entry 2: messages"),
+    (conversations, [[talk("q", "a", video="v"), 5]], "entry 2: needs 'video'"),
+    (conversations, [talk("q", "a")], "a.jsonl: needs 'video'"),
+    (conversations, [talk("q", "a", video="v"), talk("q", 3, video="v")], "line 2: needs 'value'")])
+def test_bad_annotations_are_user_errors_that_name_the_place(tmp_path, make, rows, message):
+    path = lines(tmp_path / "a.jsonl", *rows)
+    with pytest.raises(UserError, match=message) as error:
+        make(tmp_path, path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("videoid,name,page_dir\n1,a,b\n2,c\n", "line 3: 2 columns"), ("videoid,name,page_dir\n1,,b\n", "line 2: needs 'name'"),
+    ("id,text\n1,a\n", "line 1: the header lacks videoid, page_dir, caption"), ("videoid,name,page_dir\n", "no rows"),
+    ('videoid,name,page_dir\n1,"a" b,c\n', "line 2: not valid CSV"), ("", "line 1")])
+def test_bad_webvid_files_are_user_errors_that_name_the_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        captions(tmp_path, lines(tmp_path / "a.csv", text))
+
+
+def test_annotations_that_are_missing_or_not_text_are_user_errors(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        captions(tmp_path, tmp_path / "missing.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        captions(tmp_path, tmp_path / "a.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------- to look at
+def test_contact_sheet_is_a_grid_of_all_frames(tmp_path, clips):
+    frames, times = data.sample_frames(clips["h264 short gop"], 5, "uniform")
+    data.contact_sheet(frames, times, tmp_path / "sheet.png", width=96)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (2 * 88, 3 * 100, 3)   # 3 columns, 2 rows; 4 pixels of gap, 20 more for the time
+    assert number(torch.tensor(sheet[2:66, 102:198]).permute(2, 0, 1)) == number(frames[1])
+    assert (sheet[68:86, 2:60] < 100).any()      # the label
+    assert os.listdir(tmp_path) == ["sheet.png"]

@@ -1,0 +1,352 @@
+"""The branch, its losses and the video tokens, against recordings of the released implementation and against first principles."""
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import model as nanobt
+from clip import CLIP, CLIPConfig
+from common import UserError, save_checkpoint
+from model import (IGNORE_INDEX, VIDEO_INDEX, VIDEO_TOKENS, Branch, Pretraining, VideoEncoder, branch_tensors, load_branch,
+                   prompt_ids, tube_mask)
+from weights import read_file, write_safetensors
+
+FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures")
+CONFIG = CLIPConfig(image_size=56, patch_size=14, vision_width=64, vision_layers=6, vision_heads=2, vision_mlp=256, text_width=32,
+                    text_layers=1, text_heads=2, text_mlp=32, vocab_size=50, context_length=8, projection_dim=32)
+CASES = read_file(os.path.join(FIXTURES, "btadapter_cases.safetensors"))
+
+
+def recorded_clip():
+    clip = CLIP(CONFIG)
+    tensors = read_file(os.path.join(FIXTURES, "btadapter_clip.safetensors"))
+    clip.load_state_dict({**clip.state_dict(), **tensors})   # the recording has no text tower
+    return clip.requires_grad_(False).eval()
+
+
+def recorded_encoder(gated=True, skip_last=0, tmp_path=None):
+    """The recorded branch, through the loader, from a file in the layout of the released pretraining checkpoint."""
+    tensors = read_file(os.path.join(FIXTURES, "btadapter_branch.safetensors"))
+    path = os.path.join(tmp_path, "branch.pth")
+    save_checkpoint(path, {"meta": {}, "state_dict": {k: v for k, v in tensors.items() if gated or "balance" not in k}})
+    clip = recorded_clip()
+    branch = load_branch(path, clip, skip_last)
+    for layer in [*branch.btadapter_T_layers, *branch.btadapter_S_layers]:
+        layer.p = 0.0   # recorded without stochastic depth
+    return VideoEncoder(clip, branch, skip_last)
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def small_encoder(T=4, seed=0, **options):
+    """-> (encoder with a lively branch: nothing is zero, video (2, T, 3, 56, 56))."""
+    torch.manual_seed(seed)
+    branch = Branch(64, 2, 256, 4, drop_path=0.0, **options)
+    for name, p in branch.named_parameters():
+        torch.nn.init.normal_(p, std={"balance1": 1e-4, "balance2": 1e-2}.get(name, 0.3))
+    return VideoEncoder(recorded_clip(), branch), torch.randn(2, T, 3, 56, 56)
+
+
+# ---------------------------------------------------------------------------------------------------- parity
+@pytest.mark.parametrize("gates", ["gated", "ungated"])
+@pytest.mark.parametrize("T", [1, 5, 8])
+def test_video_feature_equals_the_released_code(T, gates, tmp_path):
+    encoder = recorded_encoder(gates == "gated", tmp_path=tmp_path).eval()
+    with torch.no_grad():
+        assert relative(encoder.encode_video(CASES[f"T{T}.video"]), CASES[f"T{T}.{gates}.video_feature"]) < 1e-5
+
+
+@pytest.mark.parametrize("gates", ["gated", "ungated"])
+def test_tokens_of_every_branch_layer_equal_the_released_code(gates, tmp_path):
+    encoder = recorded_encoder(gates == "gated", tmp_path=tmp_path).eval()
+    video = CASES["T5.video"]
+    with torch.no_grad():
+        outputs = encoder.branch(encoder.backbone_states(video, 4), encoder.clip.vision_model.embeddings.position_embedding.weight)
+    for j, tokens in enumerate(outputs):
+        assert relative(tokens, CASES[f"T5.{gates}.branch{j}"]) < 1e-5
+
+
+def test_backbone_states_equal_the_released_code(tmp_path):
+    states = list(recorded_clip().image_states(CASES["T5.video"].flatten(0, 1)))
+    for i in (0, 3, 6):
+        assert relative(states[i], CASES[f"T5.clip{i}"].reshape(states[i].shape)) < 1e-5
+
+
+@pytest.mark.parametrize("T", [1, 5, 8, 66, 100])
+def test_chat_tokens_equal_the_released_code(T, tmp_path):
+    """Patches, then CLS. 66 and 100 frames are more than the 64 time positions; 1, 5 and 8 are fewer."""
+    encoder = recorded_encoder(skip_last=1, tmp_path=tmp_path).eval()
+    if T > 64:
+        video = 0.5 * torch.randn(1, T, 3, 56, 56, generator=torch.Generator().manual_seed(CASES[f"T{T}.seed"].item()))
+        expected = CASES[f"T{T}.chat_tokens"]
+    else:
+        video, expected = CASES[f"T{T}.video"], CASES[f"T{T}.gated.chat_tokens"]
+    with torch.no_grad():
+        tokens = VIDEO_TOKENS["branch"](encoder, video)
+    assert tokens.shape[1] == 17 and relative(tokens, expected) < 1e-5
+
+
+@pytest.mark.parametrize("case, weights", [("train_T1", (1, 0.1, 0.1)), ("train_T4_tube", (1, 0.1, 0))])
+def test_losses_and_every_gradient_equal_the_released_code(case, weights, tmp_path):
+    model = Pretraining(recorded_encoder(tmp_path=tmp_path)).train()
+    tensors = read_file(os.path.join(FIXTURES, "btadapter_branch.safetensors"))
+    model.extra_proj.load_state_dict({k.removeprefix("extra_proj."): v for k, v in tensors.items() if k.startswith("extra_proj.")})
+    kept = torch.stack([(~hidden).nonzero()[:, 0] for hidden in CASES[f"{case}.hidden_patches"]])
+    parts = model.losses(CASES[f"{case}.video"], CASES[f"{case}.text_feature"], kept)
+    for part, weight, name in zip(parts, weights, ("NCE_loss", "branch_text_nce_loss", "clip_branch_mask_mse_loss")):
+        if weight:
+            assert weight * part.item() == pytest.approx(CASES[f"{case}.{name}"].item(), rel=1e-5)
+    sum(weight * part for part, weight in zip(parts, weights)).backward()
+    grads = {name.replace("encoder.branch.", "backbone."): p.grad for name, p in model.named_parameters() if p.requires_grad}
+    recorded = {k.split(".grad.")[1]: v for k, v in CASES.items() if k.startswith(f"{case}.grad.")}
+    largest = max(v[0] for v in recorded.values())
+    assert len(recorded) == (120 if weights[2] else 116)
+    for name, expected in recorded.items():
+        g = grads[name].flatten()
+        got = torch.cat([g.norm()[None], g[torch.linspace(0, len(g) - 1, 32).long()]])
+        # a key bias has no gradient but rounding noise: softmax does not see it. Hence the floor
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max() + 1e-7 * largest, name
+
+
+# ---------------------------------------------------------------------------------------------------- structure
+def moved(layer, x, index, T):
+    """Which tokens of `layer`'s output change when token `index` of its input changes."""
+    y = x.clone()
+    y[:, index] += torch.randn(x.shape[-1])   # not a constant, which LayerNorm would take out
+    with torch.no_grad():
+        return (layer(x, T) - layer(y, T)).abs().amax((0, 2)) > 1e-6
+
+
+def test_temporal_attention_reaches_its_own_patch_in_every_frame_and_nothing_else():
+    encoder, _ = small_encoder()
+    N, T, x = 5, 4, torch.randn(2, 1 + 5 * 4, 64)
+    hit = moved(encoder.branch.btadapter_T_layers[0], x, 1 + 2 * T + 1, T)   # patch 2, frame 1
+    assert not hit[0]
+    assert hit[1:].view(N, T).nonzero()[:, 0].unique().tolist() == [2] and hit[1:].view(N, T)[2].all()
+
+
+def test_spatial_attention_reaches_every_patch_of_its_own_frame_and_the_video_token():
+    encoder, _ = small_encoder()
+    N, T, x = 5, 4, torch.randn(2, 1 + 5 * 4, 64)
+    hit = moved(encoder.branch.btadapter_S_layers[0], x, 1 + 2 * T + 1, T)
+    assert hit[0]
+    assert hit[1:].view(N, T).nonzero()[:, 1].unique().tolist() == [1] and hit[1:].view(N, T)[:, 1].all()
+
+
+def test_the_video_token_reaches_every_frame():
+    encoder, _ = small_encoder()
+    assert moved(encoder.branch.btadapter_S_layers[0], torch.randn(2, 21, 64), 0, 4).all()
+
+
+def test_temporal_layers_of_a_new_branch_are_the_identity():
+    branch = Branch.beside(recorded_clip())
+    x = torch.randn(2, 1 + 5 * 4, 64)
+    for layer in branch.btadapter_T_layers:
+        assert torch.equal(layer(x, 4), x)
+
+
+def test_spatial_layers_of_a_new_branch_are_copies_of_the_layers_they_read():
+    clip = recorded_clip()
+    branch = Branch.beside(clip)
+    for j, layer in enumerate(branch.btadapter_S_layers):
+        for name, p in clip.vision_model.encoder.layers[2 + j].state_dict().items():
+            assert torch.equal(layer.state_dict()[name], p)
+
+
+def test_mean_pooled_clip_is_blind_to_order_and_the_branch_is_not():
+    encoder, video = small_encoder()
+    with torch.no_grad():
+        assert relative(encoder.encode_mean(video), encoder.encode_mean(video.flip(1))) < 1e-6
+        assert relative(encoder.encode_video(video), encoder.encode_video(video.flip(1))) > 1e-4
+
+
+def test_every_trained_parameter_gets_a_gradient_and_no_frozen_one_does():
+    encoder, video = small_encoder()
+    model = Pretraining(encoder)
+    sum(model(video, torch.tensor([[48, 3, 49], [48, 4, 49]]), tube_mask(2, 16, 0.7))).backward()
+    for name, p in model.named_parameters():
+        if name.startswith("encoder.clip."):
+            assert p.grad is None, name
+        else:
+            assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+def test_tube_mask_keeps_77_of_256_patches_and_they_differ_from_video_to_video():
+    kept = tube_mask(8, 256, 0.7, torch.Generator().manual_seed(0))
+    assert kept.shape == (8, 77) and all(len(set(row)) == 77 for row in kept.tolist())
+    assert len({tuple(row) for row in kept.tolist()}) == 8
+
+
+def test_masked_branch_sees_the_kept_patches_of_every_frame_and_no_others():
+    state = torch.arange(2 * 3 * 17.0).view(2, 3, 17, 1)
+    kept = tube_mask(2, 16, 0.7, torch.Generator().manual_seed(0))
+    tokens = nanobt.to_branch(state[:, :, 0].mean(1), state[:, :, 1:], kept)
+    assert tokens.shape == (2, 1 + 5 * 3, 1)
+    for b in range(2):
+        assert tokens[b, 1:, 0].view(5, 3).tolist() == [[state[b, t, 1 + n, 0].item() for t in range(3)] for n in kept[b]]
+
+
+def test_hidden_patches_do_not_reach_the_branch():
+    encoder, video = small_encoder()
+    states, kept = encoder.backbone_states(video, 4), tube_mask(2, 16, 0.7, torch.Generator().manual_seed(0))
+    hidden = [n for n in range(16) if n not in kept[0].tolist()]
+    other = [state.clone() for state in states]
+    for state in other:
+        state[0, :, [1 + n for n in hidden]] += torch.randn(64)
+    positions = encoder.clip.vision_model.embeddings.position_embedding.weight
+    assert torch.equal(encoder.branch(states, positions, kept)[-1], encoder.branch(other, positions, kept)[-1])
+    assert not torch.equal(encoder.branch(states, positions)[-1], encoder.branch(other, positions)[-1])
+
+
+def test_the_chunk_of_frames_does_not_change_the_states():
+    encoder, video = small_encoder(T=5)
+    for a, b in zip(encoder.backbone_states(video, 4), encoder.backbone_states(video, 4, chunk=3)):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_an_odd_number_of_frames_beyond_the_table_repeats_the_last_frame():
+    state = torch.arange(5.0).view(1, 5, 1, 1)
+    assert nanobt.average_frames(state, 2).flatten().tolist() == [0.5, 2.5, 4.0]
+
+
+@pytest.mark.parametrize("tokens, K", [("branch", 17), ("mean", 16), ("st_pool", 4 + 16)])
+def test_number_of_video_tokens(tokens, K, tmp_path):
+    encoder = recorded_encoder(skip_last=1, tmp_path=tmp_path)
+    assert VIDEO_TOKENS[tokens](encoder, torch.randn(2, 4, 3, 56, 56)).shape == (2, K, 64)
+
+
+# ---------------------------------------------------------------------------------------------------- two processes
+def loss_and_gradients(rank, size, port, queue):
+    """Each of `size` processes takes its share of four clips; DDP averages. Results leave as lists, files of a finished process vanish."""
+    if size > 1:
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    encoder, _ = small_encoder()
+    model = Pretraining(encoder)
+    for name, p in model.extra_proj.named_parameters():
+        torch.nn.init.constant_(p, 0.01)
+    generator = torch.Generator().manual_seed(5)
+    video, ids = torch.randn(4, 4, 3, 56, 56, generator=generator), torch.tensor([[48, i, 49] for i in range(4)])
+    kept, own = tube_mask(4, 16, 0.7, generator), slice(rank, 4, size)
+    ddp = torch.nn.parallel.DistributedDataParallel(model) if size > 1 else model
+    parts = ddp(video[own], ids[own], kept[own])
+    sum(weight * part for weight, part in zip((1, 0.1, 0.8), parts)).backward()
+    if rank == 0:
+        queue.put(([p.item() for p in parts], {n: p.grad.tolist() for n, p in model.named_parameters() if p.requires_grad}))
+    if size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one_with_the_joined_batch():
+    results = []
+    for size in (1, 2):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        context = mp.get_context("spawn")
+        queue = context.Queue()
+        processes = [context.Process(target=loss_and_gradients, args=(rank, size, port, queue)) for rank in range(size)]
+        for p in processes:
+            p.start()
+        results.append(queue.get(timeout=120))
+        for p in processes:
+            p.join()
+    (one, grads_one), (two, grads_two) = results
+    assert two[:2] == pytest.approx(one[:2], rel=1e-5)   # the contrastive losses are of the global batch on every rank
+    largest = max(torch.tensor(g).abs().max() for g in grads_one.values())
+    for name, g in grads_one.items():
+        g, h = torch.tensor(g), torch.tensor(grads_two[name])
+        assert (g - h).abs().max() < 1e-5 * g.abs().max() + 1e-7 * largest, name
+
+
+# ---------------------------------------------------------------------------------------------------- branch files
+@pytest.mark.parametrize("prefix, old", [("backbone.", "btadapter"), ("backbone.", "timesFPN"), ("module.backbone.", "btadapter")])
+def test_pretraining_layout_is_read_in_both_namings(prefix, old, tmp_path):
+    encoder, video = small_encoder()
+    tensors = {k.replace("btadapter", old): v for k, v in branch_tensors(encoder.branch, prefix).items()}
+    tensors |= {"backbone.class_embedding": torch.zeros(64), "text_backbone.text_projection.weight": torch.zeros(2, 2),
+                "extra_proj.0.bias": torch.zeros(32), f"backbone.{old}_pos_embed": torch.zeros(17, 64)}
+    save_checkpoint(tmp_path / "b.pth", {"meta": {"epoch": 1}, "state_dict": tensors})
+    branch = load_branch(tmp_path / "b.pth", encoder.clip)
+    assert all(torch.equal(p, encoder.branch.state_dict()[name]) for name, p in branch.state_dict().items())
+
+
+def test_tuned_layout_without_gates_gets_gates_of_one_half(tmp_path):
+    encoder, _ = small_encoder()
+    tensors = {k: v for k, v in branch_tensors(encoder.branch, "model.vision_tower.").items()
+               if "balance" not in k and "layers.3" not in k}
+    save_checkpoint(tmp_path / "b.bin", tensors)
+    branch = load_branch(tmp_path / "b.bin", encoder.clip, skip_last=1)
+    assert branch.depth == 3 and torch.equal(branch.balance2, torch.zeros(64))
+    with pytest.raises(UserError, match="tuned for chat"):
+        load_branch(tmp_path / "b.bin", encoder.clip)
+
+
+def test_pretraining_file_without_gates_gives_sums(tmp_path):
+    encoder, _ = small_encoder(gated=False)
+    save_checkpoint(tmp_path / "b.pth", {"state_dict": branch_tensors(encoder.branch, "backbone.")})
+    assert load_branch(tmp_path / "b.pth", encoder.clip).balance1 is None
+
+
+def test_chat_leaves_out_the_last_layer_of_a_pretraining_file(tmp_path):
+    encoder, _ = small_encoder()
+    save_checkpoint(tmp_path / "b.pth", {"state_dict": branch_tensors(encoder.branch, "backbone.")})
+    assert load_branch(tmp_path / "b.pth", encoder.clip, skip_last=1).depth == 3
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda t: t.pop("backbone.btadapter_T_layers.1.temporal_fc.weight"), "missing.*T_layers.1.temporal_fc.weight"),
+    (lambda t: t.update({"backbone.btadapter_cls_token": torch.zeros(1, 1, 32)}), "another size.*btadapter_cls_token"),
+    (lambda t: t.update({"backbone.btadapter_new": torch.zeros(1)}), "unexpected.*btadapter_new"),
+    (lambda t: [t.pop(k) for k in list(t) if "S_layers" in k], "no BT-Adapter branch")])
+def test_a_branch_file_that_does_not_fit_is_refused_by_name(spoil, message, tmp_path):
+    encoder, _ = small_encoder()
+    tensors = branch_tensors(encoder.branch, "backbone.")
+    spoil(tensors)
+    save_checkpoint(tmp_path / "b.pth", {"state_dict": tensors})
+    with pytest.raises(UserError, match=f"b.pth.*{message}"):
+        load_branch(tmp_path / "b.pth", encoder.clip)
+
+
+def test_parameter_counts_are_those_of_the_released_branch():
+    with torch.device("meta"):
+        four, three = Branch(depth=4), Branch(depth=3)
+    count = lambda branch: sum(p.numel() for name, p in branch.named_parameters() if "balance" not in name)
+    assert (count(four), count(three)) == (71_451_648, 53_605_376)
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+class Words:
+    """A tokenizer that gives every new word the next id."""
+    bos_id, eos_id, vocab = 1, 2, {}
+
+    def encode(self, text):
+        return [self.vocab.setdefault(word, 10 + len(self.vocab)) for word in text.replace("\n", " \n ").split(" ") if word]
+
+
+def test_prompt_learns_the_answers_and_their_ends_and_nothing_else():
+    t = Words()
+    ids, labels = prompt_ids(t, [("what ?", "a dog"), ("why ?", "it runs")])
+    learned = [i for i in labels if i != IGNORE_INDEX]
+    assert learned == t.encode("a dog") + [2] + t.encode("it runs") + [2]
+    assert all(label in (IGNORE_INDEX, i) for i, label in zip(ids, labels))
+    assert ids[0] == 1 and ids.count(VIDEO_INDEX) == 1 and ids.count(2) == 2
+
+
+def test_prompt_of_a_second_question_begins_with_the_first_turn():
+    t = Words()
+    first, _ = prompt_ids(t, [("what ?", "a dog")])
+    second, _ = prompt_ids(t, [("what ?", "a dog"), ("why ?", None)])
+    assert second[:len(first)] == first and second[len(first):] == t.encode("USER: why ?") + t.encode("ASSISTANT:")
+
+
+def test_an_answer_that_looks_like_a_prompt_is_still_learned_whole():
+    t = Words()
+    answer = "USER: ASSISTANT: </s> no"
+    _, labels = prompt_ids(t, [("what ?", answer)])
+    assert [i for i in labels if i != IGNORE_INDEX] == t.encode(answer) + [2]

@@ -1,0 +1,293 @@
+"""The training scripts: they learn, they resume to the bit, two processes train as one, and they refuse what they cannot use."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import chat_tune
+import common
+import eval_retrieval
+import pretrain
+import shapes
+from clip import CLIP, CLIPConfig, Tokenizer, load_clip, save_clip
+from common import UserError
+from llm import LLaMA, LLaMAConfig, load_llama, save_llama
+from model import Branch, branch_tensors, load_branch
+from weights import read_file
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with eight clips of the toy world, captions, questions, a small CLIP, a small LLaMA and a branch."""
+    folder = tmp_path_factory.mktemp("world")
+    clips = shapes.world(4, 0, False)
+    captions, talks, stills = [], [], []
+    for i, clip in enumerate(clips):
+        shapes.write_video(str(folder / f"{i}.mp4"), [shapes.draw(clip, (k + 0.5) / 24, 32) for k in range(24)])
+        Image.fromarray(shapes.draw(clip, 0.5, 32)).save(folder / f"{i}.png")
+        captions.append({"video": f"{i}.mp4", "caption": clip.caption})
+        talks.append(shapes.conversation(str(i), shapes.temporal_questions(clip)[:2], video=f"{i}.mp4", kind="temporal"))
+        stills.append(shapes.conversation(str(i), shapes.still_caption(clip, 0.5)[1][:2], image=f"{i}.png"))
+    for name, rows in (("captions", captions), ("talks", talks), ("stills", stills)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(0)
+    full = Tokenizer.from_file(os.path.join(ROOT, "assets", "bpe_simple_vocab_16e6.txt.gz"))
+    tokenizer = Tokenizer([(full.symbols[a], full.symbols[b]) for a, b in full.merges][:200])
+    clip = CLIP(CLIPConfig(image_size=32, patch_size=8, vision_width=32, vision_layers=3, vision_heads=2, vision_mlp=64, text_width=32,
+                           text_layers=1, text_heads=2, text_mlp=64, vocab_size=tokenizer.vocab_size, projection_dim=16))
+    save_clip(str(folder / "clip"), clip, tokenizer)
+    words = shapes.train_tokenizer([text for row in talks + stills for turn in row["conversations"] for text in [turn["value"]]], 300)
+    (folder / "tokenizer.model").write_bytes(words)
+    torch.manual_seed(0)
+    save_llama(str(folder / "llama"), LLaMA(LLaMAConfig(vocab_size=300, width=32, layers=2, heads=2, mlp=64, context_length=512)),
+               str(folder / "tokenizer.model"))
+    common.save_checkpoint(folder / "branch.pth", {"state_dict": branch_tensors(Branch.beside(load_clip(str(folder / "clip"))[0], 2), "backbone.")})
+    return folder
+
+
+def pretraining(world, out, **options):
+    options = {"steps": 6, "batch_size": 4, "depth": 2, "lr": 1e-5, "workers": 0, "save_every": 2, "log_every": 1, "min_area": 0.9,
+               "anneal": True, "num_frames": 4, "together": 2, "device": "cpu"} | options
+    return pretrain.Config(clip=str(world / "clip"), annotations=str(world / "captions.jsonl"), root=str(world), out=str(out), **options)
+
+
+def tuning(world, out, stage="video", **options):
+    options = {"steps": 6, "batch_size": 4, "lr": 1e-3, "workers": 0, "save_every": 2, "log_every": 1, "num_frames": 4, "device": "cpu",
+               "llm": str(world / "llama"), "tokens": "branch" if stage == "video" else "mean",
+               "branch": str(world / "branch.pth")} | options
+    return chat_tune.Config(stage=stage, clip=str(world / "clip"), root=str(world), out=str(out),
+                            annotations=str(world / ("talks.jsonl" if stage == "video" else "stills.jsonl")), **options)
+
+
+@pytest.fixture(scope="session")
+def llava(world, tmp_path_factory):
+    """A LLaVA folder, as the stage projector leaves it."""
+    out = tmp_path_factory.mktemp("projector")
+    chat_tune.main(tuning(world, out, "projector", steps=2))
+    return str(out / "llava")
+
+
+def log_of(out):
+    with open(os.path.join(out, "log.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+# ---------------------------------------------------------------------------------------------------- pretrain
+def test_pretrain_overfits_eight_clips(world, tmp_path):
+    pretrain.main(pretraining(world, tmp_path, steps=60, batch_size=8, mask_ratio=0.0, lr=3e-5))
+    log = log_of(tmp_path)
+    assert log[-1]["vtc"] < 0.4 * log[0]["vtc"]
+    assert Image.open(tmp_path / "curve.png").size[0] > 400
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_interrupted_pretraining_goes_on_as_if_nothing_had_happened(world, tmp_path, workers, monkeypatch):
+    pretrain.main(pretraining(world, tmp_path / "straight", workers=workers))
+    calls, save = [], common.save_checkpoint
+
+    def killed(path, state):   # right after the first checkpoint: work that was done since must not show
+        save(path, state)
+        calls.append(state["step"])
+        if len(calls) == 2:
+            raise RuntimeError("killed")
+    monkeypatch.setattr(common, "save_checkpoint", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain.main(pretraining(world, tmp_path / "broken", workers=workers, save_every=1))
+    monkeypatch.setattr(common, "save_checkpoint", save)
+    with open(tmp_path / "broken" / "log.jsonl", "a") as f:
+        f.write('{"step": 3, "loss": 0}\n{"step": 4, "lo')   # what a run wrote after its checkpoint, and half a line
+    pretrain.main(pretraining(world, tmp_path / "broken", workers=workers))
+    straight, resumed = (read_file(tmp_path / name / "last.pth") for name in ("straight", "broken"))
+    assert calls == [1, 2] and straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert log_of(tmp_path / "straight") == log_of(tmp_path / "broken")
+
+
+def test_a_finished_run_can_be_extended_and_other_settings_are_refused(world, tmp_path):
+    pretrain.main(pretraining(world, tmp_path, steps=2))
+    pretrain.main(pretraining(world, tmp_path, steps=3))
+    assert [row["step"] for row in log_of(tmp_path)] == [1, 2, 3]
+    with pytest.raises(UserError, match="--lr 1e-05, not 0.5"):
+        pretrain.main(pretraining(world, tmp_path, lr=0.5))
+
+
+def test_pretrain_writes_the_released_key_names_and_they_load(world, tmp_path):
+    pretrain.main(pretraining(world, tmp_path, steps=1))
+    names = set(common.load_checkpoint(tmp_path / "last.pth")["state_dict"])
+    assert {"backbone.balance1", "backbone.btadapter_T_layers.1.temporal_fc.weight", "extra_proj.1.bias"} <= names
+    clip, _ = load_clip(str(world / "clip"))
+    assert load_branch(tmp_path / "last.pth", clip).depth == 2
+
+
+def test_broken_videos_are_skipped_and_counted(world, tmp_path):
+    rows = (world / "captions.jsonl").read_text().replace('"1.mp4"', '"gone.mp4"')
+    (tmp_path / "a.jsonl").write_text(rows)
+    cfg = dataclasses.replace(pretraining(world, tmp_path / "out", steps=4), annotations=str(tmp_path / "a.jsonl"))
+    pretrain.main(cfg)
+    assert log_of(tmp_path / "out")[-1]["skipped"] == 2   # two epochs of two steps
+
+
+def test_batches_cover_an_epoch_once_keep_twins_together_and_split_evenly():
+    a, b = (pretrain.batches(10, 4, 2, 0, 0, rank, 2) for rank in (0, 1))
+    steps = [(next(a), next(b)) for _ in range(4)]
+    for epoch in (0, 1):
+        seen = [i for left, right in steps[2 * epoch:2 * epoch + 2] for e, i in left + right if e == epoch]
+        assert len(set(seen)) == 8
+    for left, right in steps:
+        members = {i for _, i in left + right}
+        assert len(left) == len(right) == 2 and all(i ^ 1 in members for i in members)
+    again = pretrain.batches(10, 4, 2, 0, 3, 0, 2)
+    assert next(again) == steps[3][0] and steps[0] != steps[2]
+
+
+def test_released_schedule_rises_over_half_an_epoch_and_ends_at_97_percent():
+    share = [pretrain.lr_share(s, 1000, 1000, False) for s in range(1000)]
+    assert share[0] == 0.05 and share[499] == 1 and share[999] == pytest.approx(0.970, abs=1e-3)
+
+
+@pytest.mark.parametrize("script, extra", [("pretrain.py", ["--depth", "2", "--min_area", "0.9"]),
+                                           ("chat_tune.py", ["--stage", "video"])])
+def test_two_processes_under_torchrun_end_where_one_does(world, llava, tmp_path, script, extra):
+    results = []
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size), os.path.join(ROOT, script),
+                   "--clip", world / "clip", "--root", world, "--out", out, "--steps", "3", "--batch_size", "4", "--workers", "0",
+                   "--num_frames", "4", "--device", "cpu", "--lr", "1e-5", *extra]
+        if script == "pretrain.py":   # without the mask and stochastic depth, whose draws belong to a rank
+            command += ["--annotations", world / "captions.jsonl", "--mask_ratio", "0", "--drop_path", "0"]
+        else:
+            command += ["--annotations", world / "talks.jsonl", "--llm", llava, "--branch", world / "branch.pth", "--drop_path", "0"]
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        saved = common.load_checkpoint(out / "last.pth")
+        results.append(saved.get("state_dict", saved.get("trained")))
+    one, two = results
+    for name in one:
+        assert (one[name] - two[name]).abs().max() < 1e-4, name
+
+
+# ---------------------------------------------------------------------------------------------------- chat_tune
+@pytest.mark.parametrize("stage", ["projector", "language", "video"])
+def test_each_stage_trains_its_own_parts_and_nothing_else(world, llava, tmp_path, stage):
+    cfg = tuning(world, tmp_path, stage, steps=2, **({} if stage == "projector" else {"llm": llava}))
+    torch.manual_seed(0)
+    before = {n: p.clone() for n, p in chat_tune.build(cfg).state_dict().items()}
+    chat_tune.main(cfg)
+    trained = common.load_checkpoint(tmp_path / "last.pth")["trained"]
+    assert trained and all(name.startswith(chat_tune.STAGES[stage]) for name in trained)
+    allowed_still = {"encoder.branch.btadapter_cls_token"} if stage != "video" else set()
+    for name, p in trained.items():
+        if stage != "projector" and "time_embed" not in name:
+            assert name in allowed_still or not torch.equal(p, before[name]), name
+    if stage == "video":
+        learned = read_file(tmp_path / "chat.bin")
+        assert torch.equal(learned["model.vision_tower.balance2"], before["encoder.branch.balance2"])
+        assert "model.vision_tower.btadapter_S_layers.0.mlp.fc1.weight" in learned and "model.mm_projector.weight" in learned
+    else:
+        _, tokenizer, extra = load_llama(str(tmp_path / "llava"))
+        assert extra["model.mm_projector.weight"].shape == (32, 32)
+
+
+def test_video_tuning_learns_eight_clips_by_heart_and_says_so(world, llava, tmp_path, capsys):
+    language = tmp_path / "language"   # the untrained LLaMA of this test must learn to speak first
+    chat_tune.main(tuning(world, language, "language", steps=150, batch_size=8, llm=llava, lr=3e-3, log_every=50))
+    chat_tune.main(tuning(world, tmp_path / "out", steps=150, batch_size=8, lr=3e-3, llm=str(language / "llava"), log_every=10,
+                          eval_annotations=str(world / "talks.jsonl")))
+    log = log_of(tmp_path / "out")
+    assert log[-2]["loss"] < 0.25 * log[0]["loss"]
+    assert "temporal questions" in capsys.readouterr().out
+
+
+def test_interrupted_tuning_goes_on_as_if_nothing_had_happened(world, llava, tmp_path, monkeypatch):
+    chat_tune.main(tuning(world, tmp_path / "straight", llm=llava))
+    save = common.save_checkpoint
+
+    def killed(path, state):
+        save(path, state)
+        if state.get("step") == 2:
+            raise RuntimeError("killed")
+    monkeypatch.setattr(common, "save_checkpoint", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        chat_tune.main(tuning(world, tmp_path / "broken", llm=llava))
+    monkeypatch.setattr(common, "save_checkpoint", save)
+    chat_tune.main(tuning(world, tmp_path / "broken", llm=llava))
+    straight, resumed = (read_file(tmp_path / name / "chat.bin") for name in ("straight", "broken"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert log_of(tmp_path / "straight") == log_of(tmp_path / "broken")
+
+
+def test_exact_answers_agree_with_greedy_decoding(world, llava):
+    from data import ConversationDataset
+    chat = chat_tune.build(tuning(world, "", llm=llava)).eval()
+    dataset = ConversationDataset(str(world / "talks.jsonl"), str(world), 4, 32)
+    for i in range(len(dataset)):   # ask for what the model says anyway, and for something else
+        said = "".join(chat.answer(chat.encode_video(dataset[i][0][None])[0], [("What?", None)], max_new_tokens=4))
+        dataset.rows[i]["kind"] = "said"
+        dataset.conversations[i] = [("What?", said)] if i % 2 else [("What?", "something else")]
+    right, asked = chat_tune.exact_answers(chat, dataset, "vicuna_v1", torch.device("cpu"))["said"]
+    assert asked == 8 and right <= 4
+
+
+# ---------------------------------------------------------------------------------------------------- retrieval metrics
+def test_metrics_equal_the_recorded_ones_of_the_released_code():
+    cases = read_file(os.path.join(ROOT, "tests", "fixtures", "retrieval_metric.safetensors"))
+    for name in ("random", "one", "two"):
+        video, text = (torch.nn.functional.normalize(cases[f"{name}.{what}"], dim=1) for what in ("video", "text"))
+        found = eval_retrieval.retrieval_metrics(text @ video.T)
+        for ours, theirs in (("R@1", "R1"), ("R@5", "R5"), ("R@10", "R10"), ("MdR", "MdR"), ("MnR", "MnR")):
+            assert found[ours] == pytest.approx(cases[f"{name}.{theirs}"].item(), rel=1e-5)
+
+
+def test_ties_are_a_fair_coin():
+    similarity = torch.tensor([[1.0, 1, 0], [1, 1, 1], [0, 1, 2]])   # tied with one, tied with two, alone
+    assert eval_retrieval.recall_at_k(similarity, 1) == pytest.approx(100 * (1 / 2 + 1 / 3 + 1) / 3)
+    assert eval_retrieval.recall_at_k(similarity, 2) == pytest.approx(100 * (1 + 2 / 3 + 1) / 3)
+    assert eval_retrieval.retrieval_metrics(similarity)["MnR"] == pytest.approx((1.5 + 2 + 1) / 3)
+
+
+def test_eval_retrieval_prints_both_models_and_both_directions(world, capsys):
+    cfg = eval_retrieval.Config(annotations=str(world / "captions.jsonl"), root=str(world), weights=str(world), workers=0, device="cpu")
+    eval_retrieval.main(cfg)
+    out = capsys.readouterr().out
+    assert out.count("mean-pooled CLIP") == 2 and out.count("branch") == 2 and "8 captions" in out
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize("change, message", [
+    ({"annotations": "nowhere.jsonl"}, "nowhere.jsonl"), ({"clip": "nowhere"}, "nowhere"), ({"losses": "mine"}, "--losses mine"),
+    ({"batch_size": 3}, "--batch_size 3"), ({"batch_size": 400}, "more than the 8 clips"), ({"device": "cuda"}, "no GPU")])
+def test_pretrain_refuses_what_it_cannot_use(world, tmp_path, change, message):
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        change, message = {"device": "tpu"}, "tpu"
+    with pytest.raises(UserError, match=message):
+        pretrain.main(dataclasses.replace(pretraining(world, tmp_path / "out"), **change))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"stage": "song"}, "--stage song"), ({"tokens": "all"}, "--tokens all"), ({"llm": "nowhere"}, "nowhere"),
+    ({"branch": ""}, "--branch"), ({"eval_only": True}, "--eval_annotations")])
+def test_chat_tune_refuses_what_it_cannot_use(world, llava, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        chat_tune.main(dataclasses.replace(tuning(world, tmp_path / "out", llm=llava), **change))
+
+
+def test_a_foreign_file_in_the_place_of_the_checkpoint_is_refused_and_kept(world, tmp_path):
+    (tmp_path / "last.pth").write_bytes(b"precious")
+    with pytest.raises(UserError, match="last.pth"):
+        pretrain.main(pretraining(world, tmp_path))
+    assert (tmp_path / "last.pth").read_bytes() == b"precious"
+
+
+def test_the_command_line_ends_in_one_line_and_exit_code_2(world, tmp_path):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "pretrain.py"), "--clip", "nowhere", "--annotations", "a", "--root", "r", "--out",
+                           str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
