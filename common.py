@@ -143,6 +143,8 @@ class World:
 def start_distributed(device="auto"):
     """Joins the process group of torchrun, if any (NCCL on GPUs, gloo on CPUs), and picks this process's device."""
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: choose auto, cpu or cuda")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

@@ -124,10 +124,14 @@ INDEX_RULES = {"seq": get_seq_frames, "test": uniform_sample_test, "train": unif
 def open_video(path):
     """`with open_video(path) as video`: a Video; what libav has to complain about inside becomes VideoError."""
     with open_regular(path) as file:
+        video = Video(path, file)
         try:
-            yield Video(path, file)
+            video.read_first_frame()
+            yield video
         except av.error.FFmpegError as e:
             raise VideoError(path, f"cannot be read as a video ({e.strerror}); is it cut off or damaged?") from e
+        finally:
+            video.close()
 
 
 def open_regular(path):
@@ -167,13 +171,15 @@ def is_picture(file):
 class Video:
     """The picture track of an open file. Times in here are ticks of its time base, as the file counts them."""
     def __init__(self, path, file):
-        self.path, self.file, self.container = path, file, None
+        self.path, self.file, self.container, self.stream = path, file, None, None
         self.reformatter = VideoReformatter()   # one for all frames: making it costs more than using it
         self.trouble = "it is cut off or damaged"
-        self.rewind()
+
+    def read_first_frame(self):
+        """It starts the clock and tells the size and which way is up."""
         self.first = next(self.frames(), None)
         if self.first is None:
-            raise VideoError(path, f"no frame can be decoded: {self.trouble}")
+            raise VideoError(self.path, f"no frame can be decoded: {self.trouble}")
         self.start, self.width, self.height = self.first.pts, self.first.width, self.first.height
         # Display matrix (ISO 14496-12, 8.5.2.3, as libav stores it): a pixel at (x, y) is shown at (a x + c y, b x + d y).
         matrix = self.first.side_data.get("DISPLAYMATRIX")
@@ -183,8 +189,7 @@ class Video:
 
     def rewind(self):
         """(Re)opens the container at its beginning: the one way back that every format knows."""
-        if self.container is not None:
-            self.container.close()
+        self.close()
         self.file.seek(0)
         try:
             self.container = av.open(self.file, metadata_errors="replace", container_options={
@@ -212,6 +217,12 @@ class Video:
         else:
             context.thread_count = 1    # the loader's workers are the parallelism
 
+    def close(self):
+        """Ends the decoder now: left to the garbage collector, its threads would live on and hang a forked process."""
+        if self.container is not None:
+            self.container.close()
+        self.container = self.stream = None
+
     def tick(self, seconds):
         """The tick at `seconds` after the first frame; a century at most, so that it fits into 64 bits."""
         return self.start + math.floor((min(max(seconds, 0), 3e9) + TOLERANCE) / self.time_base)
@@ -221,7 +232,9 @@ class Video:
         return packet.dts if self.untimed or packet.pts is None else packet.pts
 
     def packets(self):
-        """Whole packets of the track from here on, in file order. Damage ends them: what came before it is good."""
+        """Whole packets of the track from here on, in file order. Damage ends them: what came before it is good.
+
+        An empty packet means "repeat the frame" in AVI, but "the end" to a decoder, so none is passed on."""
         with contextlib.suppress(av.error.FFmpegError, IndexError):   # IndexError: PyAV's end where tracks turned up midway
             for packet in self.container.demux(self.stream):
                 if packet.size and self.when(packet) is not None and not packet.is_corrupt:
@@ -234,11 +247,8 @@ class Video:
             self.container.seek(place, stream=self.stream)
         else:
             self.rewind()
-        packets = self.packets()
-        if jump:
-            packets = itertools.dropwhile(lambda p: not p.is_keyframe, packets)
         file_order = collections.deque()
-        for packet in itertools.chain(packets, [None]):   # None: hand out what the decoder still holds
+        for packet in itertools.chain(self.packets(), [None]):   # None: hand out what the decoder still holds
             if packet is not None:
                 file_order.append(self.when(packet))
             try:
@@ -457,7 +467,7 @@ class Skipped:
 
 
 class CaptionDataset(Dataset):
-    """Videos with captions, for contrastive training. Item (epoch, i) -> (video (T, 3, H, W), ids (context_length,), i) or Skipped.
+    """Videos with captions. Item (epoch, i) -> (video (T, 3, H, W), ids (context_length,), i), or Skipped if it is broken.
 
     annotations: JSON lines {"video", "caption"}, or WebVid's CSV (a name that ends in .csv). tokenizer(text, context_length)
     -> (1, context_length). The frames and the crop follow from (seed, epoch, i) alone. Raises UserError for bad rows."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import weights
 from clip import MLP, Attention, load_clip
 from common import UserError
-from llm import generate, load_llama, stream_text
+from llm import load_llama
 
 OUT_NORM, MIDDLE_NORM = 1e4, 1e2   # the gates' fixed multipliers: they turn a tiny learning rate into a quick decision
 
@@ -81,7 +81,9 @@ class Branch(nn.Module):
         super().__init__()
         rates = [drop_path * j / max(1, depth - 1) for j in range(depth)]   # deeper layers are dropped more often
         self.btadapter_cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.btadapter_time_embed = nn.Embedding.from_pretrained(torch.randn(num_positions, width), freeze=False)   # N(0, 1)
+        self.btadapter_time_embed = nn.Embedding.from_pretrained(torch.empty(num_positions, width), freeze=False)
+        if not self.btadapter_time_embed.weight.is_meta:   # drawing on the meta device would load a second's worth of modules
+            nn.init.normal_(self.btadapter_time_embed.weight)   # std 1: rows beyond the trained frames keep it, and are saved
         self.btadapter_T_layers = nn.ModuleList(TemporalLayer(width, heads, p) for p in rates)
         self.btadapter_S_layers = nn.ModuleList(SpatialLayer(width, heads, mlp_width, p) for p in rates)
         # zero: both sides count half at first. In fp32 also under AMP: their useful changes are far below half precision.
@@ -415,15 +417,6 @@ class VideoChat(nn.Module):
         logits, target = self.logits(video, prompts)
         return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX)
 
-    def answer(self, video_tokens, turns, system="vicuna_v1", max_new_tokens=256, temperature=0.0, top_p=1.0, seed=0):
-        """video_tokens (K, D_llm); turns as in prompt_ids, the last answer None -> iterator over pieces of text."""
-        ids, _ = prompt_ids(self.tokenizer, turns, system)
-        with torch.no_grad():
-            embeds = self.splice(ids, video_tokens)[None]   # (1, S, D_llm)
-        new = generate(self.llm, embeds=embeds, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-                       stop_ids=self.tokenizer.stop_ids)
-        return stream_text(self.tokenizer, new)
-
 
 def make_projector(tensors, visual, width, source):
     """{weight, bias} -> Linear; {0.weight, 0.bias, 2.weight, 2.bias} (LLaVA-1.5) -> Linear, GELU, Linear."""
@@ -447,7 +440,7 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32):
     branch.pth  a branch, from pretraining or tuned for chat (needed for tokens="branch")
     chat.bin    optional: what chat tuning learned (branch, mm_projector, start and end rows); tuned=False passes it by"""
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder of weights")
+        raise UserError(f"{folder}: no such folder of weights; it needs clip, llava and branch.pth, see README.md")
     llava, branch_file, chat_file = (os.path.join(folder, name) for name in ("llava", "branch.pth", "chat.bin"))
     clip, _ = load_clip(os.path.join(folder, "clip"))
     llm, tokenizer, extra = load_llama(llava)

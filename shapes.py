@@ -64,8 +64,8 @@ CORNERS = [f"at the {v} {h}" for v in ("top", "bottom") for h in ("left", "right
 # Twins stand side by side: (forwards, backwards, places where it may happen).
 MOTIONS = [("moves left", "moves right", ["at the top", "in the middle", "at the bottom"]),
            ("moves up", "moves down", ["on the left", "in the middle", "on the right"]),
-           ("grows", "shrinks", CORNERS), ("spins clockwise", "spins counterclockwise", CORNERS),
-           ("grows then blinks", "blinks then shrinks", CORNERS), ("shrinks then blinks", "blinks then grows", CORNERS)]
+           ("gets big", "gets small", CORNERS), ("spins clockwise", "spins counterclockwise", CORNERS),
+           ("gets big then blinks", "blinks then gets small", CORNERS), ("gets small then blinks", "blinks then gets big", CORNERS)]
 MOTIONS += [(f"moves {a} then {b}", f"moves {BACK[b]} then {BACK[a]}", [""]) for a in ("left", "right") for b in ("up", "down")]
 TURNS = {name: (pair, way) for pair, motion in enumerate(MOTIONS) for way, name in enumerate(motion[:2])}
 
@@ -95,9 +95,9 @@ class Clip:
         if way == 1:
             return dataclasses.replace(self, motion=MOTIONS[pair][0]).at(1 - share)
         j = self.jitter
-        x, y = (0.5 + 0.27 * (self.place.endswith(b) - self.place.endswith(a) or (b in self.place) - (a in self.place)) + 0.06 * (k - 0.5)
+        x, y = (0.5 + 0.24 * (self.place.endswith(b) - self.place.endswith(a) or (b in self.place) - (a in self.place)) + 0.06 * (k - 0.5)
                 for a, b, k in (("left", "right", j[0]), ("top", "bottom", j[1])))
-        radius = {"small": 0.12, "big": 0.19, "": 0.15}[self.size] * (0.92 + 0.16 * j[2])
+        radius = {"small": 0.15, "big": 0.24, "": 0.19}[self.size] * (0.92 + 0.16 * j[2])
         angle, visible, travel = 0.6 * (j[3] - 0.5), True, 0.52 + 0.08 * j[4]
         events = self.motion.split(" then ")
         for i, event in enumerate(events):   # one after the other; done: the share of this one that is over
@@ -105,8 +105,8 @@ class Clip:
             if event.split()[-1] in STEPS:   # "moves left", or "up" after it
                 dx, dy = STEPS[event.split()[-1]]
                 x, y = x + dx * travel * (done - 0.5), y + dy * travel * (done - 0.5)
-            elif event in ("grows", "shrinks"):
-                radius *= 0.5 + (done if event == "grows" else 1 - done)
+            elif event in ("gets big", "gets small"):
+                radius *= 0.5 + (done if event == "gets big" else 1 - done)
             elif event == "blinks":
                 visible = not 0.2 + 0.1 * j[5] < done < 0.7 + 0.1 * j[5]
             else:   # spins clockwise
@@ -120,7 +120,7 @@ def world(pairs, seed, held_out):
     for (c, colour), (s, shape), (m, (motion, _, places)) in itertools.product(*map(enumerate, (COLOURS, SHAPES, MOTIONS))):
         if motion.startswith("spins") and shape not in SPINNING or ((c + 3 * s + m) % 4 == 0) != held_out:
             continue
-        sizes = [""] if motion == "grows" else ["small", "big"]
+        sizes = [""] if "gets" in motion else ["small", "big"]
         kinds.append([(colour, shape, motion, place, size) for place in places for size in sizes])
     rng = np.random.default_rng([seed, held_out])
     chosen = list(itertools.chain(*kinds)) if held_out else [
@@ -175,20 +175,23 @@ def write_video(path, frames, qp=18):
 def still_caption(clip, share):
     """What a single frame shows, in words: nothing about motion -> (caption, [(question, answer)]).
 
-    Up and down, clockwise and counterclockwise are said of places and angles: CLIP knows such words from pictures."""
+    Up and down, clockwise and counterclockwise are said of places and angles here, big and small of sizes. That is how the text
+    tower, frozen later, learns to tell such words apart: of a word that it never met it makes next to nothing."""
     x, y, radius, angle, visible = clip.at(share)
     if not visible:
         return "an empty picture", [("What do you see?", "It is an empty picture.")]
-    size = "small" if radius < 0.155 else "big"
+    size = "small" if radius < 0.19 else "big"
     period = math.radians(SPINNING.get(clip.shape, 1))
     angle = math.degrees((angle + period / 2) % period - period / 2)   # the least turn that leads here
     tilt = "tilted clockwise" if angle > 7 else "tilted counterclockwise" if angle < -7 else ""
     vertical = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
     horizontal = "left" if x < 0.4 else "right" if x > 0.6 else ""
     place = f"at the {vertical} {horizontal}".strip() if vertical else f"on the {horizontal}" if horizontal else "in the middle"
-    what, way = f"a {size} {clip.colour} {clip.shape}", {"top": "up", "bottom": "down", "": ""}[vertical]
+    what, way = f"a {size} {clip.colour} {clip.shape}", place
+    if vertical and int(share * FRAMES) // 4 % 2:   # the same said otherwise: "up on the left", "down in the middle"
+        way = {"top": "up", "bottom": "down"}[vertical] + (f" on the {horizontal}" if horizontal else " in the middle")
     questions = static_questions(clip.colour, clip.shape, size, place) + [("What do you see?", f"It is {what} {place}.")]
-    return " ".join(f"{what} {tilt} {way} {place}".split()), questions
+    return " ".join(f"{what} {tilt} {way}".split()), questions
 
 
 def static_questions(colour, shape, size, place):
@@ -205,7 +208,7 @@ def temporal_questions(clip):
     if last:
         last = f"moves {last}" if last in STEPS else last
         return questions + [("What does it do first?", f"It {first}."), ("What does it do last?", f"It {last}.")]
-    question = {"moves": "Which way does it move?", "spins": "Which way does it spin?"}.get(first.split()[0], "Does it grow or shrink?")
+    question = {"moves": "Which way does it move?", "spins": "Which way does it spin?"}.get(first.split()[0], "Does it get big or small?")
     return questions + [(question, f"It {first}.")]
 
 
@@ -255,9 +258,12 @@ def render(cfg):
                           for kind, pairs in (("static", static), ("temporal", temporal)) for pair in pick(pairs, 1)]
             if i % 2 == 0:
                 stills.append(conversation(name, pick(still_caption(clip, shares[i // 2])[1], 4 if split == "train" else 1), image=f"{split}/{stems[i // 2]}.png"))
-        for kind, rows in (("captions", captions), ("talks", talks), ("stills", stills)):
+        files = {f"{split}_captions": captions, f"{split}_talks": talks, f"{split}_stills": stills}
+        if split == "test":   # every eighth pair, to watch while training
+            files["watch_captions"] = [row for i, row in enumerate(captions) if i // 2 % 8 == 0]
+        for name, rows in files.items():
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            common.write_atomic(os.path.join(cfg.data, f"{split}_{kind}.jsonl"), lambda f: f.write(text.encode()))
+            common.write_atomic(os.path.join(cfg.data, f"{name}.jsonl"), lambda f: f.write(text.encode()))
 
 
 # ---------------------------------------------------------------------------------------------------- training

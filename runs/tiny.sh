@@ -13,15 +13,16 @@ train() { $PYTHON "$1" --clip "$W/clip" --root $D "${@:2}"; }
 
 # The world and its CLIP.
 [ -e $D/test_talks.jsonl ] || $PYTHON shapes.py render --data $D
-[ -e "$W/clip/config.json" ] || $PYTHON shapes.py clip --data $D --out "$W"
+[ -e $R/clip/config.json ] || $PYTHON shapes.py clip --data $D --out $R
+mkdir -p "$W/clip" && cp $R/clip/* "$W/clip/"
 
 # Stage 1: the branch. Twins share a batch, so that captions differ in nothing but the order of events.
 train pretrain.py --annotations $D/train_captions.jsonl --out $R/branch --lr 1e-5 --anneal --batch_size 64 --together 2 \
-    --steps 1000 --min_area 0.8
+    --steps 800 --min_area 0.8 --eval_annotations $D/watch_captions.jsonl --eval_every 250
 cp $R/branch/branch.pth "$W/branch.pth"
 
 # A LLaVA that has only seen pictures.
-[ -e $R/llama/config.json ] || $PYTHON shapes.py llama --out $R
+[ -e $R/llama/config.json ] || $PYTHON shapes.py llama --data $D --out $R
 train chat_tune.py --stage projector --tokens mean --num_frames 1 --llm $R/llama --annotations $D/train_stills.jsonl \
     --out $R/projector --batch_size 32 --steps 500 --lr 2e-3
 train chat_tune.py --stage language --tokens mean --num_frames 1 --llm $R/projector/llava --annotations $D/train_stills.jsonl \

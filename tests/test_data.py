@@ -1,6 +1,7 @@
 """data.py: which frames are shown, what their pixels become, what is refused, what the data sets yield."""
 import ctypes
 import fractions
+import gc
 import json
 import os
 import random
@@ -22,7 +23,7 @@ HEIGHT, WIDTH, FPS, FRAMES = 64, 96, 25, 60
 
 # ---------------------------------------------------------------------------------------------------- clips that can be read
 def picture(number):
-    """(64, 96, 3) uint8: eight blocks, left to right, are the bits of `number`, lowest first; the top left corner is bright."""
+    """(64, 96, 3) uint8: eight blocks, left to right, are the bits of `number`, lowest first; the top left is bright."""
     image = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
     for bit in range(8):
         image[24:56, 12 * bit:12 * bit + 12] = 220 if number >> bit & 1 else 40
@@ -139,8 +140,14 @@ def test_a_late_frame_costs_one_group_of_pictures(clips, monkeypatch):
             decoded.append(frame.pts)
             yield frame
     monkeypatch.setattr(data.Video, "frames", counted)
-    assert numbers(data.frames_at(clips["h264 short gop"], [57 / FPS])[0]) == [57]
-    assert len(decoded) <= 1 + 10
+    for name, most in (("h264 short gop", 10), ("h264 ts", 45)):   # TS: a seek lands anywhere, the search steps a second back
+        for i in range(FRAMES):
+            decoded.clear()
+            assert numbers(data.frames_at(clips[name], [i / FPS])[0]) == [i]
+            assert len(decoded) <= 1 + most + 1   # the first of the file, a group, the one after
+    decoded.clear()
+    assert numbers(data.frames_at(clips["h264 short gop"], [0.08, 2.28])[0]) == [2, 57]
+    assert len(decoded) <= 1 + 4 + 10
     decoded.clear()
     thirds = list(range(0, FRAMES, 3))
     assert numbers(data.frames_at(clips["h264 long gop"], [i / FPS for i in thirds])[0]) == thirds
@@ -162,6 +169,37 @@ def test_clips_of_one_frame_in_many_seconds(tmp_path):
     path = write(tmp_path / "lapse.avi", "mpeg4", 20, options={"g": "4"}, fps=fractions.Fraction(1, 5))
     assert numbers(data.frames_at(path, [99, 7.4, 4.9, 62])[0]) == [19, 1, 0, 12]
     assert data.probe(path).duration == pytest.approx(100)
+    with data.open_video(path) as video:
+        video.packets = lambda: iter(())   # nothing readable where the search looks: it must come to an end
+        assert video.keyframe_before(10 ** 12) is None
+
+
+def test_frames_that_an_edit_list_hides_are_neither_shown_nor_counted(tmp_path):
+    path = write(tmp_path / "edit.mp4", "libx264", 20, range(-5, 15), {"g": "30", "bf": "2"},
+                 container={"avoid_negative_ts": "disabled"})
+    assert numbers(data.frames_at(path, [0, 0.2, 9])[0]) == [5, 10, 19]
+    assert numbers(data.sample_frames(path, 15, "test")[0]) == [5 + i for i in data.uniform_sample_test(15, 15)]
+    assert data.probe(path).duration == pytest.approx(0.6)
+
+
+def test_a_stream_that_starts_amid_a_group_begins_with_its_first_whole_frame(tmp_path):
+    path = write(tmp_path / "front.ts", "libx264", options={"g": "20", "sc_threshold": "0"})
+    whole = open(path, "rb").read()
+    open(path, "wb").write(whole[12 * 188:])   # MPEG-TS: packets of 188 bytes; these hold the first keyframe
+    assert numbers(data.frames_at(path, [0, 0.4])[0]) == [20, 30]
+    first, *_, last = numbers(data.sample_frames(path, 20, "seq")[0])
+    assert first == 20 and last > 50
+
+
+def test_frames_of_absurd_size_are_refused_before_any_is_decoded(clips, monkeypatch):
+    monkeypatch.setattr(data, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    with pytest.raises(data.VideoError, match="96 x 64 are too large"):
+        data.frames_at(clips["vp9 webm"], [0])
+
+
+def test_a_seek_to_nowhere_is_answered_not_raised(clips):
+    with data.open_regular(clips["gif"]) as file:
+        assert file.seek(-5) == -1 and file.seek(3) == 3
 
 
 @pytest.mark.parametrize("file", ["late.mp4", "late.mkv", "late.ts"])
@@ -205,9 +243,34 @@ def test_sound_beside_the_pictures_changes_nothing(tmp_path):
         assert numbers(data.frames_at(path, [0.84, 0.2])[0]) == [21, 5]
 
 
+def decoder_threads():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return sum(name.startswith("av:") for name in names)
+
+
+def test_no_decoder_outlives_its_call_and_workers_use_one_thread(clips, monkeypatch):   # else forks hang
+    gc.collect()
+    gc.disable()
+    try:
+        with data.open_video(clips["h264 ts"]) as video:
+            video.show([video.tick(1.0)])
+            assert os.cpu_count() == 1 or decoder_threads() > 0
+            monkeypatch.setattr(data, "get_worker_info", lambda: "a loader's worker")
+            video.show([video.tick(1.0)])
+            assert decoder_threads() == 0
+            monkeypatch.undo()
+        del video
+        for path in clips.values():
+            data.probe(path), data.sample_frames(path, 4, "uniform"), data.sample_frames(path, 4, "test")
+        assert decoder_threads() == 0
+    finally:
+        gc.enable()
+
+
 def test_no_times_give_no_frames_and_odd_times_are_refused(clips):
     frames, used = data.frames_at(clips["gif"], [])
     assert frames.shape == (0, 3, HEIGHT, WIDTH) and used == []
+    assert numbers(data.frames_at(clips["h264 ts"], [1e300, -1e300])[0]) == [59, 0]
     for times in ([float("nan")], [0, float("inf")]):
         with pytest.raises(UserError, match="finite"):
             data.frames_at(clips["gif"], times)
@@ -331,9 +394,11 @@ def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, clips):
         assert numbers(data.frames_at(tmp_path / name, [1.0])[0]) == [25]
 
 
-@pytest.mark.parametrize("file, codec", [("cut.mp4", "libx264"), ("cut.mkv", "libx264"), ("cut.ts", "libx264"), ("cut.avi", "mpeg4")])
+@pytest.mark.parametrize("file, codec", [("cut.mp4", "libx264"), ("cut.mkv", "libx264"), ("cut.ts", "libx264"),
+                                         ("cut.avi", "mpeg4")])
 def test_a_cut_file_shows_what_is_left_and_then_its_last_frame(tmp_path, file, codec):
-    path = write(tmp_path / file, codec, options={"g": "10"}, container={"movflags": "faststart"} if file == "cut.mp4" else {})
+    container = {"movflags": "faststart"} if file == "cut.mp4" else {}
+    path = write(tmp_path / file, codec, options={"g": "10"}, container=container)
     whole = open(path, "rb").read()
     open(path, "wb").write(whole[:int(len(whole) * 0.7)])
     early, late = data.frames_at(path, [0.2, 0.0]), data.frames_at(path, [2.39, 50, 0.4])
@@ -412,6 +477,9 @@ def test_training_crops_all_frames_of_a_clip_alike_and_differ_by_seed():
         assert crop.shape == (4, 3, 28, 28) and all(torch.equal(frame, crop[0]) for frame in crop)
     assert all(not torch.equal(a, b) for i, a in enumerate(crops) for b in crops[:i])
     assert torch.equal(data.train_pixels(still, 28, 3), crops[3])
+    square = torch.randint(0, 256, (1, 3, 60, 60)).byte()   # where the crop is all: 256 / 224 of 28 is 32, then 28
+    whole = data.train_pixels(square, 28, 0, min_area=1)
+    assert torch.equal(whole, data.normalise(data.resize(data.resize(square, 32, 32), 28, 28)))
 
 
 def test_random_crops_keep_to_their_area_and_aspect():
@@ -468,7 +536,7 @@ def test_caption_items_follow_from_seed_epoch_and_index_alone(world):
 
 
 @pytest.mark.parametrize("header, row", [
-    ("videoid,name,duration,page_dir", '17,"a dog, running",PT1S,page'),
+    ("\ufeffvideoid,name,duration,page_dir", '17,"a dog, running",PT1S,page'),
     ("videoid,contentUrl,duration,page_dir,name", '17,http://x/17.mp4,PT1S,page,"a dog, running"')])
 def test_webvid_csv_of_both_releases(world, header, row):
     items = captions(world, lines(world / "a.csv", header + "\n", row + "\n"))
@@ -516,7 +584,8 @@ def talk(*values, **source):
 
 
 def test_conversations_lose_the_marker_and_keep_their_turns(world):
-    rows = [talk("What?\n<video>", "A dog.", "Why?", "So.", video="page/17.pkl"), talk("<video>\nWho?", "It.", video="good.mp4")]
+    rows = [talk("What?\n<video>", "A dog.", "Why?", "So.", video="page/17.pkl"),
+            talk("<video>\nWho?", "It.", video="good.mp4")]
     for path in (lines(world / "a.json", rows), lines(world / "a.jsonl", *rows)):
         items = data.ConversationDataset(path, world, 4, 28)
         video, conversation, index = items[0]
@@ -531,6 +600,11 @@ def test_a_picture_is_a_clip_of_one_frame_through_the_same_pixels(world):
     video, conversation, _ = items[0]
     assert conversation == [("What?", "It.")]
     assert torch.equal(video, data.chat_pixels(torch.from_numpy(picture(9)).permute(2, 0, 1)[None], 28))
+    turned = Image.fromarray(picture(9))
+    turned.getexif()[0x0112] = 6   # Orientation: turn by 90 degrees clockwise to see it upright
+    turned.save(world / "still.png", exif=turned.getexif())
+    upright = data.read_picture(world / "still.png").permute(1, 2, 0)   # (H, W, 3)
+    assert np.array_equal(upright, np.rot90(picture(9), -1))
     os.replace(world / "broken.mp4", world / "still.png")
     with pytest.raises(data.VideoError, match="not a picture"):
         items[0]

@@ -17,8 +17,8 @@ import pretrain
 import shapes
 from clip import CLIP, CLIPConfig, Tokenizer, load_clip, save_clip
 from common import UserError
-from llm import LLaMA, LLaMAConfig, load_llama, save_llama
-from model import Branch, branch_tensors, load_branch
+from llm import LLaMA, LLaMAConfig, generate, load_llama, save_llama, stream_text
+from model import Branch, branch_tensors, load_branch, prompt_ids
 from weights import read_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -230,7 +230,8 @@ def test_exact_answers_agree_with_greedy_decoding(world, llava):
     chat = chat_tune.build(tuning(world, "", llm=llava)).eval()
     dataset = ConversationDataset(str(world / "talks.jsonl"), str(world), 4, 32)
     for i in range(len(dataset)):   # ask for what the model says anyway, and for something else
-        said = "".join(chat.answer(chat.encode_video(dataset[i][0][None])[0], [("What?", None)], max_new_tokens=4))
+        embeds = chat.splice(prompt_ids(chat.tokenizer, [("What?", None)])[0], chat.encode_video(dataset[i][0][None])[0])
+        said = "".join(stream_text(chat.tokenizer, generate(chat.llm, embeds=embeds[None], max_new_tokens=4)))
         dataset.rows[i]["kind"] = "said"
         dataset.conversations[i] = [("What?", said)] if i % 2 else [("What?", "something else")]
     right, asked = chat_tune.exact_answers(chat, dataset, "vicuna_v1", torch.device("cpu"))["said"]

@@ -1,0 +1,622 @@
+"""chat.py, driven as people and scripts drive it: on a pseudo-terminal, through pipes, and with all that can be wrong."""
+import fcntl
+import fractions
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+
+import av
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+
+import chat
+import common
+from clip import CLIP, CLIPConfig, Tokenizer, save_clip
+from common import UserError, save_checkpoint
+from llm import LLaMA, LLaMAConfig, load_tokenizer, save_llama
+from model import Branch, branch_tensors
+
+CORPUS = ["USER: which way does the red circle move? ASSISTANT: left, then up.", "what goes right? a blue square."] * 20
+SECONDS = 60   # until a program that says nothing is given up: a guard, not a measurement
+
+
+# ---------------------------------------------------------------------------------------------------- weights and videos
+def write_clip(folder, width=32):
+    torch.manual_seed(0)
+    save_clip(folder, CLIP(CLIPConfig(
+        image_size=32, patch_size=16, vision_width=width, vision_layers=3, vision_heads=2, vision_mlp=64, text_width=16,
+        text_layers=1, text_heads=2, text_mlp=16, vocab_size=514, context_length=8, projection_dim=16)), Tokenizer([]))
+
+
+def write_llava(folder, tokenizer_model, visual=32, context=4096):
+    """A LLaVA of random weights that is never at a loss: it always says something one can see, and never ends."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(os.path.dirname(tokenizer_model))
+    llm = LLaMA(LLaMAConfig(vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=2, mlp=48, context_length=context))
+    with torch.no_grad():
+        llm.lm_head.weight.normal_()
+        for token in range(tokenizer.vocab_size):
+            if token < 3 or not tokenizer.decode([token]).strip():
+                llm.lm_head.weight[token] = 0   # others have a logit above 0
+    save_llama(folder, llm, tokenizer_model, {"model.mm_projector.weight": torch.randn(32, visual) / 8,
+                                              "model.mm_projector.bias": torch.zeros(32)})
+
+
+def write_branch(path, width=32):
+    torch.manual_seed(0)
+    save_checkpoint(path, {"state_dict": branch_tensors(Branch(width, 2, 64, 2), "backbone.")})
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(path).removesuffix(".model"), vocab_size=60, minloglevel=2,
+        model_type="bpe", remove_extra_whitespaces=False, normalization_rule_name="identity")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory, tokenizer_model):
+    """A folder of weights in the layout of the released ones: random, and small."""
+    folder = tmp_path_factory.mktemp("weights")
+    write_clip(folder / "clip")
+    write_llava(folder / "llava", tokenizer_model)
+    write_branch(folder / "branch.pth")
+    return str(folder)
+
+
+def write_video(path, width=64, height=48, seconds=2, sound_only=False):
+    """A white bar that moves from left to right; or only silence."""
+    with av.open(str(path), "w") as out:
+        if sound_only:
+            stream = out.add_stream("aac", rate=48000)
+            silence = np.zeros((1, 1024), np.float32)
+            frames = [av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono") for _ in range(9)]
+        else:
+            stream = out.add_stream("libx264", rate=10, options={"threads": "1"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            pictures = np.zeros((10 * seconds, height, width, 3), np.uint8)
+            for i, picture in enumerate(pictures):
+                picture[:, i * width // len(pictures):][:, :8] = 255
+            frames = [av.VideoFrame.from_ndarray(picture) for picture in pictures]
+        for i, frame in enumerate(frames):
+            if sound_only:
+                frame.rate, frame.pts = 48000, 1024 * i
+            else:
+                frame.pts, frame.time_base = i, fractions.Fraction(1, 10)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("video") / "bar.mp4")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(arguments..., stdin=text) -> (exit code, stdout, stderr) of chat.py, within this process."""
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        code = 0
+        try:
+            common.run(chat.main, chat.Config, **chat.FLAGS)
+        except SystemExit as e:
+            code = e.code
+        return code, *capsys.readouterr()
+    return call
+
+
+def refused(result, *words):
+    """Exit code 2, nothing on stdout, and one line on stderr that holds all of `words`."""
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("chat.py: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    for word in words:
+        assert str(word) in err
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------- questions without a terminal
+def program(*arguments, **options):
+    """chat.py as a program of its own, from a folder that is not its own."""
+    return subprocess.Popen([sys.executable, os.path.abspath(chat.__file__), *map(str, arguments)], text=True, cwd="/",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_one_question_prints_one_line_and_all_else_goes_to_stderr(weights, video):
+    with program(video, "--weights", weights, "-q", "what moves?", "--max_new_tokens", 12, "-v") as p:
+        out, err = p.communicate(timeout=SECONDS)
+    assert p.returncode == 0
+    assert out.endswith("\n") and out.count("\n") == 1 and out.strip()
+    assert video in err and weights in err   # what is watched, and by whom
+    assert re.search(r"import \d+\.\d\d s, weights .* s, video .* s, first token .* s; in all", err)   # --verbose
+    assert "Traceback" not in err
+
+
+def test_piped_questions_get_one_line_each_and_blank_lines_none(call, weights, video):
+    questions = "what moves?\n\n  \nwhich way?\nwhat moves?"
+    code, out, err = call(video, "--weights", weights, "--max_new_tokens", 9, stdin=questions)
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 3 and all(lines)
+    assert lines[0] == lines[2]
+    assert "cut after 9 tokens" in err
+
+
+def test_no_questions_no_answers(call, weights, video):
+    assert call(video, "--weights", weights)[:2] == (0, "")
+
+
+def test_a_question_is_the_same_from_a_flag_and_from_a_pipe(call, weights, video):
+    options = (video, "--weights", weights, "--max_new_tokens", 9)
+    assert call(*options, "-q", "what moves?")[1] == call(*options, stdin="what moves?\n")[1]
+
+
+def test_sampling_with_the_same_seed_repeats_itself_and_another_seed_differs(call, weights, video):
+    first, again, other = (call(video, "--weights", weights, "-q", "what?", "--max_new_tokens", 30, "--temperature", 1,
+                                "--seed", seed)[1] for seed in (5, 5, 6))
+    assert first == again != other
+
+
+def test_the_answer_depends_on_the_video(weights, video, tmp_path):
+    session = chat.Session(chat.Config(video, weights=weights))
+    before = session.video_tokens
+    session.open(write_video(tmp_path / "other.mp4", seconds=1))
+    assert before.shape == session.video_tokens.shape and not torch.equal(before, session.video_tokens)
+
+
+def test_white_space_in_an_answer_becomes_one_space(capsys):
+    class Talker:
+        def ask(self, question, show):
+            for piece in (" one\n", "\n two\t", "three\u2028four", "\n"):
+                show(piece)
+    chat.answer_line(Talker(), "?")
+    assert capsys.readouterr().out == "one two three four\n"
+
+
+def test_a_question_that_is_not_utf8_is_asked_all_the_same(call, weights, video):
+    assert call(video, "--weights", weights, "--max_new_tokens", 3, "-q", "what \udcff?")[0] == 0
+
+
+def test_a_reader_who_leaves_ends_the_program_without_a_word(weights, video):
+    with program(video, "--weights", weights, "--max_new_tokens", 5, stdin=subprocess.PIPE) as p:
+        p.stdin.write("first?\n")
+        p.stdin.flush()
+        assert p.stdout.readline().strip()
+        p.stdout.close()   # as `head -1` does
+        p.stdin.write("second?\nthird?\n")
+        p.stdin.close()
+        err = p.stderr.read()
+        assert p.wait(SECONDS) == 0
+    assert "Error" not in err and "Traceback" not in err
+
+
+def test_a_full_disk_is_bad_news_and_not_a_traceback(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(UserError, match="cannot write: No space left"):
+            chat.put("an answer")
+        monkeypatch.undo()
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+@pytest.mark.parametrize("tokens", ["branch", "mean", "st_pool"])
+def test_every_kind_of_video_tokens_answers(call, weights, video, tokens):
+    code, out, err = call(video, "--weights", weights, "-q", "what?", "--tokens", tokens, "--max_new_tokens", 3)
+    assert code == 0 and out.count("\n") == 1
+    assert f"{dict(branch=5, mean=4, st_pool=12)[tokens]} video tokens" in err   # 4 patches, a CLS, 8 frames
+
+
+def test_plain_llava_needs_no_branch(call, weights, video, tmp_path):
+    folder = shutil.copytree(weights, tmp_path / "w")
+    (folder / "branch.pth").unlink()
+    assert call(video, "--weights", folder, "-q", "what?", "--tokens", "mean", "--max_new_tokens", 3)[0] == 0
+
+
+def test_no_tuned_leaves_out_what_was_tuned_on_video(call, weights, video, tmp_path):
+    folder = shutil.copytree(weights, tmp_path / "w")
+    torch.manual_seed(1)
+    save_checkpoint(folder / "chat.bin", branch_tensors(Branch(32, 2, 64, 1), "model.vision_tower.")
+                    | {"model.mm_projector.weight": torch.randn(32, 32), "model.mm_projector.bias": torch.zeros(32)})
+    options = ("-q", "what?", "--max_new_tokens", 30)
+    tuned, zero_shot, plain = (call(video, "--weights", w, *options, *more)
+                               for w, more in ((folder, ()), (folder, ("--no-tuned",)), (weights, ())))
+    assert "tuned on video)" in tuned[2] and "not tuned on video)" in zero_shot[2]
+    assert tuned[1] != zero_shot[1] == plain[1]
+
+
+def test_num_frames_is_8_for_small_pictures_and_100_from_224_pixels_on_unless_it_is_given(call, weights, video):
+    assert (chat.usual_frames(64), chat.usual_frames(224), chat.usual_frames(336)) == (8, 100, 100)
+    options = (video, "--weights", weights, "-q", "what?", "--max_new_tokens", 3)
+    assert "8 frames" in call(*options)[2] and "3 frames" in call(*options, "--num_frames", 3)[2]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--tokens", "magic"], ["--tokens magic", "branch, mean, st_pool"]), (["--system", "x"], ["--system x", "vicuna_v1"]),
+    (["--num_frames", "0"], ["0 frames"]), (["--max_new_tokens", "0"], ["--max_new_tokens 0"]),
+    (["--seed", "-1"], ["--seed -1"]), (["--temperature", "-1"], ["temperature -1"]), (["-q", " "], ["--question"])])
+def test_a_setting_that_cannot_be_is_refused(call, weights, video, flags, words):
+    code, out, err = call(video, "--weights", weights, "-q", "what?", *flags)
+    assert refused((code, out, err.splitlines(keepends=True)[-1]), *words)
+
+
+def test_ctrl_c_while_loading_exits_with_130(call, weights, video, monkeypatch):
+    monkeypatch.setattr(chat, "load_chat", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert call(video, "--weights", weights, "-q", "what?") == (130, "", "chat.py: interrupted\n")
+
+
+def test_ctrl_c_while_importing_exits_with_130(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    with program("-q", "what?", env={**os.environ, "PYTHONPATH": str(tmp_path)}) as p:
+        assert (*p.communicate(timeout=SECONDS), p.returncode) == ("", "chat.py: interrupted\n", 130)
+
+
+# ---------------------------------------------------------------------------------------------------- a conversation
+@pytest.fixture
+def session(weights, video):
+    return chat.Session(chat.Config(video, weights=weights, max_new_tokens=12))
+
+
+def test_an_answer_that_is_stopped_stays_in_the_conversation_as_far_as_it_got(session):
+    shown = []
+
+    def stop_after_three(piece):
+        shown.append(piece)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        session.ask("what?", stop_after_three)
+    assert session.turns == [("what?", "".join(shown[:3]).strip())]
+
+
+def test_earlier_turns_are_part_of_the_prompt(session, monkeypatch):
+    seen = []
+    monkeypatch.setattr(chat, "prompt_ids", lambda tokenizer, turns, system, inner=chat.prompt_ids:
+                        seen.append(list(turns)) or inner(tokenizer, turns, system))
+    for question in ("first?", "second?"):
+        session.ask(question, lambda piece: None)
+    assert seen[1] == [session.turns[0], ("second?", None)] and session.turns[0][1]
+
+
+def test_every_piped_question_is_a_conversation_of_its_own(session, capsys):
+    for question in ("first?", "second?"):
+        chat.answer_line(session, question)
+        assert [asked for asked, _ in session.turns] == [question]
+
+
+def test_an_answer_that_fills_the_context_is_said_to_be_cut_and_the_next_question_to_have_no_room(
+        weights, video, tokenizer_model, tmp_path, capsys):
+    folder = shutil.copytree(weights, tmp_path / "w")
+    write_llava(folder / "llava", tokenizer_model, context=200)
+    session, pieces = chat.Session(chat.Config(video, weights=str(folder), max_new_tokens=1000)), []
+    session.ask("what?", pieces.append)
+    assert "".join(pieces).strip() and "fill the 200 tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no room for an answer"):
+        session.ask("and then?", pieces.append)
+    assert len(session.turns) == 1
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(session, monkeypatch):
+    monkeypatch.setattr(chat, "stream_text", lambda tokenizer, new: iter(["a\x1b]0;b", "\x07c\x9b\r\nd\te"]))
+    pieces = []
+    session.ask("what?", pieces.append)
+    assert "".join(pieces) == "a\ufffd]0;b\ufffdc\ufffd\ufffd\nd\te\n"
+
+
+def test_large_frames_are_kept_small(weights, tmp_path):
+    session = chat.Session(chat.Config(write_video(tmp_path / "large.mp4", 640, 360, 1), weights=weights))
+    assert session.frames.shape == (8, 3, 135, 240) and session.frames.dtype == torch.uint8
+
+
+# ---------------------------------------------------------------------------------------------------- frames on a terminal
+def plain(text):
+    """What one reads of text on a terminal: no escape sequences, and of a line that was begun anew only the last version."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n")
+    return re.sub(r"[^\n]*\r", "", text)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 64), (64, 20), (400, 2), (2, 400)], ids=str)
+@pytest.mark.parametrize("columns", [10, 40, 80, 200])
+def test_no_line_of_frames_is_wider_than_the_terminal(columns, shape):
+    frames, times = torch.zeros(7, 3, *shape, dtype=torch.uint8), [0.25 * i for i in range(7)]
+    for colour in (True, False):
+        lines = chat.frame_lines(frames, times, columns, colour)
+        assert max(map(len, map(plain, lines))) <= columns
+        if columns >= 40:
+            assert all(f"{i}: {t:.2f} s" in plain("\n".join(lines)) for i, t in enumerate(times))
+
+
+def test_80_columns_hold_four_pictures_and_40_hold_two():
+    frames = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
+    for columns, across in ((80, 4), (40, 2)):
+        lines = chat.frame_lines(frames, [0.0] * 8, columns, True)
+        assert plain(lines[0]).count("\u2580") == 18 * across and len(lines) == 8 // across * (9 + 1)
+
+
+def test_a_half_block_has_the_upper_pixel_as_its_colour_and_the_lower_as_its_ground():
+    picture = torch.tensor([[[1, 4]], [[2, 5]], [[3, 6]]], dtype=torch.uint8).transpose(1, 2)   # (3, 2, 1)
+    assert chat.half_blocks(picture) == ["\x1b[38;2;1;2;3;48;2;4;5;6m\u2580\x1b[0m"]
+
+
+@pytest.mark.parametrize("variable", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
+def test_without_colour_the_frames_are_only_times(session, monkeypatch, variable, capsys):
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+    chat.show_frames(session)
+    assert "\u2580" in capsys.readouterr().err
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    chat.show_frames(session)
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and "\u2580" not in err and "7: 1.80 s" in err
+
+
+def test_where_stderr_is_no_terminal_the_frames_are_only_times(session, capsys):
+    chat.show_frames(session)
+    assert "\x1b" not in (err := capsys.readouterr().err) and "0: 0.10 s" in err
+
+
+def test_frames_are_saved_and_replace_a_png_but_nothing_else(session, tmp_path):
+    path = tmp_path / "frames.png"
+    for _ in range(2):
+        assert chat.obey(session, f"/frames {path}")
+        assert Image.open(path).format == "PNG"
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "notes.png").write_text("my thesis")
+    (tmp_path / "empty.png").touch()
+    for name in ("notes.png", "empty.png", "fifo", ""):
+        with pytest.raises(UserError, match="not a PNG"):
+            chat.obey(session, f"/frames {tmp_path / name}")
+    assert (tmp_path / "notes.png").read_text() == "my thesis"
+    with pytest.raises(UserError, match="No such file"):
+        chat.obey(session, f"/frames {tmp_path}/nowhere/frames.png")
+
+
+# ---------------------------------------------------------------------------------------------------- as a person does
+class Terminal:
+    """chat.py on a pseudo-terminal. `text` is all that came out of it, without escape sequences."""
+    def __init__(self, *arguments, columns):
+        command = [sys.executable, os.path.abspath(chat.__file__), *map(str, arguments)]
+        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
+        environment |= {"TERM": "xterm-256color", "INPUTRC": os.devnull, "PYTHONUTF8": "1", "LC_ALL": "C.UTF-8",
+                        "OMP_NUM_THREADS": "1"}   # small models: threads would only wait for each other
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execve(sys.executable, command, environment)
+        self.raw = b""
+        self.resize(columns)
+
+    def resize(self, columns):
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    @property
+    def text(self):
+        return plain(self.raw.decode(errors="replace"))
+
+    def read(self):
+        """Waits for more. False once the program has gone."""
+        assert select.select([self.fd], [], [], SECONDS)[0], f"nothing more comes after: {self.text[-2000:]}"
+        try:
+            new = os.read(self.fd, 65536)
+        except OSError:   # how Linux says that the other side is closed
+            new = b""
+        self.raw += new
+        return bool(new)
+
+    def until(self, condition):
+        while not condition():
+            assert self.read(), f"ended too early: {self.text[-2000:]}"
+
+    def prompt(self):
+        """-> what has been printed since the last call, once the program waits for a line."""
+        self.until(lambda: self.text.endswith("\n> ") or self.text == "> ")
+        out, self.raw = self.text.removesuffix("> "), b""
+        return out
+
+    def type(self, line):
+        os.write(self.fd, line.encode() + b"\r")
+
+    def do(self, line):
+        """Types a line -> what it prints until the next prompt, without the echo."""
+        self.type(line)
+        return self.prompt().split("\n", 1)[1]
+
+    def leave(self, key):
+        os.write(self.fd, key)
+        while self.read():
+            pass
+        status = os.waitpid(self.pid, 0)[1]
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(status)
+
+
+def test_a_conversation_on_a_terminal(weights, video, tmp_path):
+    other, bad = write_video(tmp_path / "other.mp4", 48, 64, 1), tmp_path / "bad.mp4"
+    bad.write_text("not a video")
+    terminal = Terminal(video, "--weights", weights, "--max_new_tokens", 1000, columns=80)
+    welcome = terminal.prompt()
+    assert video in welcome and weights in welcome and "/help" in welcome
+
+    terminal.type("what moves?")   # and does not want to hear all of it
+    terminal.until(lambda: len(terminal.text) > len("what moves?\n") + 3)
+    os.write(terminal.fd, b"\x03")
+    stopped = terminal.prompt()
+    assert stopped.endswith("\n(stopped)\n") and "cut after" not in stopped
+    for question in ("which way?", "and then?"):
+        answer = terminal.do(question)
+        assert answer.endswith("\n(cut after 1000 tokens, see --max_new_tokens)\n") and len(answer) > 1000
+
+    assert all(command in terminal.do("/help") for command in ("/frames", "/video", "/reset", "/quit", "Ctrl-C"))
+    wide = terminal.do("/frames")
+    terminal.resize(40)
+    narrow = terminal.do("/frames")
+    times = [(str(i), f"{int(2.5 * i + 1.25) / 10:.2f}") for i in range(8)]   # the middles of 8 stretches, at 10 frames a second
+    for columns, pictures in ((80, wide), (40, narrow)):
+        lines = pictures.split("\n")
+        assert "\u2580" in lines[0] and columns // 2 < max(map(len, lines)) <= columns
+        assert re.findall(r"(\d): (\d\.\d\d) s", pictures) == times
+    assert terminal.do(f"/frames {tmp_path}/frames.png") == f"wrote {tmp_path}/frames.png\n"
+    assert Image.open(tmp_path / "frames.png").format == "PNG"
+
+    for path in (bad, tmp_path / "nowhere.mp4", tmp_path):
+        complaint = terminal.do(f"/video {path}")
+        assert str(path) in complaint.replace("\n", "") and complaint.count("\n") == 1
+    assert terminal.do("/frames") == narrow   # still those of the old video
+    assert other in terminal.do(f"/video {other}")
+    assert terminal.do("/frames") != narrow
+
+    assert terminal.do("/reset") == "a new conversation\n"
+    assert terminal.do("/dance") == "/dance: not a command; /help lists them\n"
+    assert terminal.do("") == ""
+    os.write(terminal.fd, b"\x03")
+    assert "Ctrl-D or /quit leaves" in terminal.prompt()
+    assert terminal.leave(b"\x04") == 0
+
+
+def test_quit_leaves(session):
+    assert chat.obey(session, "/quit") is False
+
+
+@pytest.mark.parametrize("line", ["/", "/dance", "/frame", "/quit now", "/video", "/reset all"])
+def test_what_is_no_command_is_said_in_one_line(session, line):
+    with pytest.raises(UserError, match=f"^{line}: not a command; /help lists them$"):
+        chat.obey(session, line)
+
+
+def test_a_new_video_begins_a_new_conversation_and_a_bad_one_changes_nothing(session, tmp_path):
+    session.ask("what?", lambda piece: None)
+    before = dict(vars(session))
+    (tmp_path / "bad.mp4").write_text("not a video")
+    with pytest.raises(UserError):
+        chat.obey(session, f"/video {tmp_path}/bad.mp4")
+    assert vars(session) == before and session.turns
+    chat.obey(session, f"/video {write_video(tmp_path / 'other video.mp4')}")
+    assert session.turns == [] and session.path.endswith("other video.mp4")
+
+
+# ---------------------------------------------------------------------------------------------------- bad videos
+def text_as_video(path, good):
+    path.write_text("this is not a video\n" * 100)
+
+
+def playlist(path, good):
+    path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{good}\n#EXT-X-ENDLIST\n")
+
+
+def concat_script(path, good):
+    path.write_text(f"ffconcat version 1.0\nfile '{good}'\n")
+
+
+def cut(path, good):
+    path.write_bytes(open(good, "rb").read()[:600])
+
+
+def photo(path, good):
+    Image.new("RGB", (64, 64), "red").save(path, "JPEG")
+
+
+BAD_VIDEOS = {   # name: (what makes it, a word of the complaint)
+    "missing.mp4": (lambda path, good: None, "No such file"),
+    "folder.mp4": (lambda path, good: path.mkdir(), "not a regular file"),
+    "empty.mp4": (lambda path, good: path.touch(), "empty"),
+    "text.mp4": (text_as_video, "not a video"),
+    "sound.mp4": (lambda path, good: write_video(path, sound_only=True), "no video track"),
+    "cut.mp4": (cut, "cut"),
+    "photo.mp4": (photo, "a picture"),
+    "photo.jpg": (photo, "a picture"),
+    "list.m3u8": (playlist, "not a video"),
+    "list.mp4": (playlist, "not a video"),
+    "script.ffconcat": (concat_script, "not a video"),
+    "script.mp4": (concat_script, "not a video")}
+
+
+@pytest.mark.parametrize("name", BAD_VIDEOS)
+def test_a_bad_video_is_one_line_and_exit_code_2(call, weights, video, tmp_path, name):
+    make, word = BAD_VIDEOS[name]
+    make(tmp_path / name, video)
+    assert refused(call(tmp_path / name, "--weights", weights, "-q", "what?"), tmp_path / name, word)
+
+
+def test_a_bad_video_is_reported_before_weights_are_read(call, tmp_path):
+    assert refused(call(tmp_path / "missing.mp4", "--weights", tmp_path / "none", "-q", "what?"), "missing.mp4")
+
+
+# ---------------------------------------------------------------------------------------------------- bad weights
+class Bomb:
+    """What a pickle of it does on loading is to create a file."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def bomb(folder, tokenizer_model):
+    torch.save({"state_dict": {"backbone.btadapter_cls_token": Bomb(folder / "it-ran")}}, folder / "branch.pth")
+
+
+def narrow_llama(folder, tokenizer_model):
+    config = json.loads((folder / "llava/config.json").read_text())
+    (folder / "llava/config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+
+
+def edit(name, change):
+    return lambda folder, tokenizer_model: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+BAD_WEIGHTS = {   # name: (what is done to a good folder, words of the complaint)
+    "no clip": (lambda folder, _: shutil.rmtree(folder / "clip"), ["clip"]),
+    "no llava": (lambda folder, _: shutil.rmtree(folder / "llava"), ["llava"]),
+    "no branch": (lambda folder, _: (folder / "branch.pth").unlink(), ["branch.pth", "No such file"]),
+    "no tokenizer": (lambda folder, _: (folder / "llava/tokenizer.model").unlink(), ["tokenizer.model", "No such file"]),
+    "clip of another width": (lambda folder, _: write_clip(folder / "clip", width=48), ["branch.pth", "does not fit"]),
+    "llava of another clip": (lambda folder, model: write_llava(folder / "llava", model, visual=48), ["llava", "(32, 48)"]),
+    "llava of other sizes than it says": (narrow_llama, ["llava", "does not fit", "mlp"]),
+    "branch of another width": (lambda folder, _: write_branch(folder / "branch.pth", 48), ["branch.pth", "does not fit"]),
+    "branch that wants to run code": (bomb, ["branch.pth", "posix.system", "refused"]),
+    "branch that is text": (edit("branch.pth", lambda b: b"hello"), ["branch.pth", "neither safetensors nor"]),
+    "cut branch": (edit("branch.pth", lambda b: b[:len(b) // 2]), ["branch.pth", "cut"]),
+    "cut safetensors": (edit("llava/model.safetensors", lambda b: b[:-1]), ["model.safetensors", "cut"]),
+    "safetensors with a damaged header": (edit("clip/model.safetensors", lambda b: b[:8] + b"{{" + b[10:]),
+                                          ["model.safetensors", "header"]),
+    "empty safetensors": (edit("llava/model.safetensors", lambda b: b""), ["model.safetensors", "empty"]),
+    "damaged config": (edit("llava/config.json", lambda b: b[:-9]), ["config.json", "JSON"])}
+
+
+@pytest.mark.parametrize("name", BAD_WEIGHTS)
+def test_bad_weights_are_one_line_and_exit_code_2(call, weights, video, tokenizer_model, tmp_path, name):
+    make, words = BAD_WEIGHTS[name]
+    folder = shutil.copytree(weights, tmp_path / "w")
+    make(folder, tokenizer_model)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert refused(call(video, "--weights", folder, "-q", "what?"), folder, *words)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}   # also: no file `it-ran`
+
+
+def test_the_code_in_that_branch_would_run_elsewhere(tmp_path):
+    """Without this the test above would prove nothing."""
+    bomb(tmp_path, None)
+    torch.load(tmp_path / "branch.pth", weights_only=False)
+    assert (tmp_path / "it-ran").exists()
+
+
+def test_missing_weights_are_one_line_and_exit_code_2(call, video, tmp_path):
+    assert refused(call(video, "--weights", tmp_path / "none", "-q", "what?"), tmp_path / "none", "no such folder")
+    assert refused(call(video, "--weights", video, "-q", "what?"), video)
