@@ -66,9 +66,11 @@ STAGES = {   # stage: beginnings of the names that are trained. The gates stay a
 
 
 def collate(items):
-    """-> (video (B, T, 3, H, W), list of conversations, list of indices)."""
-    videos, conversations, indices = zip(*items)
-    return torch.stack(videos), conversations, list(indices)
+    """-> (video (B, T, 3, H, W), B conversations, B indices, messages of broken videos, which are left out)."""
+    good = [item for item in items if not isinstance(item, data.Skipped)]
+    videos, conversations, indices = zip(*good) if good else ((), (), ())
+    video = torch.stack(videos) if videos else torch.empty(0)
+    return video, conversations, indices, [item.message for item in items if isinstance(item, data.Skipped)]
 
 
 def batches(n, batch_size, seed, start, rank, size):
@@ -85,7 +87,7 @@ def exact_answers(chat, dataset, system, device, batch_size=32, workers=0):
     exactly when, with the right answer fed in, every next token has the highest logit."""
     counts = collections.defaultdict(lambda: [0, 0])
     chat.eval()
-    for video, conversations, indices in tqdm(DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers), desc="ask", leave=False):
+    for video, conversations, indices, _ in tqdm(DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers), desc="ask", leave=False):
         prompts = [prompt_ids(chat.tokenizer, turns, system) for turns in conversations]
         logits, target = chat.logits(video.to(device), prompts)
         right = ((logits.argmax(-1) == target) | (target == IGNORE_INDEX)).all(1)   # (B,)
@@ -104,6 +106,8 @@ def build(cfg):
     # the first stage starts the projector anew; the others go on with the one that the weights hold
     mm_projector = nn.Linear(visual, width) if cfg.stage == "projector" else make_projector(projector, visual, width, cfg.llm)
     branch = load_branch(cfg.branch, clip, skip_last=1, drop_path=cfg.drop_path) if cfg.tokens == "branch" else None
+    if branch and branch.balance2 is None:   # the layout of a tuned file cannot say "no gates"; it would come back with some
+        raise common.UserError(f"{cfg.branch}: a branch without gates cannot be tuned for chat; pretrain one with --gated")
     return VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, cfg.tokens).float()
 
 
@@ -151,7 +155,7 @@ def main(cfg):
         if not questions:
             raise common.UserError("--eval_only needs --eval_annotations")
         return report(0, common.Log(os.path.join(cfg.out, "log.jsonl"), 0))
-    dataset = data.ConversationDataset(cfg.annotations, cfg.root, cfg.num_frames, size)
+    dataset = data.ConversationDataset(cfg.annotations, cfg.root, cfg.num_frames, size, skip=True)
     if len(dataset) < cfg.batch_size:
         raise common.UserError(f"--batch_size {cfg.batch_size}: more than the {len(dataset)} conversations of {cfg.annotations}")
     steps = cfg.steps or cfg.epochs * (len(dataset) // cfg.batch_size)
@@ -159,7 +163,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0)
     half = cfg.amp and device.type == "cuda"
     scaler = torch.amp.GradScaler(enabled=half)
-    step, last = 0, os.path.join(cfg.out, "last.pth")
+    step, skipped, last = 0, 0, os.path.join(cfg.out, "last.pth")
     if os.path.exists(last):
         saved = common.load_checkpoint(last)
         common.check_same_run(saved, last, cfg)
@@ -167,7 +171,7 @@ def main(cfg):
             p.data.copy_(saved["trained"][name])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        step = saved["step"]
+        step, skipped = saved["step"], saved["skipped"]
     log = common.Log(os.path.join(cfg.out, "log.jsonl"), step) if here.first else None
     ddp = nn.parallel.DistributedDataParallel(chat) if here.size > 1 else chat
     loader = iter(DataLoader(dataset, batch_sampler=batches(len(dataset), cfg.batch_size, cfg.seed, step, here.rank, here.size),
@@ -176,7 +180,12 @@ def main(cfg):
     chat.train()
     bar = tqdm(total=steps, initial=step, desc=f"chat_tune {cfg.stage}", disable=not here.first)
     while step < steps:
-        video, conversations, _ = next(loader)
+        video, conversations, _, broken = next(loader)
+        skipped += len(broken)
+        for message in broken:
+            bar.write(f"skipped: {message}")
+        if not conversations:
+            raise common.UserError(f"{cfg.annotations}: a batch without one readable video under {cfg.root}")
         prompts = [prompt_ids(chat.tokenizer, turns, cfg.system) for turns in conversations]
         common.seed_step(cfg.seed, step, here.rank)
         for group in optimizer.param_groups:
@@ -195,12 +204,12 @@ def main(cfg):
         # -------------------------------------------------------------------------------------------- log and save
         if here.first:
             if step % cfg.log_every == 0 or step == steps:
-                log.add(step=step, loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"])
-                bar.set_postfix_str(f"loss {loss.item():.3f}")
+                log.add(step=step, loss=loss.item(), grad_norm=norm.item(), skipped=skipped, lr=optimizer.param_groups[0]["lr"])
+                bar.set_postfix_str(f"loss {loss.item():.3f} skipped {skipped}")
             if step % cfg.save_every == 0 or step == steps:
                 common.save_checkpoint(last, {"trained": {name: p.detach().cpu() for name, p in trained.items()},
                                               "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                                              "step": step, "config": dataclasses.asdict(cfg)})
+                                              "step": step, "skipped": skipped, "config": dataclasses.asdict(cfg)})
                 common.plot(os.path.join(cfg.out, "curve.png"), [(f"chat_tune, {cfg.stage}: loss", {"loss": log.column("loss")})])
         bar.update()
     bar.close()

@@ -53,7 +53,9 @@ def run(main, Config, **flags):
     try:
         main(parse(Config, **flags))
     except UserError as e:
-        print(f"{name}: {e}", file=sys.stderr)
+        # an error from a loader's process comes with that process's traceback; its last line is the message
+        message = re.sub(r"^[\w.]+(VideoError|UserError): ", "", str(e).strip().splitlines()[-1])
+        print(f"{name}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

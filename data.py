@@ -235,8 +235,10 @@ class Video:
         """Whole packets of the track from here on, in file order. Damage ends them: what came before it is good.
 
         An empty packet means "repeat the frame" in AVI, but "the end" to a decoder, so none is passed on."""
-        with contextlib.suppress(av.error.FFmpegError, IndexError):   # IndexError: PyAV's end where tracks turned up midway
-            for packet in self.container.demux(self.stream):
+        # closing: PyAV leaks a packet otherwise. IndexError: its way to end where tracks turned up midway.
+        damage = contextlib.suppress(av.error.FFmpegError, IndexError)
+        with contextlib.closing(self.container.demux(self.stream)) as demuxed, damage:
+            for packet in demuxed:
                 if packet.size and self.when(packet) is not None and not packet.is_corrupt:
                     yield packet
 
@@ -540,24 +542,30 @@ class ConversationDataset(Dataset):
     annotations: JSON lines or a JSON list of {"video" or "image": path, "conversations": [{"from": "human", "value"},
     {"from": "gpt", "value"}, ...]}, Video-ChatGPT's format. The marker "<video>" (or "<image>") and the line break beside it
     are taken out of the question. A picture is a clip with T = 1. pixels(frames, size): chat_pixels, as chat will show them;
-    the released tuning used eval_pixels with short = 256 instead. A broken file raises VideoError."""
-    def __init__(self, annotations, root, num_frames, image_size, mode="uniform", pixels=chat_pixels):
+    the released tuning used eval_pixels with short = 256 instead. A broken file raises VideoError, or gives Skipped if skip."""
+    def __init__(self, annotations, root, num_frames, image_size, mode="uniform", pixels=chat_pixels, skip=False):
         self.rows, self.conversations = [], []   # as in the file, with whatever else a row says; questions and answers
         for where, row in read_rows(annotations):
             field(row, where, "image" if isinstance(row, dict) and "image" in row else "video")
             self.rows.append(row)
             self.conversations.append(turns(field(row, where, "conversations", list), where))
-        self.root, self.num_frames, self.image_size, self.mode, self.pixels = root, num_frames, image_size, mode, pixels
+        self.root, self.num_frames, self.image_size = root, num_frames, image_size
+        self.mode, self.pixels, self.skip = mode, pixels, skip
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
         row = self.rows[i]
-        if "image" in row:
-            frames = read_picture(os.path.join(self.root, row["image"]))[None]   # (1, 3, H, W)
-        else:
-            frames, _ = sample_frames(locate(self.root, row["video"]), self.num_frames, self.mode)
+        try:
+            if "image" in row:
+                frames = read_picture(os.path.join(self.root, row["image"]))[None]   # (1, 3, H, W)
+            else:
+                frames, _ = sample_frames(locate(self.root, row["video"]), self.num_frames, self.mode)
+        except VideoError as e:
+            if self.skip:
+                return Skipped(str(e))
+            raise
         return self.pixels(frames, self.image_size), self.conversations[i], i
 
 

@@ -40,7 +40,7 @@ class Setting:
     num_frames: int
     text_length: int          # tokens of a caption that are read
     short: int                # short side before the centre crop, for 224-pixel models
-    mode: str                 # which frames: a key of data.SAMPLING
+    mode: str                 # which frames: "uniform" or a key of data.INDEX_RULES
     joined: bool = False      # a video's captions are one text
 
 
@@ -66,7 +66,7 @@ def retrieval_metrics(similarity):
     """similarity (Q, G) -> {"R@1", "R@5", "R@10" in percent, "MdR", "MnR": median and mean rank, from 1; ties count half}."""
     better, tied = ranks(similarity)
     rank = better + (tied - 1) / 2 + 1
-    return {**{f"R@{k}": recall_at_k(similarity, k) for k in (1, 5, 10)}, "MdR": rank.median().item(), "MnR": rank.mean().item()}
+    return {**{f"R@{k}": recall_at_k(similarity, k) for k in (1, 5, 10)}, "MdR": rank.quantile(0.5).item(), "MnR": rank.mean().item()}
 
 
 # ---------------------------------------------------------------------------------------------------- encode

@@ -222,7 +222,8 @@ def gather(x):
 
 def contrastive_loss(video, text, temperature=0.01):
     """video, text (B, P), row i belongs to row i -> InfoNCE over cosines, both directions *summed* as in the released code."""
-    logits = F.normalize(video.float(), dim=-1, eps=1e-8) @ F.normalize(text.float(), dim=-1, eps=1e-8).T / temperature
+    with torch.autocast(video.device.type, enabled=False):   # at a scale of 100, half precision is coarse
+        logits = F.normalize(video.float(), dim=-1, eps=1e-8) @ F.normalize(text.float(), dim=-1, eps=1e-8).T / temperature
     target = torch.arange(len(logits), device=logits.device)
     return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
 
@@ -402,12 +403,12 @@ class VideoChat(nn.Module):
 
     def logits(self, video, prompts):
         """video (B, T, 3, H, W); prompts: B pairs (ids, labels) of prompt_ids -> logits (B, S, V) of the next token at every
-        place, and what it should be (B, S), IGNORE_INDEX where that is not learned."""
-        rows, targets = [], []
+        place, and what it should be (B, S), IGNORE_INDEX where that is not learned. What is longer than the context is cut."""
+        rows, targets, longest = [], [], self.llm.config.context_length
         for tokens, (ids, labels) in zip(self.encode_video(video), prompts, strict=True):
             at = ids.index(VIDEO_INDEX)
-            rows.append(self.splice(ids, tokens))   # (S, D_llm)
-            targets.append(torch.tensor(labels[:at] + [IGNORE_INDEX] * (len(tokens) + 2) + labels[at + 1:])[1:])
+            rows.append(self.splice(ids, tokens)[:longest])   # (S, D_llm)
+            targets.append(torch.tensor(labels[:at] + [IGNORE_INDEX] * (len(tokens) + 2) + labels[at + 1:])[1:longest])
         embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)   # (B, S, D_llm): padded on the right, where nothing looks
         target = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
         return self.llm(embeds=embeds)[:, :-1], target.to(embeds.device)
@@ -456,7 +457,7 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32):
     if rows.shape != chat.start_end.shape:
         raise UserError(f"{chat_file}: its start and end rows are {tuple(rows.shape)}, this LLaVA needs {tuple(chat.start_end.shape)}")
     chat.start_end.data = rows
-    return chat.to(dtype).eval(), "tuned on video" if learned else "an image model: branch plugged in, not tuned on video"
+    return chat.to(dtype).eval(), "tuned on video" if learned else "no chat.bin: an image model with the branch plugged in"
 
 
 def chat_tensors(chat, dtype):

@@ -9,9 +9,9 @@ In --out: branch.pth (the branch in half precision, under the released names), l
 command goes on from it), log.jsonl, curve.png.
 Every random number follows from the seed and the step, so a resumed run equals an undisturbed one, bit for bit on a CPU.
 """
-import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import time
 
@@ -76,7 +76,7 @@ def lr_share(step, epoch_steps, steps, anneal):
     half = max(2, epoch_steps // 2)
     if step < half:
         return 0.05 + 0.95 * step / (half - 1)
-    return 0.5 * (1 + np.cos(np.pi * min(1, (step - half) / (4.5 * epoch_steps))))
+    return 0.5 * (1 + math.cos(math.pi * min(1, (step - half) / (4.5 * epoch_steps))))
 
 
 def batches(n, batch_size, together, seed, start, rank, size):

@@ -1,6 +1,7 @@
 """The toy world: coloured shapes that move, as real video files, in which every claim of the method can be true or false.
 
     python shapes.py render    # clips, still pictures, captions, questions -> out/shapes (3 minutes on 2 cores)
+    python shapes.py sample    # the clip that chat.py opens by itself      -> assets/sample.mp4
     python shapes.py clip      # a tiny CLIP from single frames             -> weights/tiny/clip
     python shapes.py llama     # a tiny LLaMA from the world's language     -> weights/tiny/llama
     python shapes.py score     # can the branch tell a clip from its twin?  -> a table
@@ -40,7 +41,7 @@ from model import IGNORE_INDEX, SYSTEMS, VIDEO_INDEX, prompt_ids
 
 @dataclasses.dataclass
 class Config:
-    stage: str                       # what to do: render, clip, llama or score
+    stage: str                       # what to do: render, sample, clip, llama or score
     data: str = "out/shapes"        # where the clips, captions and questions are
     out: str = "weights/tiny"        # where the trained models go
     branches: str = "weights/tiny/branch.pth" # branch files to score, one for each seed, with commas between
@@ -266,6 +267,12 @@ def render(cfg):
             common.write_atomic(os.path.join(cfg.data, f"{name}.jsonl"), lambda f: f.write(text.encode()))
 
 
+def sample(cfg):
+    """The clip that chat.py opens by itself: a held-out combination, large enough for people to look at."""
+    clip = Clip("orange", "star", "moves left then up", "", "big", jitter=(0.5,) * 6)
+    write_video("assets/sample.mp4", [draw(clip, (i + 0.5) / FRAMES, 256) for i in range(FRAMES)])
+
+
 # ---------------------------------------------------------------------------------------------------- training
 def fit(name, cfg, model, loss_of, steps, warmup):
     """The loop of both stages below: AdamW, warm-up and cosine, a checkpoint now and then from which it goes on.
@@ -415,7 +422,7 @@ def score(cfg):
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
-STAGES = {"render": render, "clip": train_clip, "llama": train_llama, "score": score}
+STAGES = {"render": render, "sample": sample, "clip": train_clip, "llama": train_llama, "score": score}
 
 
 def main(cfg):

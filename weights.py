@@ -157,7 +157,7 @@ KNOWN = {("collections", "OrderedDict"): collections.OrderedDict, ("torch", "Siz
          ("mmengine.logging.history_buffer", "HistoryBuffer"): Inert, ("builtins", "getattr"): Inert, ("__builtin__", "getattr"): Inert,
          ("numpy.core.multiarray", "_reconstruct"): Inert, ("numpy._core.multiarray", "_reconstruct"): Inert,
          ("numpy.core.multiarray", "scalar"): Inert, ("numpy._core.multiarray", "scalar"): Inert,
-         ("numpy", "ndarray"): Inert, ("numpy", "dtype"): Inert}
+         ("numpy", "ndarray"): Inert, ("numpy", "dtype"): Inert, ("_codecs", "encode"): Inert}
 
 
 class DataUnpickler(pickle.Unpickler):

@@ -4,8 +4,11 @@ import json
 import os
 
 import struct
+import sys
+import types
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -152,6 +155,24 @@ def test_a_getattr_in_a_pickle_does_nothing(tmp_path, monkeypatch):
         z.writestr("archive/data.pkl", payload)
     with pytest.raises(UserError, match="no tensors"):
         weights.read_file("w.pth")
+
+
+class HistoryBuffer:
+    """As in an mmengine checkpoint: an object of a library that is not here, with numpy inside."""
+
+
+def test_an_mmengine_checkpoint_is_read_past_its_log(tmp_path, monkeypatch):
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    module.HistoryBuffer, HistoryBuffer.__module__ = HistoryBuffer, module.__name__
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    buffer = HistoryBuffer()
+    buffer.__dict__ = {"_log_history": np.arange(3.0), "_max_length": 10, "last": np.float64(2.5), "call": getattr}
+    torch.save({"meta": {"epoch": 1}, "message_hub": {"log_scalars": {"loss": buffer}}, "state_dict": {"w": torch.ones(2)}}, tmp_path / "w.pth")
+    for name in ("mmengine", "mmengine.logging", module.__name__):
+        monkeypatch.delitem(sys.modules, name)
+    same(weights.read_file(tmp_path / "w.pth"), {"w": torch.ones(2)})
 
 
 @pytest.mark.parametrize("spoil, message", [

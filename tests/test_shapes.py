@@ -29,6 +29,11 @@ def test_training_and_test_share_no_combination_of_colour_shape_and_motion():
     assert {combo[:2] for combo in test} <= {combo[:2] for combo in train}
 
 
+def test_the_sample_clip_is_of_the_test_world():
+    held_out = {(c.colour, c.shape, c.motion) for c in shapes.world(0, 0, True)}
+    assert ("orange", "star", "moves left then up") in held_out
+
+
 def test_the_test_world_has_at_least_500_pairs_and_no_caption_twice():
     clips = shapes.world(0, 0, True)
     assert len(clips) >= 1000 and len({c.caption for c in clips}) == len(clips)
