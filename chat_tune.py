@@ -5,7 +5,8 @@
     video       videos: projector and branch; the LLaMA is frozen, as in the paper               -> chat.bin
 
     python chat_tune.py --stage video --clip weights/tiny/clip --llm weights/tiny/llava --branch weights/tiny/branch.pth \\
-        --annotations out/shapes/train_talks.jsonl --root out/shapes --out out/chat --num_frames 8 --lr 5e-4
+        --annotations out/shapes/train_talks.jsonl --root out/shapes --out out/chat \\
+        --num_frames 8 --lr 1e-3 --batch_size 16 --steps 1000                            # a laptop, 6 minutes
     torchrun --nproc_per_node 8 chat_tune.py --stage video --clip weights/clip --llm weights/llava \\
         --branch weights/branch.pth --annotations video_chatgpt_training.json --root videos --out out/chat
 
@@ -17,9 +18,11 @@ import collections
 import dataclasses
 import itertools
 import os
+import sys
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -69,6 +72,8 @@ def collate(items):
     """-> (video (B, T, 3, H, W), B conversations, B indices, messages of broken videos, which are left out)."""
     good = [item for item in items if not isinstance(item, data.Skipped)]
     videos, conversations, indices = zip(*good) if good else ((), (), ())
+    if len({video.shape for video in videos}) > 1:
+        raise common.UserError("pictures and videos in one batch; put them into annotation files of their own")
     video = torch.stack(videos) if videos else torch.empty(0)
     return video, conversations, indices, [item.message for item in items if isinstance(item, data.Skipped)]
 
@@ -84,13 +89,14 @@ def batches(n, batch_size, seed, start, rank, size):
 @torch.no_grad()
 def exact_answers(chat, dataset, system, device, batch_size=32, workers=0):
     """Questions -> {kind: (right, asked)}. An answer is right if greedy decoding would give it word for word: that is so
-    exactly when, with the right answer fed in, every next token has the highest logit."""
+    exactly when, with the right answer fed in, every next token has the highest logit. An answer beyond the context is wrong."""
     counts = collections.defaultdict(lambda: [0, 0])
     chat.eval()
     for video, conversations, indices, _ in tqdm(DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers), desc="ask", leave=False):
         prompts = [prompt_ids(chat.tokenizer, turns, system) for turns in conversations]
         logits, target = chat.logits(video.to(device), prompts)
-        right = ((logits.argmax(-1) == target) | (target == IGNORE_INDEX)).all(1)   # (B,)
+        learned = torch.tensor([sum(label != IGNORE_INDEX for label in labels) for _, labels in prompts], device=target.device)
+        right = ((logits.argmax(-1) == target) & (target != IGNORE_INDEX)).sum(1) == learned   # (B,)
         for i, ok in zip(indices, right.tolist()):
             count = counts[dataset.rows[i].get("kind", "all")]
             count[0] += ok
@@ -102,6 +108,9 @@ def build(cfg):
     """-> the model of a stage, in fp32."""
     clip, _ = load_clip(cfg.clip)
     llm, tokenizer, extra = load_llama(cfg.llm)
+    words = llm.model.embed_tokens.weight.shape[0]
+    if words - tokenizer.vocab_size not in (0, 3):
+        raise common.UserError(f"{cfg.llm}: {words} word embeddings for {tokenizer.vocab_size} tokens; needed are as many, or LLaVA's 3 more")
     visual, width, projector = clip.config.vision_width, llm.config.width, part(extra, "model.mm_projector.")
     # the first stage starts the projector anew; the others go on with the one that the weights hold
     mm_projector = nn.Linear(visual, width) if cfg.stage == "projector" else make_projector(projector, visual, width, cfg.llm)
@@ -115,9 +124,7 @@ def save_result(cfg, chat):
     if cfg.stage == "video":
         common.save_checkpoint(os.path.join(cfg.out, "chat.bin"), chat_tensors(chat, torch.float16))
         return
-    grown = chat.llm.model.embed_tokens.weight.shape[0] == chat.tokenizer.vocab_size
-    if grown:   # LLaVA's <im_patch>, <im_start>, <im_end>
-        chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)
+    chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)   # LLaVA's <im_patch>, <im_start>, <im_end>, if they are not there yet
     chat.llm.model.embed_tokens.weight.data[-2:] = chat.start_end.data
     save_llama(os.path.join(cfg.out, "llava"), chat.llm, os.path.join(cfg.llm, "tokenizer.model"),
                {f"model.mm_projector.{name}": t for name, t in chat.mm_projector.state_dict().items()},
@@ -136,7 +143,7 @@ def main(cfg):
         raise common.UserError("--tokens branch needs --branch FILE")
     if cfg.batch_size % here.size:
         raise common.UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes")
-    os.makedirs(cfg.out, exist_ok=True)
+    common.at_least(cfg, batch_size=1, num_frames=1, seed=0, steps=0, epochs=1, save_every=1, log_every=1)
     torch.manual_seed(cfg.seed)
     # ------------------------------------------------------------------------------------------------ model
     chat = build(cfg).to(device)
@@ -147,14 +154,16 @@ def main(cfg):
     size = chat.encoder.clip.config.image_size
     questions = cfg.eval_annotations and data.ConversationDataset(cfg.eval_annotations, cfg.root, cfg.num_frames, size)
 
-    def report(step, log):
+    def report(step, log=None):
         for kind, (right, asked) in exact_answers(chat, questions, cfg.system, device, workers=cfg.workers).items():
             print(f"{cfg.stage}, {cfg.tokens} tokens: {kind} questions {100 * right / asked:.1f} % exactly right ({right} of {asked})", flush=True)
-            log.add(step=step, **{kind: 100 * right / asked})
+            if log:
+                log.add(step=step, **{kind: 100 * right / asked})
     if cfg.eval_only:
         if not questions:
             raise common.UserError("--eval_only needs --eval_annotations")
-        return report(0, common.Log(os.path.join(cfg.out, "log.jsonl"), 0))
+        return report(0) if here.first else None
+    common.make_folder(cfg.out)
     dataset = data.ConversationDataset(cfg.annotations, cfg.root, cfg.num_frames, size, skip=True)
     if len(dataset) < cfg.batch_size:
         raise common.UserError(f"--batch_size {cfg.batch_size}: more than the {len(dataset)} conversations of {cfg.annotations}")
@@ -167,8 +176,7 @@ def main(cfg):
     if os.path.exists(last):
         saved = common.load_checkpoint(last)
         common.check_same_run(saved, last, cfg)
-        for name, p in trained.items():
-            p.data.copy_(saved["trained"][name])
+        common.put_back(trained, saved["trained"], last)
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         step, skipped = saved["step"], saved["skipped"]
@@ -183,7 +191,7 @@ def main(cfg):
         video, conversations, _, broken = next(loader)
         skipped += len(broken)
         for message in broken:
-            bar.write(f"skipped: {message}")
+            bar.write(f"skipped: {message}", file=sys.stderr)
         if not conversations:
             raise common.UserError(f"{cfg.annotations}: a batch without one readable video under {cfg.root}")
         prompts = [prompt_ids(chat.tokenizer, turns, cfg.system) for turns in conversations]
@@ -201,11 +209,15 @@ def main(cfg):
         scaler.step(optimizer)
         scaler.update()
         step += 1
+        shown = loss.detach().clone()   # of the joined batch
+        if here.size > 1:
+            dist.all_reduce(shown)
+            shown /= here.size
         # -------------------------------------------------------------------------------------------- log and save
         if here.first:
             if step % cfg.log_every == 0 or step == steps:
-                log.add(step=step, loss=loss.item(), grad_norm=norm.item(), skipped=skipped, lr=optimizer.param_groups[0]["lr"])
-                bar.set_postfix_str(f"loss {loss.item():.3f} skipped {skipped}")
+                log.add(step=step, loss=shown.item(), grad_norm=norm.item(), skipped=skipped, lr=optimizer.param_groups[0]["lr"])
+                bar.set_postfix_str(f"loss {shown.item():.3f} skipped {skipped}")
             if step % cfg.save_every == 0 or step == steps:
                 common.save_checkpoint(last, {"trained": {name: p.detach().cpu() for name, p in trained.items()},
                                               "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
@@ -217,6 +229,8 @@ def main(cfg):
         save_result(cfg, chat)
         if questions:
             report(step, log)
+    if here.size > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from common import UserError, write_atomic
+from common import UserError, make_folder, write_atomic
 
 VOCABULARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "bpe_simple_vocab_16e6.txt.gz")
 
@@ -366,10 +366,7 @@ def save_clip(folder, clip, tokenizer, dtype=torch.float16):
     merges = ["#version: 0.2", *(f"{tokenizer.symbols[a]} {tokenizer.symbols[b]}" for a, b in tokenizer.merges)]
     texts = {"config.json": json.dumps(config, indent=2) + "\n", "merges.txt": "\n".join(merges) + "\n",
              "vocab.json": json.dumps({symbol: i for i, symbol in enumerate(tokenizer.symbols)}, ensure_ascii=False)}
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot make this folder: {e.strerror}")
+    make_folder(folder)
     for name, text in texts.items():
         write_atomic(os.path.join(folder, name), lambda f: f.write(text.encode("utf-8")))
     tensors = {name: tensor.to(dtype) for name, tensor in clip.state_dict().items()}

@@ -5,7 +5,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import types
@@ -25,7 +24,7 @@ def parse(Config, argv=None, positional=(), short={}):
 
     positional: names of fields that are given without a flag; short: {field: letter}."""
     module = sys.modules[Config.__module__]
-    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Config), re.M))
+    comments = dict(re.findall(r"^    (\w+):.*? # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field, kind in ((f, typing.get_type_hints(Config)[f.name]) for f in dataclasses.fields(Config)):
         if isinstance(kind, types.UnionType):   # `int | None`: the flag, if given, is an int
@@ -63,6 +62,21 @@ def run(main, Config, **flags):
 
 
 # ---------------------------------------------------------------------------------------------------- files
+def make_folder(path):
+    """Makes a folder and those above it, where they are missing. Raises UserError."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot make this folder: {e.strerror}")
+
+
+def at_least(cfg, **bounds):
+    """Raises UserError for the first field of `cfg` that is below its bound."""
+    for name, bound in bounds.items():
+        if getattr(cfg, name) < bound:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {bound}")
+
+
 def write_atomic(path, write):
     """Calls write(file) on a temporary file beside `path`, then renames it: the old file or the whole new one, never half.
 
@@ -93,11 +107,20 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise UserError(f"{path}: not a checkpoint of this program ({str(e).splitlines()[0][:120]})")
+    except Exception as e:   # a damaged or hostile file can make the reader raise anything
+        raise UserError(f"{path}: not a checkpoint of this program, or damaged ({type(e).__name__})")
 
 
-FREE = {"steps", "epochs", "workers", "device", "amp", "eval_annotations", "eval_every", "save_every", "log_every"}
+def put_back(parameters, saved, path):
+    """Copies saved tensors into {name: parameter}, if names and sizes are the same on both sides. Raises UserError."""
+    if {name: t.shape for name, t in saved.items()} != {name: p.shape for name, p in parameters.items()}:
+        raise UserError(f"{path}: made with a model of other sizes; choose another --out")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(saved[name])
+
+
+FREE = {"out", "root", "steps", "epochs", "workers", "device", "amp", "eval_annotations", "eval_every", "save_every", "log_every"}
 
 
 def check_same_run(saved, path, cfg):
@@ -114,9 +137,11 @@ class Log:
     def __init__(self, path, start):
         self.path, self.rows = path, []
         if start and os.path.exists(path):
-            with open(path) as f:
-                rows = [json.loads(line) for line in f if line.endswith("\n")]
-            self.rows = [row for row in rows if row["step"] <= start]
+            try:
+                with open(path) as f:
+                    self.rows = [row for row in (json.loads(line) for line in f if line.endswith("\n")) if row["step"] <= start]
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                raise UserError(f"{path}: not a log of this program ({type(e).__name__}); move it away")
         write_atomic(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
 
     def add(self, **row):

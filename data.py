@@ -17,7 +17,6 @@ import json
 import math
 import os
 import stat
-import sys
 
 import av
 import numpy as np
@@ -600,11 +599,3 @@ def contact_sheet(frames, times, path, width=240):
         sheet.paste(Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()).resize((width, height)), (x, y))
         draw.text((x + 2, y + height + 2), f"{i}: {time:.2f} s", "black", font)
     write_atomic(path, lambda f: sheet.save(f, "PNG"))
-
-
-if __name__ == "__main__":   # python data.py video.mp4 frames.png
-    try:
-        print(probe(sys.argv[1]))
-        contact_sheet(*sample_frames(sys.argv[1], 16, "uniform"), sys.argv[2])
-    except UserError as e:
-        sys.exit(f"data.py: {e}")

@@ -82,7 +82,8 @@ def encode(encoder, tokenizer, dataset, setting, device, batch_size=16, workers=
             branch.append(feature.float().cpu())
             mean.append(encoder.clip.project_image(state[:, :, 0]).mean(1).float().cpu())
         for i in range(0, len(dataset), 256):
-            ids = tokenizer(dataset.captions[i:i + 256], setting.text_length).to(device)
+            length = min(setting.text_length, encoder.clip.config.context_length)
+            ids = tokenizer(dataset.captions[i:i + 256], length).to(device)
             text.append(encoder.clip.encode_text(ids).float().cpu())
     encoder.train(was_training)
     return tuple(F.normalize(torch.cat(rows), dim=-1) for rows in (branch, mean, text))

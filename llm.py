@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UserError, write_atomic
+from common import UserError, make_folder, write_atomic
 from weights import load_into, map_file, read_json, read_tensors, write_safetensors
 
 ROPE_SCALING = {"default": (), "linear": ("factor",),   # kinds, and what each needs to know
@@ -468,10 +468,7 @@ def save_llama(folder, model, tokenizer_model_path, extra={}, dtype=torch.float1
         "rope_scaling": c.rope_scaling, "rms_norm_eps": c.norm_eps, "max_position_embeddings": c.context_length,
         "tie_word_embeddings": c.tied, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, **config_extra}
     tensors = {name: t for name, t in model.state_dict().items() if not (c.tied and name == "lm_head.weight")}
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot make this folder: {e.strerror}")
+    make_folder(folder)
     write_safetensors(os.path.join(folder, "model.safetensors"),
                       {name: t.to(dtype) for name, t in (tensors | extra).items()}, metadata={"format": "pt"})
     write_atomic(os.path.join(folder, "tokenizer.model"), lambda f: f.write(tokenizer_bytes))

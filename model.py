@@ -77,7 +77,7 @@ class Branch(nn.Module):
     """K temporal + spatial layers that read the outputs of K consecutive CLIP layers. Parameter names are the released ones.
 
     gated: learnable gates mix the branch with CLIP; without them the two are summed. A weight file has the gates or not."""
-    def __init__(self, width=1024, heads=16, mlp_width=4096, depth=4, gated=True, num_positions=64, drop_path=0.1):
+    def __init__(self, width=1024, heads=16, mlp_width=4096, depth=4, gated=True, num_positions=64, drop_path=0.0):
         super().__init__()
         rates = [drop_path * j / max(1, depth - 1) for j in range(depth)]   # deeper layers are dropped more often
         self.btadapter_cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -95,7 +95,7 @@ class Branch(nn.Module):
         """A new branch for this CLIP: spatial layer j starts as a copy of the CLIP layer whose output it reads."""
         c = clip.config
         branch = cls(c.vision_width, c.vision_heads, c.vision_mlp, depth, **options)
-        for layer, source in zip(branch.btadapter_S_layers, clip.vision_model.encoder.layers[-depth:]):
+        for layer, source in zip(branch.btadapter_S_layers, clip.vision_model.encoder.layers[-depth:], strict=True):
             layer.load_state_dict({name: t.float().clone() for name, t in source.state_dict().items()})
         return branch
 
@@ -160,7 +160,7 @@ class VideoEncoder(nn.Module):
     """Frozen CLIP with a branch beside its last layers.
 
     skip_last: CLIP layers at the end that are not used. 0 for retrieval; 1 for chat, because LLaVA reads the last layer but one
-    (and a branch from pretraining then leaves its own last layer idle: see `for_chat`)."""
+    (and a branch from pretraining then leaves its own last layer idle: see `load_branch`)."""
     def __init__(self, clip, branch, skip_last=0):
         super().__init__()
         self.clip, self.branch, self.skip_last = clip.requires_grad_(False), branch, skip_last
@@ -283,7 +283,7 @@ def read_branch_file(path):
     return names, tuned
 
 
-def load_branch(path, clip, skip_last=0, drop_path=0.1):
+def load_branch(path, clip, skip_last=0, drop_path=0.0):
     """-> Branch in fp32 that fits `clip`. Gates: in the file, the file's; absent from a pretraining file, none (sums, as all
     released evaluations use it); absent from a tuned file, zeros (tuning never saved them). Raises UserError.
 
@@ -414,9 +414,15 @@ class VideoChat(nn.Module):
         return self.llm(embeds=embeds)[:, :-1], target.to(embeds.device)
 
     def forward(self, video, prompts):
-        """-> mean cross-entropy over the learned tokens."""
+        """-> mean cross-entropy over the learned tokens of all processes: this one's share, times their number, because DDP
+        will average where the joined batch needs the sum."""
         logits, target = self.logits(video, prompts)
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX)
+        total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        count = (target != IGNORE_INDEX).sum()
+        if dist.is_initialized():
+            dist.all_reduce(count)
+            total = total * dist.get_world_size()
+        return total / count.clamp(min=1)
 
 
 def make_projector(tensors, visual, width, source):

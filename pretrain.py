@@ -1,7 +1,7 @@
 """Stage 1: teach the branch from video-text pairs, beside a frozen CLIP, with 70 % of its tokens hidden.
 
     python pretrain.py --clip weights/tiny/clip --annotations out/shapes/train_captions.jsonl --root out/shapes \\
-        --out out/branch --lr 1e-5 --anneal --batch_size 32 --steps 1500             # the toy world on a laptop
+        --out out/branch --lr 1e-5 --anneal --batch_size 64 --together 2 --steps 800 --min_area 0.8      # a laptop, 10 minutes
     torchrun --nproc_per_node 8 pretrain.py --clip weights/clip --annotations results_2M_train.csv --root WebVid \\
         --out out/branch --workers 8                                                 # the released run
 
@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 import os
+import sys
 import time
 
 import numpy as np
@@ -98,11 +99,15 @@ def main(cfg):
     # ------------------------------------------------------------------------------------------------ setup
     here = common.start_distributed(cfg.device)
     device = here.device
+    common.at_least(cfg, batch_size=2, together=1, depth=2, num_frames=1, seed=0, steps=0, epochs=1, save_every=1, log_every=1,
+                    eval_every=1, mask_ratio=0)
+    if cfg.mask_ratio >= 1:
+        raise common.UserError(f"--mask_ratio {cfg.mask_ratio}: must be less than 1, or the branch sees nothing")
     if cfg.losses not in LOSS_WEIGHTS:
         raise common.UserError(f"--losses {cfg.losses}: choose one of {', '.join(LOSS_WEIGHTS)}")
     if cfg.batch_size % (here.size * cfg.together):
         raise common.UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes x {cfg.together} together")
-    os.makedirs(cfg.out, exist_ok=True)
+    common.make_folder(cfg.out)
     torch.manual_seed(cfg.seed)
     # ------------------------------------------------------------------------------------------------ data
     clip, tokenizer = load_clip(cfg.clip)
@@ -114,7 +119,11 @@ def main(cfg):
         raise common.UserError(f"--batch_size {cfg.batch_size}: more than the {len(dataset)} clips of {cfg.annotations}")
     steps = cfg.steps or cfg.epochs * epoch_steps
     # ------------------------------------------------------------------------------------------------ model
+    if cfg.depth > clip.config.vision_layers:
+        raise common.UserError(f"--depth {cfg.depth}: this CLIP has {clip.config.vision_layers} layers")
     branch = Branch.beside(clip, cfg.depth, gated=cfg.gated, drop_path=cfg.drop_path)
+    if cfg.num_frames > len(branch.btadapter_time_embed.weight):
+        raise common.UserError(f"--num_frames {cfg.num_frames}: the branch has {len(branch.btadapter_time_embed.weight)} time positions")
     model = Pretraining(VideoEncoder(clip.float(), branch)).to(device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # ------------------------------------------------------------------------------------------------ optimizer
@@ -147,7 +156,7 @@ def main(cfg):
         waited += time.time() - ready
         skipped += len(batch["skipped"])
         for message in batch["skipped"]:
-            bar.write(f"skipped: {message}")
+            bar.write(f"skipped: {message}", file=sys.stderr)
         count = torch.tensor(len(batch["index"]), device=device)
         if here.size > 1:   # every process must bring as many clips as the others
             dist.all_reduce(count, dist.ReduceOp.MIN)
@@ -191,6 +200,8 @@ def main(cfg):
                 curve(os.path.join(cfg.out, "curve.png"), log)
         bar.update()
     bar.close()
+    if here.size > 1:
+        dist.destroy_process_group()
 
 
 def restore(path, model, optimizer, scaler, cfg):
@@ -199,8 +210,7 @@ def restore(path, model, optimizer, scaler, cfg):
     common.check_same_run(saved, path, cfg)
     weights_now = {f"backbone.{n}": p for n, p in model.encoder.branch.state_dict().items()}
     weights_now |= {f"extra_proj.{n}": p for n, p in model.extra_proj.state_dict().items()}
-    for name, p in weights_now.items():
-        p.copy_(saved["state_dict"][name])
+    common.put_back(weights_now, saved["state_dict"], path)
     optimizer.load_state_dict(saved["optimizer"])
     scaler.load_state_dict(saved["scaler"])
     return saved["step"], saved["skipped"]

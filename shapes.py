@@ -44,8 +44,8 @@ class Config:
     stage: str                       # what to do: render, sample, clip, llama or score
     data: str = "out/shapes"        # where the clips, captions and questions are
     out: str = "weights/tiny"        # where the trained models go
-    branches: str = "weights/tiny/branch.pth" # branch files to score, one for each seed, with commas between
-    scratch: str = "out/shapes_runs" # checkpoints to go on from
+    branches: str = "weights/tiny/branch.pth"   # branch files to score, one for each seed, with commas between
+    scratch: str = "out/shapes_runs"   # checkpoints to go on from
     pairs: int = 4000                # training clips and their twins
     steps: int = 0                   # training steps of clip or llama; 0 = that stage's own number
     batch_size: int = 128            # pictures or texts a step
@@ -55,6 +55,7 @@ class Config:
 
 # ---------------------------------------------------------------------------------------------------- the world
 SIZE, FPS, FRAMES = 64, 12, 24
+ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 235), "yellow": (235, 220, 40),
            "purple": (150, 50, 200), "orange": (245, 140, 30), "cyan": (50, 210, 220), "white": (245, 245, 245)}
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "bar", "arrow"]
@@ -110,8 +111,8 @@ class Clip:
                 radius *= 0.5 + (done if event == "gets big" else 1 - done)
             elif event == "blinks":
                 visible = not 0.2 + 0.1 * j[5] < done < 0.7 + 0.1 * j[5]
-            else:   # spins clockwise
-                angle += math.radians(110 + 20 * j[5]) * done
+            else:   # spins clockwise, through upright: two thirds of the turn after which it looks the same
+                angle += math.radians(min(120, 0.66 * SPINNING[self.shape])) * (done - 0.5)
         return x, y, radius, angle, visible
 
 
@@ -189,9 +190,12 @@ def still_caption(clip, share):
     horizontal = "left" if x < 0.4 else "right" if x > 0.6 else ""
     place = f"at the {vertical} {horizontal}".strip() if vertical else f"on the {horizontal}" if horizontal else "in the middle"
     what, way = f"a {size} {clip.colour} {clip.shape}", place
-    if vertical and int(share * FRAMES) // 4 % 2:   # the same said otherwise: "up on the left", "down in the middle"
-        way = {"top": "up", "bottom": "down"}[vertical] + (f" on the {horizontal}" if horizontal else " in the middle")
     questions = static_questions(clip.colour, clip.shape, size, place) + [("What do you see?", f"It is {what} {place}.")]
+    frame = int(share * FRAMES)   # the same is said in several ways, so that every word has to carry its meaning
+    if vertical and frame // 4 % 2:
+        way = {"top": "up", "bottom": "down"}[vertical] + (f" on the {horizontal}" if horizontal else " in the middle")
+    if frame // 8 % 2:
+        what = f"a {clip.colour} {clip.shape} that is {size}"
     return " ".join(f"{what} {tilt} {way}".split()), questions
 
 
@@ -221,44 +225,57 @@ def conversation(name, pairs, **source):
 
 
 # ---------------------------------------------------------------------------------------------------- render
+def splits(cfg):
+    """-> [(split, its clips, at which share of each pair's first clip the still is taken)]."""
+    worlds = (("train", world(cfg.pairs, cfg.seed, False)), ("test", world(0, cfg.seed, True)))
+    return [(split, clips, [(k + 0.5) / FRAMES for k in np.random.default_rng([cfg.seed, 7]).integers(FRAMES, size=len(clips) // 2)])
+            for split, clips in worlds]
+
+
 def render_clip(job):
-    """Draws one clip, writes it and its twin, and a still of it."""
+    """Draws one clip, writes it, its twin, and a still: a frame as decoded, like those of a video."""
     clip, stem, share = job
     frames = [draw(clip, (i + 0.5) / FRAMES) for i in range(FRAMES)]
     write_video(f"{stem}a.mp4", frames)
     write_video(f"{stem}b.mp4", frames[::-1])
-    if share is not None:
-        still, _ = data.frames_at(f"{stem}a.mp4", [share * FRAMES / FPS])   # as decoded, like the frames of a video
-        Image.fromarray(still[0].permute(1, 2, 0).numpy()).save(f"{stem}.png")
+    still, _ = data.frames_at(f"{stem}a.mp4", [share * FRAMES / FPS])
+    common.write_atomic(f"{stem}.png", lambda f: Image.fromarray(still[0].permute(1, 2, 0).numpy()).save(f, "PNG"))
 
 
 def render(cfg):
-    """Clips, stills and annotations of the training and the test world -> cfg.data."""
-    for split, clips in (("train", world(cfg.pairs, cfg.seed, False)), ("test", world(0, cfg.seed, True))):
+    """Clips, stills and annotations of the training and the test world -> cfg.data. Pairs that have their still are done."""
+    for split, clips, shares in splits(cfg):
         folder = os.path.join(cfg.data, split)
-        os.makedirs(folder, exist_ok=True)
-        rng = np.random.default_rng([cfg.seed, 7])
-        shares = [(rng.integers(FRAMES) + 0.5) / FRAMES for _ in clips[::2]]
-        stems = [f"{i:05d}" for i in range(len(clips) // 2)]
-        jobs = [(clip, os.path.join(folder, stem), share) for clip, stem, share in zip(clips[::2], stems, shares)]
+        common.make_folder(folder)
+        jobs = [(clip, os.path.join(folder, f"{i:05d}"), share) for i, (clip, share) in enumerate(zip(clips[::2], shares))]
+        jobs = [job for job in jobs if not os.path.exists(f"{job[1]}.png")]
         with multiprocessing.get_context("spawn").Pool(cfg.threads) as pool:
             for _ in tqdm(pool.imap_unordered(render_clip, jobs, chunksize=16), total=len(jobs), desc=f"render {split}"):
                 pass
+    annotate(cfg)
 
-        def pick(questions, count):
-            return [questions[i] for i in rng.permutation(len(questions))[:count]]
+
+def annotate(cfg):
+    """Captions, conversations and stills -> JSON lines in cfg.data. In the test world twins are asked the same questions."""
+    for split, clips, shares in splits(cfg):
         captions, talks, stills = [], [], []
         for i, clip in enumerate(clips):
-            name = stems[i // 2] + "ab"[i % 2]
-            captions.append({"video": f"{split}/{name}.mp4", "caption": clip.caption, **dataclasses.asdict(clip)})
+            rng = np.random.default_rng([cfg.seed, 8, i // 2])   # one for both twins
+
+            def pick(questions, count):
+                return [questions[k] for k in rng.permutation(len(questions))[:count]]
+            name = f"{i // 2:05d}{'ab'[i % 2]}"
+            video = f"{split}/{name}.mp4"
             static, temporal = static_questions(clip.colour, clip.shape, clip.size, clip.place), temporal_questions(clip)
+            captions.append({"video": video, "caption": clip.caption, **dataclasses.asdict(clip)})
             if split == "train":
-                talks.append(conversation(name, pick(pick(static, 2) + pick(temporal, 2), 4), video=f"{split}/{name}.mp4"))
+                talks.append(conversation(name, pick(pick(static, 2) + pick(temporal, 2), 4), video=video))
             else:
-                talks += [conversation(f"{name}-{kind}", [pair], kind=kind, video=f"{split}/{name}.mp4")
-                          for kind, pairs in (("static", static), ("temporal", temporal)) for pair in pick(pairs, 1)]
+                talks += [conversation(f"{name}-{kind}", pick(pairs, 1), kind=kind, video=video)
+                          for kind, pairs in (("static", static), ("temporal", temporal))]
             if i % 2 == 0:
-                stills.append(conversation(name, pick(still_caption(clip, shares[i // 2])[1], 4 if split == "train" else 1), image=f"{split}/{stems[i // 2]}.png"))
+                questions = pick(still_caption(clip, shares[i // 2])[1], 4 if split == "train" else 1)
+                stills.append(conversation(name, questions, image=f"{split}/{i // 2:05d}.png"))
         files = {f"{split}_captions": captions, f"{split}_talks": talks, f"{split}_stills": stills}
         if split == "test":   # every eighth pair, to watch while training
             files["watch_captions"] = [row for i, row in enumerate(captions) if i // 2 % 8 == 0]
@@ -270,7 +287,7 @@ def render(cfg):
 def sample(cfg):
     """The clip that chat.py opens by itself: a held-out combination, large enough for people to look at."""
     clip = Clip("orange", "star", "moves left then up", "", "big", jitter=(0.5,) * 6)
-    write_video("assets/sample.mp4", [draw(clip, (i + 0.5) / FRAMES, 256) for i in range(FRAMES)])
+    write_video(os.path.join(ASSETS, "sample.mp4"), [draw(clip, (i + 0.5) / FRAMES, 256) for i in range(FRAMES)])
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -280,12 +297,12 @@ def fit(name, cfg, model, loss_of, steps, warmup):
     loss_of(step) -> (loss, a note for the progress bar)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     last, start, settings = os.path.join(cfg.scratch, f"{name}.pth"), 0, [cfg.seed, cfg.pairs, cfg.batch_size, steps]
-    os.makedirs(cfg.scratch, exist_ok=True)
+    common.make_folder(cfg.scratch)
     if os.path.exists(last):
         saved = common.load_checkpoint(last)
         if saved.get("settings") != settings:
             raise common.UserError(f"{last}: from a run with other settings; remove it, or choose another --scratch")
-        model.load_state_dict(saved["model"])
+        common.put_back(model.state_dict(), saved["model"], last)
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name)
@@ -306,7 +323,7 @@ def fit(name, cfg, model, loss_of, steps, warmup):
 
 def train_clip(cfg):
     """A tiny CLIP: contrastive training on single frames and what they show. Nothing it sees or reads says anything about time."""
-    full = Tokenizer.from_file("assets/bpe_simple_vocab_16e6.txt.gz")
+    full = Tokenizer.from_file(os.path.join(ASSETS, "bpe_simple_vocab_16e6.txt.gz"))
     tokenizer = Tokenizer([(full.symbols[a], full.symbols[b]) for a, b in full.merges][:800])   # enough for this world's words
     torch.manual_seed(cfg.seed)
     model = CLIP(CLIPConfig(image_size=SIZE, patch_size=16, vision_width=128, vision_layers=6, vision_heads=4, vision_mlp=512,
@@ -355,7 +372,7 @@ def train_llama(cfg):
     corpus, rng = [SYSTEMS["vicuna_v1"]] * 100, np.random.default_rng([cfg.seed, 11])
     for caption, turns in (talk(rng) for _ in range(4000)):
         corpus += [caption] + [text for question, answer in turns for text in (f"USER: {question}", f"ASSISTANT: {answer}")]
-    os.makedirs(cfg.scratch, exist_ok=True)
+    common.make_folder(cfg.scratch)
     model_file = os.path.join(cfg.scratch, "tokenizer.model")
     common.write_atomic(model_file, lambda f: f.write(train_tokenizer(corpus, 560)))
     tokenizer = SentencePieceTokenizer(model_file)
@@ -401,7 +418,7 @@ def score(cfg):
     fields = [f.name for f in dataclasses.fields(Clip)]
     with open(os.path.join(cfg.data, "test_captions.jsonl")) as f:
         clips = [Clip(**{name: row[name] for name in fields}) for row in map(json.loads, f)]
-    rows = {}
+    rows, by_motion = {}, {}   # {model: [metrics of a seed]}, {pair of motions: [twin accuracy of the branch, a seed each]}
     for file in cfg.branches.split(","):
         encoder, tokenizer = load_encoder(cfg.out, file, torch.device("cpu"))
 
@@ -414,12 +431,21 @@ def score(cfg):
                        **retrieval_metrics(text @ video.T), "twin distance": (video[::2] - video[1::2]).norm(dim=1).max().item()}
             rows.setdefault(name, []).append(metrics)
             print(json.dumps({"branch file": file, "what": name, **{k: round(v, 7) for k, v in metrics.items()}}), flush=True)
-    print(f"\n{len(clips) // 2} pairs of held-out twins, {len(rows['branch'])} seeds: mean (lowest to highest)\n")
+        right = twin_accuracy(branch, text)
+        for pair, (forwards, backwards, _) in enumerate(MOTIONS):
+            which = [TURNS[clip.motion][0] == pair for clip in clips]
+            by_motion.setdefault(f"{forwards} / {backwards}", []).append(100 * right[torch.tensor(which)].mean().item())
+
+    def spread(values):
+        return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
     columns = ["twins", "static", "R@1", "R@5", "R@10"]
+    print(f"\n{len(clips) // 2} pairs of held-out twins, {len(rows['branch'])} seeds: mean (lowest to highest), in percent\n")
     print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for name, found in rows.items():
-        cells = [(values := [m[c] for m in found]) and f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})" for c in columns]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        print(f"| {name} | " + " | ".join(spread([metrics[c] for metrics in found]) for c in columns) + " |")
+    print("\n| branch, twins of | told apart |\n|---|---|")
+    for name, values in by_motion.items():
+        print(f"| {name} | {spread(values)} |")
 
 
 STAGES = {"render": render, "sample": sample, "clip": train_clip, "llama": train_llama, "score": score}

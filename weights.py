@@ -37,7 +37,10 @@ def read_tensors(path):
         index = os.path.join(path, single + ".index.json")
         if os.path.exists(index):
             tensors = {}
-            for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise UserError(f"{index}: its weight_map does not map names to files")
+            for shard in sorted(set(shards.values())):
                 if os.path.basename(shard) != shard or shard in ("", ".", ".."):
                     raise UserError(f"{index}: names the shard {shard!r} outside its own folder; do not use this file")
                 tensors.update(read_file(os.path.join(path, shard)))
@@ -51,7 +54,7 @@ def read_file(path):
     """One weight file -> {name: tensor}; nested modules of a TorchScript archive become dotted names. Raises UserError."""
     buffer = map_file(path)
     if buffer[:4] == b"PK\x03\x04":
-        return flatten(read_zip_pickle(path, buffer), path)
+        return read_zip_pickle(path, buffer)
     if buffer[8:9] == b"{":
         return read_safetensors(path, buffer)
     raise UserError(f"{path}: neither safetensors nor a torch.save file (is the download complete?)")
@@ -91,16 +94,19 @@ def read_safetensors(path, buffer):
         raise UserError(f"{path}: its header claims {header_bytes} bytes of {len(buffer)}; the file is cut or damaged")
     try:
         header = json.loads(buffer[8:data])
-        entries = [(name, DTYPES[e["dtype"]], [int(n) for n in e["shape"]], *map(int, e["data_offsets"]))
-                   for name, e in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        entries = []
+        for name, e in header.items():
+            if name != "__metadata__":
+                begin, end = map(int, e["data_offsets"])
+                entries.append((name, DTYPES[e["dtype"]], [int(n) for n in e["shape"]], begin, end))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(f"{path}: damaged safetensors header ({type(e).__name__}: {e})")
     tensors, end_of_last = {}, 0
     for name, dtype, shape, begin, end in sorted(entries, key=lambda e: e[3:]):
         count = 1
         for n in shape:
             count *= n
-        if min(shape, default=0) < 0 or begin != end_of_last or end - begin != count * dtype.itemsize:
+        if min(shape, default=0) < 0 or max(shape, default=0) > len(buffer) or begin != end_of_last or end - begin != count * dtype.itemsize:
             raise UserError(f"{path}: {name} has shape {shape} at bytes {begin}..{end}; the header is damaged")
         if data + end > len(buffer):
             raise UserError(f"{path}: cut: {name} ends at byte {data + end} of {len(buffer)}; download it again")
@@ -189,11 +195,11 @@ class DataUnpickler(pickle.Unpickler):
 
 
 def read_zip_pickle(path, buffer):
-    """The object in a torch.save or TorchScript archive, its tensors mapped from `buffer`. Raises UserError."""
+    """{name: tensor} of a torch.save or TorchScript archive, mapped from `buffer`. Raises UserError."""
     try:
         archive = zipfile.ZipFile(path)
         entries = {e.filename.split("/", 1)[-1]: e for e in archive.infolist()}
-        if archive.read(entries["byteorder"]) != b"little" if "byteorder" in entries else False:
+        if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
             raise UserError(f"{path}: written on a big-endian machine; re-save it on a little-endian one")
 
         def storage(dtype, key, count):
@@ -205,7 +211,7 @@ def read_zip_pickle(path, buffer):
                 raise pickle.UnpicklingError(f"storage {key} does not hold {count} numbers")
             return view(buffer, dtype, start, count)
         with archive.open(entries["data.pkl"]) as f:
-            return DataUnpickler(f, path, storage).load()
+            return flatten(DataUnpickler(f, path, storage).load(), path)
     except UserError:
         raise
     except (zipfile.BadZipFile, KeyError) as e:

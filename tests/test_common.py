@@ -205,6 +205,36 @@ def test_a_storage_that_claims_more_than_the_file_has_is_refused(tmp_path):
         weights.read_file(tmp_path / "bad")
 
 
+@pytest.mark.parametrize("shape, offsets", [("Infinity", "0, 4"), ("0, 1180591620717411303424", "0, 0"), ("1", "0, 4, 8"), ("1", "4"), ('"x"', "0, 4")])
+def test_absurd_safetensors_headers_are_one_line(tmp_path, shape, offsets):
+    header = f'{{"a": {{"dtype": "F32", "shape": [{shape}], "data_offsets": [{offsets}]}}}}'.encode()
+    (tmp_path / "bad").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(UserError, match="bad.*damaged"):
+        weights.read_file(tmp_path / "bad")
+
+
+def test_a_pickle_that_contains_itself_is_one_line(tmp_path):
+    loop = {"w": torch.ones(2)}
+    loop["self"] = loop
+    torch.save(loop, tmp_path / "bad")
+    with pytest.raises(UserError, match="bad.*damaged"):
+        weights.read_file(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"not a checkpoint", b"\x80\x02."])
+def test_a_damaged_checkpoint_is_one_line(tmp_path, content):
+    (tmp_path / "last.pth").write_bytes(content)
+    with pytest.raises(UserError, match="last.pth: not a checkpoint"):
+        common.load_checkpoint(tmp_path / "last.pth")
+
+
+@pytest.mark.parametrize("weight_map", [["a"], {"a": 3}, None])
+def test_an_index_of_shards_that_is_none_is_one_line(tmp_path, weight_map):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match="weight_map"):
+        weights.read_tensors(tmp_path)
+
+
 def test_a_shard_outside_its_folder_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     weights.write_safetensors(tmp_path / "secret.safetensors", tensors())

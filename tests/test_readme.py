@@ -15,13 +15,13 @@ import shapes
 from common import parse
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = {"chat.py": (chat, dict(positional=["video"], short={"question": "q"})), "chat_tune.py": (chat_tune, {}), "pretrain.py": (pretrain, {}),
+SCRIPTS = {"chat.py": (chat, chat.FLAGS), "chat_tune.py": (chat_tune, {}), "pretrain.py": (pretrain, {}),
            "eval_retrieval.py": (eval_retrieval, {}), "shapes.py": (shapes, dict(positional=["stage"]))}
 
 
 def commands():
     """Every command line of this repository's scripts in code blocks of the documents, in docstrings and in runs/."""
-    for name in ("README.md", "docs/numbers.md", *SCRIPTS, "runs/tiny.sh", "runs/seeds.sh"):
+    for name in ("README.md", "docs/numbers.md", *SCRIPTS, "runs/tiny.sh"):
         with open(os.path.join(ROOT, name)) as f:
             text = re.sub(r"\\\n\s*", "", f.read())   # joined lines
         for line in text.splitlines():

@@ -1,4 +1,6 @@
 """The toy world keeps its promises: twins, held-out combinations, captions and questions that say what the pictures show."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -44,7 +46,7 @@ def test_the_world_follows_from_its_seed():
 
 
 def centre(picture):
-    ys, xs = np.nonzero(picture.astype(int).ptp(2) > 30) if hasattr(picture, "ptp") else np.nonzero(np.ptp(picture.astype(int), axis=2) > 30)
+    ys, xs = np.nonzero(np.ptp(picture.astype(int), axis=2) > 30)
     return xs.mean(), ys.mean(), len(xs)
 
 
@@ -59,9 +61,18 @@ def test_pictures_do_what_the_caption_says(motion, what):
 def test_clockwise_is_clockwise():
     clip = next(c for c in shapes.world(0, 0, True) if c.motion == "spins clockwise" and c.shape == "arrow" and c.colour != "white")
     still = shapes.dataclasses.replace(clip, jitter=(0.5,) * 6)
-    first, later = still.at(0)[3], still.at(0.7)[3]
-    tip = shapes.outline("arrow", later)[0]   # the tip starts at the top and goes right; y points down
-    assert first == 0 and tip[0] > 0.9
+    (x0, y0), (x1, y1) = (shapes.outline("arrow", still.at(share)[3])[0] for share in (0.02, 0.98))   # the tip; y points down
+    assert x0 < -0.5 and x1 > 0.5 and y0 < 0 and y1 < 0   # over the top, from left to right
+
+
+def test_twins_are_asked_the_same_questions_in_the_test_world(tmp_path):
+    shapes.annotate(shapes.Config(stage="", data=str(tmp_path), pairs=4))
+    rows = [json.loads(line) for line in (tmp_path / "test_talks.jsonl").read_text().splitlines()]
+    asked = [(row["kind"], row["conversations"][0]["value"]) for row in rows]
+    answers = [row["conversations"][1]["value"] for row in rows]
+    for i in range(0, len(rows), 4):   # a static and a temporal question of a clip, then the same of its twin
+        assert asked[i:i + 2] == asked[i + 2:i + 4] and [kind for kind, _ in asked[i:i + 2]] == ["static", "temporal"]
+        assert answers[i] == answers[i + 2] and answers[i + 1] != answers[i + 3]
 
 
 def test_twins_have_the_same_static_questions_and_other_temporal_answers():
