@@ -463,7 +463,7 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32):
     if rows.shape != chat.start_end.shape:
         raise UserError(f"{chat_file}: its start and end rows are {tuple(rows.shape)}, this LLaVA needs {tuple(chat.start_end.shape)}")
     chat.start_end.data = rows
-    return chat.to(dtype).eval(), "tuned on video" if learned else "no chat.bin: an image model with the branch plugged in"
+    return chat.to(dtype).eval(), "tuned on video" if learned else "without chat.bin: an image model with the branch plugged in"
 
 
 def chat_tensors(chat, dtype):

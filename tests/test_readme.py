@@ -28,7 +28,7 @@ def commands():
             found = re.search(r"(?:^\s*|[ |/])(?:python|torchrun [^.]*?|\$PYTHON|train) (?:-m torch[^ ]* )?(\w+\.py)( .*|$)", line.split("   #")[0])
             if found and found[1] in SCRIPTS and "`" not in line:
                 rest = found[2] + (" --clip c --root r" if re.match(r"\s*train ", line) else "")
-                yield name, found[1], re.sub(r"\s(\||&&|->|>|#).*", "", rest.replace('"$@"', ""))
+                yield name, found[1], re.sub(r"\s(\||&&|->|>|<|#).*", "", rest.replace('"$@"', "").replace("$seed", "0"))
 
 
 @pytest.mark.parametrize("where, script, rest", list(commands()))
