@@ -198,20 +198,24 @@ def warmup_cosine(step, steps, warmup, floor=0.0):
 
 # ---------------------------------------------------------------------------------------------------- a plot
 def plot(path, panels, width=900, height=360):
-    """Line plots as a PNG, one panel below another. panels: [(title, {label: [(x, y), ...]})]; empty series are left out."""
+    """Line plots as a PNG, one panel below another over the same x. panels: [(title, {label: [(x, y), ...]})]; empty series are
+    left out, and what lies above four times the median of its panel is cut: the first steps would flatten all others."""
     from PIL import Image, ImageDraw, ImageFont   # here, because chat starts without plots
     colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
     image = Image.new("RGB", (width, height * len(panels)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    all_xs = [x for _, series in panels for points in series.values() for x, y in points if math.isfinite(y)] or [0]
+    x0, x1 = min([0, *all_xs]), max(all_xs) or 1
     for row, (title, series) in enumerate(panels):
         series = {label: points for label, points in series.items() if points}
         left, right, top, bottom = 70, width - 20, row * height + 54, (row + 1) * height - 34
         draw.text((left, top - 46), title, "black", ImageFont.load_default(16))
         draw.rectangle((left, top, right, bottom), outline="#888888")
-        xs, ys = ([p[i] for points in series.values() for p in points if math.isfinite(p[1])] for i in (0, 1))
-        if not xs:
+        ys = sorted(y for points in series.values() for _, y in points if math.isfinite(y))
+        if not ys:
             continue
-        (x0, x1), (y0, y1) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys))
+        y0, y1 = min(0, ys[0]), min(ys[-1], 4 * ys[len(ys) // 2]) if ys[len(ys) // 2] > 0 else ys[-1]
+        y1 = y1 if y1 > y0 else y0 + 1
         for ticks, low, high, horizontal in ((nice_ticks(x0, x1), x0, x1, True), (nice_ticks(y0, y1), y0, y1, False)):
             for tick in ticks:
                 share, text = (tick - low) / (high - low), f"{tick:g}"
@@ -224,7 +228,7 @@ def plot(path, panels, width=900, height=360):
                     draw.text((left - 8 - draw.textlength(text, font), y - 9), text, "black", font)
         label_x = left
         for colour, (label, points) in zip(colours * 9, series.items()):
-            line = [(left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
+            line = [(left + (x - x0) / (x1 - x0) * (right - left), bottom - (min(y, y1) - y0) / (y1 - y0) * (bottom - top))
                     for x, y in points if math.isfinite(y)]
             draw.line(line, colour, 2) if len(line) > 1 else draw.point(line, colour)
             draw.line((label_x, top - 14, label_x + 18, top - 14), colour, 3)
