@@ -389,7 +389,7 @@ def train_llama(cfg):
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)                                       # (B, S)
         target = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)     # (B, S)
         return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), target[:, 1:].flatten(), ignore_index=IGNORE_INDEX), ""
-    fit("llama", cfg, model, loss_of, cfg.steps or 600, 50)
+    fit("llama", cfg, model, loss_of, cfg.steps or 1500, 50)
     save_llama(os.path.join(cfg.out, "llama"), model, model_file)
 
 

@@ -29,7 +29,7 @@ branch=$R/branch_seed0/branch.pth
 train chat_tune.py --stage projector --tokens mean --num_frames 1 --llm $R/llama --annotations $D/train_stills.jsonl \
     --out $R/projector --batch_size 32 --steps 500 --lr 2e-3
 train chat_tune.py --stage language --tokens mean --num_frames 1 --llm $R/projector/llava --annotations $D/train_stills.jsonl \
-    --eval_annotations $D/test_stills.jsonl --out $R/language --batch_size 32 --steps 500 --lr 3e-4
+    --eval_annotations $D/test_stills.jsonl --out $R/language --batch_size 32 --steps 200 --lr 1e-4
 
 # Stage 2: tuning on questions about time, the LLaMA frozen, with three kinds of video tokens.
 for tokens in branch mean st_pool; do
