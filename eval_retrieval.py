@@ -80,7 +80,7 @@ def encode(encoder, tokenizer, dataset, setting, device, batch_size=16, workers=
         for video, _ in tqdm(DataLoader(dataset, batch_size, num_workers=workers), desc="encode", leave=False, file=sys.stderr):
             feature, state, _ = encoder(video.to(device))   # (B, P), (B, T, 1+N, D): one walk through CLIP serves both
             branch.append(feature.float().cpu())
-            mean.append(encoder.clip.project_image(state[:, :, 0]).mean(1).float().cpu())
+            mean.append(encoder.mean_feature(state).float().cpu())
         for i in range(0, len(dataset), 256):
             length = min(setting.text_length, encoder.clip.config.context_length)
             ids = tokenizer(dataset.captions[i:i + 256], length).to(device)

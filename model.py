@@ -191,9 +191,9 @@ class VideoEncoder(nn.Module):
         """video (B, T, 3, H, W) -> (B, P), not normalised."""
         return self(video)[0]
 
-    def encode_mean(self, video):
-        """The baseline of every table: the mean over frames of CLIP's own image features -> (B, P), not normalised."""
-        return self.clip.project_image(self.backbone_states(video, 1)[0][:, :, 0]).mean(1)
+    def mean_feature(self, state):
+        """The baseline of every table: CLIP's own image features, averaged over frames; last state (B, T, 1+N, D) -> (B, P)."""
+        return self.clip.project_image(state[:, :, 0]).mean(1)
 
 
 # ---------------------------------------------------------------------------------------------------- the three losses

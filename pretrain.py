@@ -27,7 +27,7 @@ import common
 import data
 from clip import load_clip
 from eval_retrieval import SETTINGS, encode, retrieval_metrics
-from model import LOSS_WEIGHTS, Branch, Pretraining, VideoEncoder, branch_tensors, load_branch, tube_mask
+from model import LOSS_WEIGHTS, Branch, Pretraining, VideoEncoder, branch_tensors, tube_mask
 
 
 @dataclasses.dataclass

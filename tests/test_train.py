@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +17,7 @@ import shapes
 from clip import CLIP, CLIPConfig, Tokenizer, load_clip, save_clip
 from common import UserError
 from data import ConversationDataset
-from llm import LLaMA, LLaMAConfig, generate, load_llama, save_llama, stream_text
+from llm import LLaMA, LLaMAConfig, generate, save_llama, stream_text
 from model import Branch, branch_tensors, load_branch, load_chat, prompt_ids
 from weights import read_file
 
