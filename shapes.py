@@ -59,14 +59,14 @@ ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 235), "yellow": (235, 220, 40),
            "purple": (150, 50, 200), "orange": (245, 140, 30), "cyan": (50, 210, 220), "white": (245, 245, 245)}
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "bar", "arrow"]
-SPINNING = {"square": 90, "triangle": 120, "bar": 180, "arrow": 360}   # degrees after which they look the same; others repeat too soon
+SPINNING = {"bar": 180, "arrow": 360}   # degrees after which they look the same; the other shapes repeat too soon to be read
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACK = {"left": "right", "right": "left", "up": "down", "down": "up"}
 CORNERS = [f"at the {v} {h}" for v in ("top", "bottom") for h in ("left", "right")] + ["in the middle"]
 # Twins stand side by side: (forwards, backwards, places where it may happen).
 MOTIONS = [("moves left", "moves right", ["at the top", "in the middle", "at the bottom"]),
            ("moves up", "moves down", ["on the left", "in the middle", "on the right"]),
-           ("gets big", "gets small", CORNERS), ("spins clockwise", "spins counterclockwise", CORNERS),
+           ("gets big", "gets small", CORNERS), ("spins clockwise", "spins counterclockwise", ["on the left", "in the middle", "on the right"]),
            ("gets big then blinks", "blinks then gets small", CORNERS), ("gets small then blinks", "blinks then gets big", CORNERS)]
 MOTIONS += [(f"moves {a} then {b}", f"moves {BACK[b]} then {BACK[a]}", [""]) for a in ("left", "right") for b in ("up", "down")]
 TURNS = {name: (pair, way) for pair, motion in enumerate(MOTIONS) for way, name in enumerate(motion[:2])}
@@ -99,7 +99,7 @@ class Clip:
         j = self.jitter
         x, y = (0.5 + 0.24 * (self.place.endswith(b) - self.place.endswith(a) or (b in self.place) - (a in self.place)) + 0.06 * (k - 0.5)
                 for a, b, k in (("left", "right", j[0]), ("top", "bottom", j[1])))
-        radius = {"small": 0.15, "big": 0.24, "": 0.19}[self.size] * (0.92 + 0.16 * j[2])
+        radius = {"small": 0.15, "big": 0.24, "": 0.30 if "spins" in self.motion else 0.19}[self.size] * (0.92 + 0.16 * j[2])
         angle, visible, travel = 0.6 * (j[3] - 0.5), True, 0.52 + 0.08 * j[4]
         events = self.motion.split(" then ")
         for i, event in enumerate(events):   # one after the other; done: the share of this one that is over
@@ -117,13 +117,14 @@ class Clip:
 
 
 def world(pairs, seed, held_out):
-    """-> list of Clips, each followed by its twin. Held-out: every such caption once. Training: `pairs` drawn at random."""
-    kinds = []
-    for (c, colour), (s, shape), (m, (motion, _, places)) in itertools.product(*map(enumerate, (COLOURS, SHAPES, MOTIONS))):
-        if motion.startswith("spins") and shape not in SPINNING or ((c + 3 * s + m) % 4 == 0) != held_out:
-            continue
-        sizes = [""] if "gets" in motion else ["small", "big"]
-        kinds.append([(colour, shape, motion, place, size) for place in places for size in sizes])
+    """-> list of Clips, each followed by its twin. Held-out: every such caption once. Training: `pairs` drawn at random, every
+    kind of motion equally often, though few shapes can spin."""
+    kinds = []   # of captions, a list for each kind of motion
+    for m, (motion, _, places) in enumerate(MOTIONS):
+        sizes = [""] if motion.startswith(("gets", "blinks", "spins")) else ["small", "big"]
+        shown = [(colour, shape) for (c, colour), (s, shape) in itertools.product(enumerate(COLOURS), enumerate(SHAPES))
+                 if ((c + 3 * s + m) % 4 == 0) == held_out and (shape in SPINNING or not motion.startswith("spins"))]
+        kinds.append([(*what, motion, place, size) for what, place, size in itertools.product(shown, places, sizes)])
     rng = np.random.default_rng([seed, held_out])
     chosen = list(itertools.chain(*kinds)) if held_out else [
         kind[rng.integers(len(kind))] for kind in (kinds[rng.integers(len(kinds))] for _ in range(pairs))]
@@ -418,7 +419,7 @@ def score(cfg):
     fields = [f.name for f in dataclasses.fields(Clip)]
     with open(os.path.join(cfg.data, "test_captions.jsonl")) as f:
         clips = [Clip(**{name: row[name] for name in fields}) for row in map(json.loads, f)]
-    rows, by_motion = {}, {}   # {model: [metrics of a seed]}, {pair of motions: [twin accuracy of the branch, a seed each]}
+    rows, by_motion = {}, {}   # {model: [metrics of a seed]}, {pairs of motions, how many: [twin accuracy of the branch, a seed each]}
     for file in cfg.branches.split(","):
         encoder, tokenizer = load_encoder(cfg.out, file, torch.device("cpu"))
 
@@ -434,7 +435,7 @@ def score(cfg):
         right = twin_accuracy(branch, text)
         for pair, (forwards, backwards, _) in enumerate(MOTIONS):
             which = [TURNS[clip.motion][0] == pair for clip in clips]
-            by_motion.setdefault(f"{forwards} / {backwards}", []).append(100 * right[torch.tensor(which)].mean().item())
+            by_motion.setdefault(f"{forwards} / {backwards} | {sum(which) // 2}", []).append(100 * right[torch.tensor(which)].mean().item())
 
     def spread(values):
         return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
@@ -443,7 +444,7 @@ def score(cfg):
     print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for name, found in rows.items():
         print(f"| {name} | " + " | ".join(spread([metrics[c] for metrics in found]) for c in columns) + " |")
-    print("\n| branch, twins of | told apart |\n|---|---|")
+    print("\n| branch, twins of | pairs | told apart |\n|---|---|---|")
     for name, values in by_motion.items():
         print(f"| {name} | {spread(values)} |")
 
