@@ -37,7 +37,7 @@ except KeyboardInterrupt:   # the imports are most of the start: who changes the
 IMPORT_SECONDS = time.perf_counter() - STARTED
 
 HERE = os.path.dirname(os.path.abspath(__file__))        # what is shipped lies beside this file
-PICTURE, CELL = 240, 18                                  # width of a frame: pixels in a PNG, characters on a terminal
+CELL = 18                                                # width of a frame in characters on a terminal
 PNG = b"\x89PNG\r\n\x1a\n"                               # the first bytes of a PNG file
 SMALL = 30_000_000                                       # parameters; below, threads wait for each other more than they work
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command, in the text of a model
@@ -95,7 +95,7 @@ def put(text):
 class Session:
     """The model, the video before it and the conversation so far. Raises UserError.
 
-    frames (T, 3, h, w) uint8, at most PICTURE wide, and times, T floats in seconds: what the model saw.
+    frames (T, 3, h, w) uint8, at most data.THUMBNAIL wide, and times, T floats in seconds: what the model saw.
     video_tokens (K, D_llm): what it remembers of it. turns: [(question, answer)].
     spent: {what was waited for since --verbose last reported: seconds}."""
     def __init__(self, cfg):
@@ -122,13 +122,11 @@ class Session:
         size = self.chat.encoder.clip.config.image_size
         num_frames = usual_frames(size) if self.cfg.num_frames is None else self.cfg.num_frames
         duration = data.probe(path).duration
-        frames, times = data.sample_frames(path, num_frames, "uniform")    # (T, 3, H, W)
+        kept, times = data.sample_frames(path, num_frames, "uniform", keep=lambda p: (data.squash(p[None], size)[0], data.thumbnail(p)))
+        seen, pictures = map(torch.stack, zip(*kept))   # (T, 3, size, size), (T, 3, h, w)
         with torch.inference_mode():
-            video = data.chat_pixels(frames, size)[None].to(self.device)   # (1, T, 3, size, size)
-            video_tokens = self.chat.encode_video(video)[0]                # (K, D_llm)
-        if frames.shape[3] > PICTURE:   # a hundred large ones would take hundreds of megabytes
-            frames = shrink(frames, max(1, frames.shape[2] * PICTURE // frames.shape[3]), PICTURE)
-        self.path, self.duration, self.frames, self.times, self.video_tokens = path, duration, frames, times, video_tokens
+            video_tokens = self.chat.encode_video(data.normalise(seen)[None].to(self.device))[0]   # (K, D_llm)
+        self.path, self.duration, self.frames, self.times, self.video_tokens = path, duration, pictures, times, video_tokens
         self.turns = []
 
     def describe(self):
@@ -232,7 +230,7 @@ def save_frames(session, path):
             is_png = False
         if not is_png:
             raise UserError(f"{path}: there is something that is not a PNG; choose another name")
-    data.contact_sheet(session.frames, session.times, path, PICTURE)
+    data.contact_sheet(session.frames, session.times, path)
     say(f"wrote {path}")
 
 

@@ -9,6 +9,7 @@ import re
 import sys
 import types
 import typing
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,7 @@ def parse(Config, argv=None, positional=(), short={}):
 def run(main, Config, **flags):
     """The end of every script: parse, run, and turn bad input into one line and exit code 2, Ctrl-C into 130."""
     name = os.path.basename(sys.argv[0])
+    warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"   # for people: no line of source code
     try:
         main(parse(Config, **flags))
     except UserError as e:

@@ -7,6 +7,7 @@ A video file comes from anywhere, so it is never trusted. It is opened here and 
 without a name; only real video containers are accepted, and what they say about other files is not followed. Whatever a
 file holds, the only exception that it causes is VideoError.
 """
+import bisect
 import collections
 import contextlib
 import csv
@@ -17,6 +18,8 @@ import json
 import math
 import os
 import stat
+import time
+import warnings
 
 import av
 import numpy as np
@@ -27,12 +30,17 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from common import UserError, write_atomic
+from common import UserError, run, write_atomic
 
 # libavformat's names. Not among them: playlists and scripts that name other files (hls, concat, dash, sdp), text, pictures.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,gif,ogg,asf"
 PICTURES = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]   # what Pillow may open here: no format that runs another program
-MAX_PIXELS = 1 << 26                                # of one frame: 8192 x 8192; a hostile header can claim far more
+MAX_PIXELS = 1 << 25                                # of one frame: 8K is just below; a hostile header can claim far more
+LIMITS = {"max_pixels": str(MAX_PIXELS)}            # the same, for decoders
+TIME_LIMIT = 30                                     # seconds without a new frame or new bytes, then a file is given up
+REORDER = 33                                        # packets: a frame is never shown later than that after its place in the file
+COLOUR_SPACES = {1, 4, 5, 6, 7, 9}                  # of ITU-T H.273's matrix coefficients, those that libswscale converts
+THUMBNAIL = 240                                     # pixels, the width of a frame on a contact sheet
 TOLERANCE = 1e-6                                    # seconds: i / fps in floats still finds frame i
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)   # CLIP's statistics of RGB in 0..1
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -42,6 +50,10 @@ class VideoError(UserError):
     """A file that cannot be used as a video: VideoError(path, reason)."""
     def __init__(self, path, reason=None):   # one argument: the finished message, when a worker process hands the error on
         super().__init__(path if reason is None else f"{path}: {reason}")
+
+
+class DamagedVideo(UserWarning):
+    """Frames that a file should hold cannot be had; the ones before them can."""
 
 
 @dataclasses.dataclass
@@ -59,41 +71,53 @@ class Probe:
 def probe(path):
     """-> Probe. Decodes one frame. Raises VideoError."""
     with open_video(path) as video:
-        width, height = (video.height, video.width) if video.transposed else (video.width, video.height)
+        height, width = video.shown_size()
         duration = float((video.end() - video.start) * video.time_base)
         return Probe(duration, float(video.stream.average_rate or 0), width, height, -video.first.rotation % 360,
                      video.stream.codec_context.codec.canonical_name)
 
 
-def frames_at(path, times, size=None):
+def frames_at(path, times, size=None, keep=None):
     """The pictures that a viewer sees at `times` (seconds; any order, repeats welcome) -> (frames, used).
 
-    frames: (T, 3, H, W) uint8 RGB, turned upright; size: their short side in pixels, scaled while decoding, or None for the
-    file's own. used: (T,) floats, the time at which each of these frames really appears. A frame stays until the next one:
-    at t one sees the last frame that began at or before t; before the first one the first, after the end the last readable
-    one. Pixels are taken as square and frames as progressive. Raises VideoError."""
+    frames: (T, 3, H, W) uint8 RGB, upright, with square pixels; size: their short side, scaled as CLIP scales pictures
+    (resize_bicubic), or None for the file's own. keep: a function of one such picture, (3, H, W), that is called as soon as
+    the picture is decoded; `frames` is then the list of what it returned, and no more than one picture is ever in memory.
+    used: (T,) floats, the time at which each of these frames really appears.
+
+    A frame stays until the next one: at t one sees the last frame that began at or before t; before the first one the first,
+    after the end the last readable one. Frames are taken as progressive, and light as it is coded: HDR is not tone-mapped.
+    Raises VideoError; warns of DamagedVideo where frames that should be there are not."""
     if not all(map(math.isfinite, times)):
         raise UserError(f"{path}: times must be finite numbers of seconds, not {list(times)}")
     with open_video(path) as video:
-        return video.show([video.tick(t) for t in times], size)
+        return video.show([video.tick(t) for t in times], size, keep)
 
 
-def sample_frames(path, num_frames, mode, seed=None):
-    """`num_frames` frames spread over a video by the rule `mode` -> (frames, used) as from frames_at. Raises VideoError.
+def sample_frames(path, num_frames, mode, seed=None, window=None, size=None, keep=None):
+    """`num_frames` frames spread over a video by the rule `mode` -> (frames, used) as from frames_at, which says the rest.
 
     "uniform": the middles of equal stretches of time, (i + 0.5) / T * duration; needs no frame count (chat).
-    "seq", "test", "train": frame numbers by the rules below; the frames are counted first, without decoding any.
-    seed: whatever numpy.random.default_rng takes, for "train"."""
+    "seq", "test", "train", "linspace": frame numbers by the rules below; the frames are counted first, without decoding any.
+    seed: whatever numpy.random.default_rng takes, for "train". window: (start, end) in seconds, to look at that part alone."""
     if mode != "uniform" and mode not in INDEX_RULES:
         raise UserError(f"sampling mode {mode!r}: choose from uniform, {', '.join(INDEX_RULES)}")
     if num_frames < 1:
         raise UserError(f"{num_frames} frames of a video: at least 1 is needed")
+    start, end = (0, math.inf) if window is None else window
+    if not 0 <= start < end:
+        raise UserError(f"{path}: a window from {start} to {end} s; it must start at 0 or later and end after that")
     with open_video(path) as video:
         if mode == "uniform":
             duration = float((video.end() - video.start) * video.time_base)
-            return video.show([video.tick((i + 0.5) / num_frames * duration) for i in range(num_frames)])
+            start, end = min(start, duration), min(end, duration)
+            times = [start + (i + 0.5) / num_frames * (end - start) for i in range(num_frames)]
+            return video.show(list(map(video.tick, times)), size, keep)
         ticks = video.all_ticks()
-        return video.show([ticks[i] for i in INDEX_RULES[mode](len(ticks), num_frames, np.random.default_rng(seed))])
+        first, last = (bisect.bisect_left(ticks, video.tick(t)) for t in (start, min(end, 3e9)))
+        ticks = ticks[first:last] or ticks[max(first - 1, 0):first]   # a window between two frames shows the first of them
+        chosen = INDEX_RULES[mode](len(ticks), num_frames, np.random.default_rng(seed))
+        return video.show([ticks[i] for i in chosen], size, keep)
 
 
 def get_seq_frames(n, num_frames, rng=None):
@@ -115,7 +139,12 @@ def uniform_sample_train(n, num_frames, rng):
     return [int(rng.integers(a, b, endpoint=True)) for a, b in itertools.pairwise(bounds)]
 
 
-INDEX_RULES = {"seq": get_seq_frames, "test": uniform_sample_test, "train": uniform_sample_train}
+def truncated_linspace(n, num_frames, rng=None):
+    """VTimeLLM's rule: from the first frame to the last, evenly, cut down to whole numbers."""
+    return np.linspace(0, n - 1, num_frames).astype(int).tolist()
+
+
+INDEX_RULES = {"seq": get_seq_frames, "test": uniform_sample_test, "train": uniform_sample_train, "linspace": truncated_linspace}
 
 
 # ---------------------------------------------------------------------------------------------------- one open file
@@ -129,8 +158,12 @@ def open_video(path):
             yield video
         except av.error.FFmpegError as e:
             raise VideoError(path, f"cannot be read as a video ({e.strerror}); is it cut off or damaged?") from e
+        except OverflowError as e:
+            raise VideoError(path, "cannot be read as a video: its times do not fit into 64 bits") from e
         finally:
             video.close()
+    if video.damage:
+        warnings.warn(DamagedVideo(f"{path}: {video.damage}"))
 
 
 def open_regular(path):
@@ -145,11 +178,40 @@ def open_regular(path):
     if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
         os.close(fd)
         raise VideoError(path, "the file is empty" if stat.S_ISREG(status.st_mode) else "not a regular file")
-    return ByteSource(fd)   # its .name is a number, so that the path cannot influence what the file is taken for
+    return ByteSource(fd, path)
 
 
 class ByteSource(io.FileIO):
-    """A file for libav. A hostile one makes it seek to anywhere: out of range is an answer then, not an exception."""
+    """A file for libav. Its .name is a number, so that the path cannot influence what the file is taken for.
+
+    A hostile file makes libav seek to anywhere, or read the same bytes in a circle. Out of range is an answer here, not an
+    exception; and whoever gets no further for TIME_LIMIT seconds is stopped."""
+    def __init__(self, fd, path):
+        super().__init__(fd)
+        self.path = path
+        self.start_over()
+
+    def start_over(self):
+        """From here on all bytes are new again."""
+        self.furthest = 0
+        self.progress()
+
+    def progress(self):
+        """Something was achieved: a frame, or bytes never read before."""
+        self.deadline = time.monotonic() + TIME_LIMIT
+
+    def check(self):
+        if time.monotonic() > self.deadline:
+            raise VideoError(self.path, f"given up: no frame in {TIME_LIMIT} s")
+
+    def read(self, size=-1):
+        self.check()
+        found = super().read(size)
+        if self.tell() > self.furthest:
+            self.furthest = self.tell()
+            self.progress()
+        return found
+
     def seek(self, offset, whence=os.SEEK_SET):
         try:
             return super().seek(offset, whence)
@@ -168,18 +230,29 @@ def is_picture(file):
 
 
 class Video:
-    """The picture track of an open file. Times in here are ticks of its time base, as the file counts them."""
+    """The picture track of an open file. Times in here are ticks of its time base, as the file counts them.
+
+    Frames lean on others, from a keyframe on, and a file keeps them in the order of decoding. So a picture costs what it
+    takes to decode its way there, and everything below is about taking the shortest: look first, at packets alone, which
+    frame is on the screen and where the keyframe before it is; then decode from there, without the frames that nothing leans
+    on, and stop. What comes out is checked by its time stamp. Where that fails (damage, or a container that is vague about
+    time), `walk` decodes everything in order."""
     def __init__(self, path, file):
-        self.path, self.file, self.container, self.stream = path, file, None, None
+        self.path, self.file, self.container, self.stream, self.context = path, file, None, None, None
         self.reformatter = VideoReformatter()   # one for all frames: making it costs more than using it
-        self.trouble = "it is cut off or damaged"
+        self.trouble, self.damage, self.latest = "it is cut off or damaged", "", -math.inf
 
     def read_first_frame(self):
         """It starts the clock and tells the size and which way is up."""
-        self.first = next(self.frames(), None)
+        self.rewind()
+        head = list(itertools.islice(self.packets(), REORDER))
+        start = min((self.when(p) for p in head if not p.is_discard), default=None)
+        found = (frame for frame in self.decode(head, {start}) if frame.pts == start) if self.timed else ()
+        self.first = next(itertools.chain(found, (frame for _, frame in self.walk([-math.inf]))), None)
         if self.first is None:
-            raise VideoError(self.path, f"no frame can be decoded: {self.trouble}")
-        self.start, self.width, self.height = self.first.pts, self.first.width, self.first.height
+            large = "" if self.context.width else f" (or a frame has more than {MAX_PIXELS} pixels)"
+            raise VideoError(self.path, f"no frame can be decoded: {self.trouble}{large}")
+        self.start = self.first.pts
         # Display matrix (ISO 14496-12, 8.5.2.3, as libav stores it): a pixel at (x, y) is shown at (a x + c y, b x + d y).
         matrix = self.first.side_data.get("DISPLAYMATRIX")
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
@@ -190,9 +263,10 @@ class Video:
         """(Re)opens the container at its beginning: the one way back that every format knows."""
         self.close()
         self.file.seek(0)
+        self.file.start_over()
         try:
             self.container = av.open(self.file, metadata_errors="replace", container_options={
-                "format_whitelist": CONTAINERS, "protocol_whitelist": "none"})
+                "format_whitelist": CONTAINERS, "protocol_whitelist": "none"}, options=LIMITS)
         except av.error.FFmpegError as e:
             if is_picture(self.file):
                 raise VideoError(self.path, "a picture, not a video") from e
@@ -201,30 +275,35 @@ class Video:
         if not tracks:
             raise VideoError(self.path, "has no video track, only sound or a cover picture")
         self.stream = tracks[0]
-        self.time_base, context = self.stream.time_base, self.stream.codec_context
-        if context is None or not self.time_base:
+        self.time_base, self.context = self.stream.time_base, self.stream.codec_context
+        if self.context is None or not self.time_base:
             raise VideoError(self.path, "no decoder for its video track")
-        # AVI counts packets, it does not say when they are shown. With B-frames, libav's guess at that is wrong.
-        self.untimed = self.container.format.name == "avi" and context.has_b_frames
-        if context.width * context.height > MAX_PIXELS:
-            raise VideoError(self.path, f"frames of {context.width} x {context.height} are too large")
+        # AVI counts packets, it does not say when they are shown: with B-frames, libav's guess at that is wrong. In an MPEG
+        # program stream few packets carry a time, and after a seek libav guesses the others wrongly.
+        self.untimed = self.container.format.name == "avi" and self.context.has_b_frames
+        self.timed = not self.untimed and self.container.format.name != "mpeg"
+        self.context.options = LIMITS
+        if self.context.width * self.context.height > MAX_PIXELS:
+            raise VideoError(self.path, f"frames of {self.context.width} x {self.context.height} are too large")
         for other in self.container.streams:
             if other is not self.stream:
                 other.discard = Discard.all   # sound is not even read
-        if get_worker_info() is None:
-            context.thread_type = "AUTO"
-        else:
-            context.thread_count = 1    # the loader's workers are the parallelism
+        self.context.thread_type = "AUTO"
+        # in a loader the workers are the parallelism; each further thread holds further frames
+        self.context.thread_count = 1 if get_worker_info() is not None else min(4, os.cpu_count() or 1)
 
     def close(self):
         """Ends the decoder now: left to the garbage collector, its threads would live on and hang a forked process."""
         if self.container is not None:
             self.container.close()
-        self.container = self.stream = None
+        self.container = self.stream = self.context = None
 
     def tick(self, seconds):
         """The tick at `seconds` after the first frame; a century at most, so that it fits into 64 bits."""
         return self.start + math.floor((min(max(seconds, 0), 3e9) + TOLERANCE) / self.time_base)
+
+    def seconds(self, tick):
+        return float((tick - self.start) * self.time_base)
 
     def when(self, packet):
         """Tick at which a packet's frame is shown; where only decoding times are known, these stand in, in file order."""
@@ -234,109 +313,205 @@ class Video:
         """Whole packets of the track from here on, in file order. Damage ends them: what came before it is good.
 
         An empty packet means "repeat the frame" in AVI, but "the end" to a decoder, so none is passed on."""
+        self.cut = False   # is damage the last that was read?
         # closing: PyAV leaks a packet otherwise. IndexError: its way to end where tracks turned up midway.
-        damage = contextlib.suppress(av.error.FFmpegError, IndexError)
-        with contextlib.closing(self.container.demux(self.stream)) as demuxed, damage:
-            for packet in demuxed:
-                if packet.size and self.when(packet) is not None and not packet.is_corrupt:
-                    yield packet
+        with contextlib.closing(self.container.demux(self.stream)) as demuxed, contextlib.suppress(IndexError):
+            try:
+                for packet in demuxed:
+                    self.file.check()
+                    self.cut = packet.is_corrupt
+                    if packet.size and self.when(packet) is not None and not packet.is_corrupt:
+                        yield packet
+            except av.error.FFmpegError:
+                self.cut = True
 
-    def frames(self, jump=None):
-        """Decoded frames in the order of presentation, from a keyframe (see keyframe_before), or all from the beginning."""
-        place, key = jump or (None, -math.inf)
+    def go(self, jump):
+        """To a keyframe (see keyframe_before), or to the beginning."""
+        self.file.start_over()
         if jump:
-            self.container.seek(place, stream=self.stream)
+            self.container.seek(jump[0], stream=self.stream)
         else:
             self.rewind()
-        file_order = collections.deque()
-        for packet in itertools.chain(self.packets(), [None]):   # None: hand out what the decoder still holds
+        self.context.skip_frame, self.latest = "DEFAULT", -math.inf
+
+    def feed(self, packet):
+        """A packet into the decoder -> the frames that come out. None: all that it still holds, to sort and to work on."""
+        try:
+            decoded = self.context.decode(packet)
+        except av.error.FFmpegError as e:   # one damaged frame: the one before it stays on the screen
+            self.trouble = e.strerror
+            return []
+        for frame in decoded:
+            if frame.pts is not None and frame.pts > self.latest:
+                self.latest = frame.pts
+                self.file.progress()
+        return decoded
+
+    def decode(self, packets, wanted):
+        """Packets from a keyframe on -> frames, those at the ticks `wanted` among them, at the least cost: what no other frame
+        leans on is left out by the decoder unless it is wanted, and after the last wanted packet it is told to finish."""
+        left = set(wanted)
+        for packet in packets:
+            self.context.skip_frame = "DEFAULT" if self.when(packet) in wanted else "NONREF"
+            left.discard(self.when(packet))
+            yield from self.feed(packet)
+            if not left:
+                break
+        yield from self.feed(None)
+
+    def walk(self, ticks, jump=None):
+        """Everything in order, from a keyframe or from the beginning -> (tick, frame on the screen) for sorted ticks."""
+        self.go(jump)
+        ticks, file_order, held = collections.deque(ticks), collections.deque(), None
+        for packet in itertools.chain(self.packets(), [None]):
             if packet is not None:
                 file_order.append(self.when(packet))
-            try:
-                decoded = self.stream.codec_context.decode(packet)
-            except av.error.FFmpegError as e:   # one damaged frame: the one before it stays on the screen
-                self.trouble = e.strerror
-                continue
-            for frame in decoded:
+            for frame in self.feed(packet):
                 if self.untimed:   # the n-th frame shown takes the n-th time
                     frame.pts = file_order.popleft() if file_order else None
-                if frame.pts is not None and frame.pts >= key:   # earlier ones may lean on frames that were never decoded
-                    yield frame
+                if frame.pts is None or jump and frame.pts < jump[1]:   # it may lean on frames that were never decoded
+                    continue
+                while ticks and held is not None and frame.pts > ticks[0]:
+                    yield ticks.popleft(), held
+                if not ticks:
+                    return
+                held = frame
+        yield from ((tick, held) for tick in ticks if held is not None)
 
     def keyframe_before(self, tick):
         """Where decoding can start to reach `tick` -> (place to seek to, tick of the keyframe there); None: the beginning.
 
         Seeking may land late (its times are those of decoding, not of showing) or on no keyframe at all (MPEG-TS), so the
-        packet found is looked at, and the search steps further back until it is right. MPEG program streams are never sought
-        in: few of their packets carry a time, and after a seek libav guesses the others wrongly."""
-        if self.untimed or self.container.format.name == "mpeg":
-            return None
+        packet found is looked at, and the search steps further back until it is right."""
         back, second = 0, math.ceil(1 / self.time_base)
-        while tick - back > self.start:
+        while self.timed:
+            place = max(tick - back, self.start)
+            self.file.start_over()
             try:
-                self.container.seek(tick - back, stream=self.stream)
+                self.container.seek(place, stream=self.stream)
             except av.error.FFmpegError:   # a container without any way to seek
                 return None
             key = next((self.when(p) for p in self.packets() if p.is_keyframe), None)
             if key is not None and key <= tick:
-                return tick - back, key
+                return place, key
+            if place == self.start:
+                return None
             back = max(second, 2 * back)
-        return None
 
-    def show(self, ticks, size=None):
-        """The frames on the screen at `ticks` -> (frames (T, 3, H, W) uint8, seconds (T,)). One pass, from early to late."""
-        scale = 1 if size is None else size / min(self.width, self.height)
-        width, height = (max(1, round(side * scale)) for side in (self.width, self.height))
-        out = torch.empty(len(ticks), 3, *((width, height) if self.transposed else (height, width)), dtype=torch.uint8)
+    def plan(self, wanted):
+        """Sorted ticks -> [(keyframe to start from, {tick of a frame: the ticks at which it is on the screen})], from packets alone."""
+        starts = [(self.keyframe_before(tick), tick) for tick in wanted]   # all first: looking moves the reader
+        groups = []
+        for key, group in itertools.groupby(starts, key=lambda start: start[0] and start[0][1]):
+            group = list(group)
+            jump, ticks = group[0][0], collections.deque(tick for _, tick in group)
+            self.go(jump)
+            seen, shown = [], collections.defaultdict(list)   # sorted ticks of packets; the result
+            for packet in itertools.chain(self.packets(), [None]):   # None: the end
+                if packet is None and seen and ticks[-1] > seen[-1]:
+                    self.compare_end(seen[-1])
+                if packet is not None and not packet.is_discard and self.when(packet) >= (key or self.start):
+                    bisect.insort(seen, self.when(packet))
+                while ticks and (packet is None or len(seen) - bisect.bisect(seen, ticks[0]) >= REORDER):
+                    tick = ticks.popleft()
+                    shown[seen[max(bisect.bisect(seen, tick) - 1, 0)] if seen else None].append(tick)
+                if not ticks:
+                    break
+            groups.append((jump, shown))
+        return groups
+
+    def show(self, ticks, size=None, keep=None):
+        """The frames on the screen at `ticks` -> (frames, seconds): see frames_at."""
+        height, width = self.shown_size(size)
+        out = [None] * len(ticks) if keep else torch.empty(len(ticks), 3, height, width, dtype=torch.uint8)
+        places = collections.defaultdict(list)   # tick: where in `out` it is wanted
+        for i, tick in enumerate(ticks):
+            places[max(tick, self.start)].append(i)
         used = [0.0] * len(ticks)
-        wanted = sorted({max(tick, self.start) for tick in ticks})
-        jumps = {tick: self.keyframe_before(tick) for tick in wanted}   # all first: looking moves the reader
-        frames = held = ahead = None
-        for tick in wanted:
-            jump = jumps[tick]
-            if frames is None or jump and jump[1] > (ahead or held).pts:   # a keyframe between here and there: go to it
-                frames, held = self.frames(jump), None if jump else self.first
-                ahead = next(frames, None)
-                if held is None and (ahead is None or ahead.pts > tick):   # no clean entry there after all
-                    frames, held = self.frames(), self.first
-                    ahead = next(frames, None)
-            while ahead is not None and ahead.pts <= tick:
-                held, ahead = ahead, next(frames, None)
-            picture = self.upright(self.reformatter.reformat(held, width, height, "rgb24").to_ndarray())
-            for i, t in enumerate(ticks):
-                if max(t, self.start) == tick:
-                    out[i], used[i] = picture, float((held.pts - self.start) * self.time_base)
+
+        def put(frame, wanted):
+            picture = self.picture(frame, height, width)
+            picture = keep(picture) if keep else picture
+            for i in (i for tick in wanted for i in places.pop(tick)):
+                out[i], used[i] = picture, self.seconds(frame.pts)
+        for jump, shown in self.plan(sorted(places)) if self.timed else ():
+            self.go(jump)
+            for frame in self.decode(self.packets(), shown):
+                if frame.pts in shown:
+                    put(frame, shown.pop(frame.pts))
+        # What is still missing was damaged, or has no clock. Decoding all from further and further back finds what was shown.
+        back = 0
+        while places:
+            if self.timed:
+                self.damage = self.damage or f"damaged at {self.seconds(min(places)):.2f} s; the frame before the damage is shown"
+            jump = self.keyframe_before(min(places) - back)
+            for tick, frame in self.walk(sorted(places), jump):
+                if frame.pts <= tick or jump is None:
+                    put(frame, [tick])
+            if jump is None:
+                put(self.first, list(places))
+            back = max(math.ceil(10 / self.time_base), 2 * back)
         return out, used
 
-    def upright(self, picture):
-        """A stored picture (H, W, 3) -> as the display matrix wants it shown, (3, H, W)."""
-        picture = torch.from_numpy(picture)
-        picture = picture.transpose(0, 1) if self.transposed else picture   # (W, H, 3) where transposed
-        return picture.flip(self.flipped).permute(2, 0, 1)
+    def shown_size(self, size=None):
+        """-> height, width in pixels of what is shown: square pixels, upright, with a short side of `size` if that is given."""
+        width, height, aspect = self.first.width, self.first.height, float(self.stream.sample_aspect_ratio or 1)
+        if 1 / 8 <= aspect <= 8 and width * aspect * height <= MAX_PIXELS:   # beyond that it is damage
+            width = max(1, round(width * aspect))
+        height, width = (width, height) if self.transposed else (height, width)
+        short = min(height, width)
+        return (height, width) if size is None else (max(1, size * height // short), max(1, size * width // short))
+
+    def picture(self, frame, height, width):
+        """A decoded frame -> (3, height, width) uint8 RGB, as the display matrix wants it shown."""
+        known = frame.format.is_rgb or frame.colorspace in COLOUR_SPACES
+        guess = None if known else "ITU709" if frame.width >= 1280 or frame.height > 576 else "ITU601"   # as players do
+        rgb = self.reformatter.reformat(frame, self.first.width, self.first.height, "rgb24", src_colorspace=guess, threads=1)
+        picture = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)   # (3, H, W)
+        picture = (picture.transpose(1, 2) if self.transposed else picture).flip([axis + 1 for axis in self.flipped])
+        return picture if picture.shape[1:] == (height, width) else resize_bicubic(picture[None], height, width)[0]
+
+    def claimed_end(self):
+        """Tick at which the track ends, or else the longest track, as the file has it: a claim."""
+        length = self.stream.duration or (self.container.duration or 0) / av.time_base / self.time_base
+        begin = self.start if self.stream.start_time is None else self.stream.start_time
+        return min(int(begin + length), self.tick(math.inf))
+
+    def compare_end(self, end):
+        """Notes if the track ends at the tick `end` although it should go on."""
+        slack = (0.25 + 2 / (self.stream.average_rate or 25)) / self.time_base
+        certain = self.stream.duration or len(self.container.streams) == 1   # else another track may be the longer one
+        if self.cut or certain and self.claimed_end() - end > slack:
+            self.damage = f"cut off or damaged after {self.seconds(end):.2f} s; nothing later can be shown"
 
     def end(self):
         """Tick at which the last frame stops being shown, from the last packets; none is decoded."""
-        length = self.stream.duration or (self.container.duration or 0) / av.time_base / self.time_base
-        jump = self.keyframe_before(self.start + int(length))
-        if jump:
-            self.container.seek(jump[0], stream=self.stream)
-        else:
-            self.rewind()
+        self.go(self.keyframe_before(self.claimed_end()))
         last = max((p for p in self.packets() if not p.is_discard), key=self.when, default=None)
         if last is None:
             raise VideoError(self.path, "no readable frame in it")
-        return self.when(last) + (last.duration or round(1 / ((self.stream.average_rate or 25) * self.time_base)))
+        end = self.when(last) + (last.duration or round(1 / ((self.stream.average_rate or 25) * self.time_base)))
+        self.compare_end(end)
+        return end
 
     def all_ticks(self):
         """When each frame appears, sorted, by reading all packets and decoding none."""
         self.rewind()
-        return sorted({self.when(p) for p in self.packets() if not p.is_discard}) or [self.start]
+        ticks = {self.when(p) for p in self.packets() if not p.is_discard and self.when(p) >= self.start}
+        self.compare_end(max(ticks, default=self.start))
+        return sorted(ticks) or [self.start]
 
 
 # ---------------------------------------------------------------------------------------------------- pixels
 def normalise(frames):
     """(..., 3, H, W) in 0..255, uint8 or float -> float with CLIP's mean and spread."""
     return (frames / 255 - MEAN.to(frames.device)) / STD.to(frames.device)
+
+
+def resize_bicubic(frames, height, width):
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bicubic with antialiasing, as Pillow does it and CLIP's preprocessing
+    with it; off by 1 at most. Fast where the three values of a pixel lie side by side in memory, as decoders write them."""
+    return F.interpolate(frames.contiguous(memory_format=torch.channels_last), (height, width), mode="bicubic", antialias=True)
 
 
 def resize(frames, height, width):
@@ -386,11 +561,16 @@ def eval_pixels(frames, size, short=None):
     return normalise(frames[:, :, top:top + size, left:left + size])
 
 
-def chat_pixels(frames, size):
-    """uint8 (T, 3, H, W) -> float (T, 3, size, size), normalised: squashed to a square by nearest neighbour.
+def squash(frames, size):
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size) by nearest neighbour, whatever that does to the aspect.
 
     The released chat does this on floats and rounds; picking neighbours gives the same values on uint8."""
-    return normalise(F.interpolate(frames, (size, size), mode="nearest"))
+    return F.interpolate(frames, (size, size), mode="nearest")
+
+
+def chat_pixels(frames, size):
+    """uint8 (T, 3, H, W) -> float (T, 3, size, size), normalised: squashed to a square."""
+    return normalise(squash(frames, size))
 
 
 # ---------------------------------------------------------------------------------------------------- annotation files
@@ -496,14 +676,15 @@ class CaptionDataset(Dataset):
         return video, self.tokenizer(self.captions[i], self.context_length)[0], i
 
 
-def collate_skip(batch):
-    """Items of a CaptionDataset -> dict(video (B, T, 3, H, W), ids (B, S), index (B,), skipped: messages of broken videos).
+def collate_skip(items):
+    """Items of one of these data sets, tuples of tensors that end with an index -> dict(video (B, T, 3, H, W), index (B,), ids
+    (B, S) where there are some, skipped: messages of broken videos).
 
-    B is what is left: where nothing is, the three are empty tensors and len(batch["index"]) is 0."""
-    good = [item for item in batch if not isinstance(item, Skipped)]
-    skipped = [item.message for item in batch if isinstance(item, Skipped)]
-    video, ids, index = default_collate(good) if good else (torch.empty(0), torch.empty(0).long(), torch.empty(0).long())
-    return {"video": video, "ids": ids, "index": index, "skipped": skipped}
+    B is what is left: where nothing is, all are empty and len(batch["index"]) is 0."""
+    good = [item for item in items if not isinstance(item, Skipped)]
+    skipped = [item.message for item in items if isinstance(item, Skipped)]
+    video, *ids, index = default_collate(good) if good else (torch.empty(0), torch.empty(0).long(), torch.empty(0).long())
+    return {"video": video, "index": index, "skipped": skipped, **({"ids": ids[0]} if ids else {})}
 
 
 class RetrievalDataset(Dataset):
@@ -511,8 +692,9 @@ class RetrievalDataset(Dataset):
 
     annotations: JSON lines or a JSON list of {"video", "caption"}, or a JSON dict {video: caption or captions}. Each caption
     makes a pair of its own (MSR-VTT), or all captions of a row make one text, joined=True (DiDeMo, ActivityNet).
-    short: the short side before the crop, 256 for DiDeMo, LSMDC and ActivityNet. A broken video raises VideoError."""
-    def __init__(self, annotations, root, num_frames, image_size, short=None, mode="test", joined=False):
+    short: the short side before the crop, 256 for DiDeMo, LSMDC and ActivityNet. A broken video raises VideoError, or gives
+    Skipped if skip."""
+    def __init__(self, annotations, root, num_frames, image_size, short=None, mode="test", joined=False, skip=False):
         self.videos, self.captions = [], []
         rows = read_rows(annotations)
         if len(rows) == 1 and isinstance(rows[0][1], dict) and "video" not in rows[0][1]:
@@ -525,14 +707,21 @@ class RetrievalDataset(Dataset):
             texts = [" ".join(texts)] if joined else texts
             self.videos += [video] * len(texts)
             self.captions += texts
-        self.root, self.num_frames, self.image_size, self.short, self.mode = root, num_frames, image_size, short, mode
+        self.root, self.num_frames, self.image_size, self.short, self.mode, self.skip = root, num_frames, image_size, short, mode, skip
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, i):
-        frames, _ = sample_frames(locate(self.root, self.videos[i]), self.num_frames, self.mode)
-        return eval_pixels(frames, self.image_size, self.short), i
+        def pixels(picture):   # one by one: sixty-four pictures as filmed take hundreds of megabytes
+            return eval_pixels(picture[None], self.image_size, self.short)[0]   # (3, size, size)
+        try:
+            frames, _ = sample_frames(locate(self.root, self.videos[i]), self.num_frames, self.mode, keep=pixels)
+        except VideoError as e:
+            if self.skip:
+                return Skipped(str(e))
+            raise
+        return torch.stack(frames), i
 
 
 class ConversationDataset(Dataset):
@@ -556,16 +745,19 @@ class ConversationDataset(Dataset):
 
     def __getitem__(self, i):
         row = self.rows[i]
+
+        def pixels(picture):   # one by one, as above
+            return self.pixels(picture[None], self.image_size)[0]   # (3, size, size)
         try:
             if "image" in row:
-                frames = read_picture(os.path.join(self.root, row["image"]))[None]   # (1, 3, H, W)
+                frames = [pixels(read_picture(os.path.join(self.root, row["image"])))]
             else:
-                frames, _ = sample_frames(locate(self.root, row["video"]), self.num_frames, self.mode)
+                frames, _ = sample_frames(locate(self.root, row["video"]), self.num_frames, self.mode, keep=pixels)
         except VideoError as e:
             if self.skip:
                 return Skipped(str(e))
             raise
-        return self.pixels(frames, self.image_size), self.conversations[i], i
+        return torch.stack(frames), self.conversations[i], i
 
 
 def turns(conversation, where):
@@ -588,14 +780,44 @@ def read_picture(path):
 
 
 # ---------------------------------------------------------------------------------------------------- to look at
-def contact_sheet(frames, times, path, width=240):
+def thumbnail(picture):
+    """(3, H, W) uint8 -> the same, at most THUMBNAIL pixels wide."""
+    height, width = picture.shape[1:]
+    small = max(1, height * THUMBNAIL // width)
+    return picture if width <= THUMBNAIL else resize_bicubic(picture[None], small, THUMBNAIL)[0]
+
+
+def contact_sheet(frames, times, path, width=THUMBNAIL):
     """A PNG of all frames, (T, 3, H, W) uint8, each `width` pixels wide with its time in seconds below."""
     height, font = max(1, round(width * frames.shape[2] / frames.shape[3])), ImageFont.load_default(14)
     columns = math.ceil(math.sqrt(len(frames)))
     sheet = Image.new("RGB", (columns * (width + 4), math.ceil(len(frames) / columns) * (height + 24)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (frame, time) in enumerate(zip(frames, times)):
+    for i, (frame, seconds) in enumerate(zip(frames, times)):
         x, y = i % columns * (width + 4) + 2, i // columns * (height + 24) + 2
         sheet.paste(Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()).resize((width, height)), (x, y))
-        draw.text((x + 2, y + height + 2), f"{i}: {time:.2f} s", "black", font)
+        draw.text((x + 2, y + height + 2), f"{i}: {seconds:.2f} s", "black", font)
     write_atomic(path, lambda f: sheet.save(f, "PNG"))
+
+
+@dataclasses.dataclass
+class Config:
+    video: str                  # the file to look at
+    num_frames: int = 16        # frames on the sheet
+    mode: str = "uniform"       # by which rule they are chosen: uniform, seq, test, train or linspace
+    start: float = 0            # seconds into the video at which to begin,
+    end: float = math.inf       # and to end
+    seed: int = 0               # for the mode train
+    out: str = "sheet.png"      # the contact sheet
+
+
+def main(cfg):
+    found = probe(cfg.video)
+    print(f"{cfg.video}: {found.codec}, {found.width} x {found.height}, turned by {found.rotation} degrees, {found.fps:.2f} frames/s, {found.duration:.2f} s")
+    frames, times = sample_frames(cfg.video, cfg.num_frames, cfg.mode, cfg.seed, (cfg.start, cfg.end), keep=thumbnail)
+    contact_sheet(torch.stack(frames), times, cfg.out)
+    print(f"{cfg.out}: {len(times)} frames, at {', '.join(f'{t:.2f}' for t in times)} s")
+
+
+if __name__ == "__main__":
+    run(main, Config, positional=["video"])

@@ -30,6 +30,7 @@ class Config:
     dataset: str = "own"             # whose settings: own, msrvtt, didemo, lsmdc
     batch_size: int = 16             # videos at a time
     workers: int = 1                 # processes that decode
+    skip_broken: bool = False        # leave out videos that cannot be read, and say how many; else the first one is an error
     device: str = "auto"             # cpu, cuda or auto
     amp: bool = True                 # half precision on a GPU
 
@@ -72,21 +73,27 @@ def retrieval_metrics(similarity):
 # ---------------------------------------------------------------------------------------------------- encode
 @torch.no_grad()
 def encode(encoder, tokenizer, dataset, setting, device, batch_size=16, workers=0, amp=False):
-    """-> normalised features, on the CPU in fp32: of the branch (Q, P), of mean-pooled CLIP (Q, P), of the captions (Q, P)."""
-    branch, mean, text = [], [], []
+    """-> normalised features, on the CPU in fp32: of the branch (Q, P), of mean-pooled CLIP (Q, P), of the captions (Q, P); and
+    what went wrong with the videos that the data set skips, whose captions are left out too."""
+    branch, mean, text, index, broken = [], [], [], [], []
     was_training = encoder.training
     encoder.eval()
     with torch.autocast(device.type, torch.float16, enabled=amp and device.type == "cuda"):
-        for video, _ in tqdm(DataLoader(dataset, batch_size, num_workers=workers), desc="encode", leave=False, file=sys.stderr):
-            feature, state, _ = encoder(video.to(device))   # (B, P), (B, T, 1+N, D): one walk through CLIP serves both
-            branch.append(feature.float().cpu())
-            mean.append(encoder.mean_feature(state).float().cpu())
-        for i in range(0, len(dataset), 256):
-            length = min(setting.text_length, encoder.clip.config.context_length)
-            ids = tokenizer(dataset.captions[i:i + 256], length).to(device)
-            text.append(encoder.clip.encode_text(ids).float().cpu())
+        loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=data.collate_skip)
+        for batch in tqdm(loader, desc="encode", leave=False, file=sys.stderr):
+            broken += batch["skipped"]
+            index += batch["index"].tolist()
+            if len(batch["index"]):
+                feature, state, _ = encoder(batch["video"].to(device))   # (B, P), (B, T, 1+N, D): one walk through CLIP serves both
+                branch.append(feature.float().cpu())
+                mean.append(encoder.mean_feature(state).float().cpu())
+        if not index:
+            raise common.UserError(f"none of {len(dataset)} videos can be read; the first: {broken[0]}")
+        captions, length = [dataset.captions[i] for i in index], min(setting.text_length, encoder.clip.config.context_length)
+        for i in range(0, len(captions), 256):
+            text.append(encoder.clip.encode_text(tokenizer(captions[i:i + 256], length).to(device)).float().cpu())
     encoder.train(was_training)
-    return tuple(F.normalize(torch.cat(rows), dim=-1) for rows in (branch, mean, text))
+    return *(F.normalize(torch.cat(rows), dim=-1) for rows in (branch, mean, text)), broken
 
 
 def load_encoder(folder, branch_file, device):
@@ -103,9 +110,11 @@ def main(cfg):
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, device)
     size = encoder.clip.config.image_size
     dataset = data.RetrievalDataset(cfg.annotations, cfg.root, setting.num_frames, size, setting.short * size // 224,
-                                    setting.mode, setting.joined)
-    branch, mean, text = encode(encoder, tokenizer, dataset, setting, device, cfg.batch_size, cfg.workers, cfg.amp)
-    print(f"{len(dataset)} captions, {setting.num_frames} frames, {cfg.annotations}")
+                                    setting.mode, setting.joined, cfg.skip_broken)
+    branch, mean, text, broken = encode(encoder, tokenizer, dataset, setting, device, cfg.batch_size, cfg.workers, cfg.amp)
+    for message in broken:
+        print(f"skipped: {message}", file=sys.stderr)
+    print(f"evaluated {len(text)} of {len(dataset)} captions, {setting.num_frames} frames, {cfg.annotations}")
     print(f"{'':28}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'MdR':>7}{'MnR':>8}")
     for name, video in (("mean-pooled CLIP", mean), ("branch", branch)):
         for direction, similarity in (("text to video", text @ video.T), ("video to text", video @ text.T)):

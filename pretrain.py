@@ -144,7 +144,7 @@ def main(cfg):
     watched = cfg.eval_annotations and data.RetrievalDataset(cfg.eval_annotations, cfg.root, cfg.num_frames, size, mode="uniform")
 
     def evaluate():
-        branch_features, mean, text = encode(model.encoder, tokenizer, watched, SETTINGS["own"], device, amp=half)
+        branch_features, mean, text, _ = encode(model.encoder, tokenizer, watched, SETTINGS["own"], device, amp=half)
         log.add(step=step, **{f"R@1 {name}": round(retrieval_metrics(text @ video.T)["R@1"], 2)
                               for name, video in (("branch", branch_features), ("mean-pooled CLIP", mean))})
     # ------------------------------------------------------------------------------------------------ loop

@@ -426,7 +426,7 @@ def score(cfg):
         @torch.no_grad()
         def encode_text(texts):
             return torch.cat([F.normalize(encoder.clip.encode_text(tokenizer(texts[i:i + 512], 32)), dim=-1) for i in range(0, len(texts), 512)])
-        branch, mean, text = encode(encoder, tokenizer, dataset, SETTINGS["own"], torch.device("cpu"), 64)
+        branch, mean, text, _ = encode(encoder, tokenizer, dataset, SETTINGS["own"], torch.device("cpu"), 64)
         for name, video in (("mean-pooled CLIP", mean), ("branch", branch)):
             metrics = {"twins": 100 * twin_accuracy(video, text).mean().item(), "static": 100 * static_accuracy(video, clips, encode_text),
                        **retrieval_metrics(text @ video.T), "twin distance": (video[::2] - video[1::2]).norm(dim=1).max().item()}
