@@ -1,5 +1,7 @@
 """Video files -> clip tensors: frames by time, the pixels that CLIP sees, data sets of captions, pairs and conversations.
 
+    python data.py video.mp4    # what it is, and a picture of its frames with their times   -> sheet.png
+
 A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W): uint8 RGB while it is pictures, float once it is normalised for
 CLIP. Nothing guesses T from a shape. Time is counted in seconds from the moment at which the first frame is shown.
 

@@ -270,7 +270,9 @@ def annotate(cfg):
             static, temporal = static_questions(clip.colour, clip.shape, clip.size, clip.place), temporal_questions(clip)
             captions.append({"video": video, "caption": clip.caption, **dataclasses.asdict(clip)})
             if split == "train":
-                talks.append(conversation(name, pick(pick(static, 2) + pick(temporal, 2), 4), video=video))
+                # one question about time in each: a second one could be answered from the first answer, without looking
+                talks += [conversation(f"{name}-{k}", pick([asked, *pick(static, 1)], 2), video=video)
+                          for k, asked in enumerate(pick(temporal, 2))]
             else:
                 talks += [conversation(f"{name}-{kind}", pick(pairs, 1), kind=kind, video=video)
                           for kind, pairs in (("static", static), ("temporal", temporal))]

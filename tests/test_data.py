@@ -683,3 +683,11 @@ def test_contact_sheet_is_a_grid_of_all_frames(tmp_path, clips):
     assert number(torch.tensor(sheet[2:66, 102:198]).permute(2, 0, 1)) == number(frames[1])
     assert (sheet[68:86, 2:60] < 100).any()      # the label
     assert os.listdir(tmp_path) == ["sheet.png"]
+
+
+def test_data_py_prints_what_a_video_is_and_writes_its_contact_sheet(tmp_path, clips, capsys):
+    data.main(data.Config(clips["h264 short gop"], num_frames=4, start=0.4, end=1.2, out=str(tmp_path / "sheet.png")))
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].endswith("h264, 96 x 64, turned by 0 degrees, 25.00 frames/s, 2.40 s")
+    assert out[1].endswith("4 frames, at 0.48, 0.68, 0.88, 1.08 s")   # the middles 0.5, 0.7, ... show the frames before them
+    assert Image.open(tmp_path / "sheet.png").size == (2 * 244, 2 * 184)

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+import bench
 import chat
 import chat_tune
+import data
 import eval_retrieval
 import pretrain
 import shapes
@@ -16,7 +18,8 @@ from common import parse
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = {"chat.py": (chat, chat.FLAGS), "chat_tune.py": (chat_tune, {}), "pretrain.py": (pretrain, {}),
-           "eval_retrieval.py": (eval_retrieval, {}), "shapes.py": (shapes, dict(positional=["stage"]))}
+           "eval_retrieval.py": (eval_retrieval, {}), "shapes.py": (shapes, dict(positional=["stage"])),
+           "data.py": (data, dict(positional=["video"])), "bench.py": (bench, dict(positional=["stage"]))}
 
 
 def commands():

@@ -286,7 +286,24 @@ def test_eval_retrieval_prints_both_models_and_both_directions(world, capsys):
     cfg = eval_retrieval.Config(annotations=str(world / "captions.jsonl"), root=str(world), weights=str(world), workers=0, device="cpu")
     eval_retrieval.main(cfg)
     out = capsys.readouterr().out
-    assert out.count("mean-pooled CLIP") == 2 and out.count("branch") == 2 and "8 captions" in out
+    assert out.count("mean-pooled CLIP") == 2 and out.count("branch") == 2 and "evaluated 8 of 8 captions" in out
+
+
+def test_a_broken_video_is_an_error_in_evaluation_unless_it_may_be_left_out(world, tmp_path, capsys):
+    rows = (world / "captions.jsonl").read_text() + json.dumps({"video": "nowhere.mp4", "caption": "a red ring"}) + "\n"
+    (tmp_path / "captions.jsonl").write_text(rows)
+    cfg = eval_retrieval.Config(str(tmp_path / "captions.jsonl"), str(world), weights=str(world), workers=0, device="cpu")
+    with pytest.raises(UserError, match="nowhere.mp4"):
+        eval_retrieval.main(cfg)
+    assert capsys.readouterr().out == ""   # no number over fewer videos than asked for
+    eval_retrieval.main(dataclasses.replace(cfg, skip_broken=True))
+    skipping = capsys.readouterr()
+    assert "evaluated 8 of 9 captions" in skipping.out and "nowhere.mp4" in skipping.err
+    eval_retrieval.main(dataclasses.replace(cfg, annotations=str(world / "captions.jsonl")))
+    assert skipping.out.splitlines()[2:] == capsys.readouterr().out.splitlines()[2:]
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"video": "nowhere.mp4", "caption": "a red ring"}))
+    with pytest.raises(UserError, match="none of 1"):
+        eval_retrieval.main(dataclasses.replace(cfg, skip_broken=True))
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

@@ -1,0 +1,170 @@
+"""bench.py: the clips are what they are called, a process is charged for what it does, other frames than ours are noticed."""
+import dataclasses
+import os
+import resource
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+import bench
+from bench import Case, Clip, Config, Contestant
+from common import UserError
+
+LONG, SHORT = Clip(128, 72, 2, 25, 0.2), Clip(128, 72, 2, 10, 0.2)
+VP9 = dataclasses.replace(SHORT, codec="libvpx-vp9")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("clips"))
+
+
+def config(folder, **settings):
+    return Config("frames", data=folder, runs=1, picture=os.path.join(folder, "flat", "flat.png"), **settings)
+
+
+# Contestants without torch, which would take seconds to import. They are sent away as text, so all that they need is inside.
+def right(path, count):
+    import av
+    import numpy
+    with av.open(path) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return numpy.stack([pictures[(2 * i + 1) * len(pictures) // (2 * count)] for i in range(count)])
+
+
+def one_late(path, count):
+    import av
+    import numpy
+    with av.open(path) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    frames = [pictures[(2 * i + 1) * len(pictures) // (2 * count)] for i in range(count)]
+    return numpy.stack([*frames[:-1], pictures[(2 * count - 1) * len(pictures) // (2 * count) + 1]])
+
+
+def too_few(path, count):
+    import av
+    import numpy
+    with av.open(path) as container:
+        return numpy.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)][:count - 1])
+
+
+def heavy(path, count):
+    import time
+    import numpy
+    memory = numpy.ones(40 * 2 ** 20, numpy.uint8)
+    while time.process_time() < 0.5:
+        pass
+    return memory.reshape(-1, 1024, 1024, 1)
+
+
+def broken(path, count):
+    raise ValueError("no such luck")
+
+
+# ---------------------------------------------------------------------------------------------------- clips
+@pytest.mark.parametrize("clip", [LONG, SHORT, VP9, dataclasses.replace(SHORT, copies=3)], ids=lambda clip: clip.file)
+def test_a_clip_is_what_the_table_says(folder, clip):
+    path, frames = bench.make(folder, clip), clip.seconds * clip.copies * bench.FPS
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height, stream.average_rate) == (clip.width, clip.height, bench.FPS)
+        assert stream.codec_context.codec.canonical_name == {"libx264": "h264", "libvpx-vp9": "vp9"}[clip.codec]
+        decoded = [(frame.key_frame, round(frame.time * bench.FPS, 1)) for frame in container.decode(stream)]
+    assert [time for _, time in decoded] == list(range(frames))
+    period = clip.seconds * bench.FPS   # a copy begins anew
+    assert [i for i, (key, _) in enumerate(decoded) if key] == [i for i in range(frames) if i % period % clip.gop == 0]
+
+
+def test_a_clip_is_made_once_and_nothing_else_is_left_behind(tmp_path):
+    clip = dataclasses.replace(SHORT, seconds=1, copies=2)
+    path = bench.make(str(tmp_path), clip)
+    before = os.stat(path)
+    assert bench.make(str(tmp_path), clip) == path and os.stat(path).st_mtime_ns == before.st_mtime_ns
+    assert sorted(os.listdir(tmp_path)) == sorted([clip.file, dataclasses.replace(clip, copies=1).file])
+
+
+def test_every_clip_of_the_tables_has_a_name_of_its_own():
+    clips = {case.clip for case in bench.FRAMES + bench.FLAT if case.clip}
+    assert len({clip.file for clip in clips}) == len(clips) > 5
+
+
+def test_neighbouring_frames_differ_by_more_than_two_contestants_may():
+    pictures = np.stack(list(bench.scene(256, 144, 230)))[:, :144]   # Y; the camera goes once round
+    assert min(bench.difference(pictures[i:i + 1], pictures[i + 1:i + 2]) for i in range(229)) > 1.5 * bench.SAME
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+def test_a_process_is_charged_for_its_own_work_and_memory_alone(folder):
+    usage = bench.launch(config(folder), Contestant("heavy", "numpy", heavy), "", Case(None, 1, []))
+    assert usage.process > 0.5 and usage.process > usage.work > 0 and usage.wall > 0
+    assert 40 <= usage.extra < 60
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / bench.MEGABYTE
+    assert usage.peak < own   # this process has torch in it, which is none of the child's business
+
+
+def test_importing_is_not_work(folder):
+    slow = Contestant("heavy", "time, numpy\nwhile time.process_time() < 0.5: pass", heavy)
+    usage = bench.launch(config(folder), slow, "", Case(None, 1, []))
+    assert usage.process - usage.work > 0.5
+
+
+def test_other_frames_than_ours_are_noticed(folder, capsys):
+    functions = {"ours": right, "same": right, "late": one_late, "few": too_few}
+    bench.frames(config(folder), [Case(LONG, 4, [Contestant(name, "av, numpy", f) for name, f in functions.items()])])
+    printed = capsys.readouterr().out
+    assert [name for name in functions if f"T = 4: {name} shows other frames than ours" in printed] == ["late", "few"]
+
+
+def test_our_frames_are_those_of_the_peers(folder):
+    path = bench.make(folder, VP9)
+    assert bench.difference(bench.ours(path, 5), right(path, 5)) == 0
+    assert bench.difference(bench.ours(path, 5), bench.with_pyav(path, 5)) == 0
+    assert bench.difference(bench.ours_resize("", 1, 224), bench.pillow_resize("", 1, 224)) < bench.SAME
+    assert bench.ours(path, 5, 36).shape == (5, 36, 64, 3)
+
+
+def test_ours_runs_in_a_process_of_its_own(folder, tmp_path):
+    usage = bench.launch(config(folder), bench.OURS, bench.make(folder, SHORT), Case(SHORT, 3, [], 36), str(tmp_path / "frames.npy"))
+    assert usage.process > usage.work > 0
+    assert (np.load(tmp_path / "frames.npy") == bench.ours(bench.make(folder, SHORT), 3, 36)[:, ::4, ::4]).all()
+
+
+# ---------------------------------------------------------------------------------------------------- stages
+def cells(printed):
+    """The rows of the table: lists of texts."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+
+
+def test_frames_prints_ratios_and_leaves_out_who_is_not_installed(folder, capsys):
+    absent = Contestant("absent", "no_such_module", right, "no-such-package")
+    bench.frames(config(folder), [Case(SHORT, 3, [Contestant("ours", "av, numpy", right), bench.PYAV, absent])])
+    printed = capsys.readouterr().out
+    columns, _, *rows = cells(printed)
+    assert "absent: not installed (pip install no-such-package)" in printed
+    assert [row[:3] for row in rows] == [["72p x264, 2 s, GOP 10", "3", "ours"], ["72p x264, 2 s, GOP 10", "3", "PyAV, all frames"]]
+    cpu = [float(row[columns.index("CPU s of the process")]) for row in rows]
+    assert float(rows[1][columns.index("ours / peer: process")]) == pytest.approx(cpu[0] / cpu[1], rel=0.1)   # both are rounded
+    assert rows[0][columns.index("ours / peer: process")] == "" and rows[1][-1] == "0.00"
+
+
+def test_flat_compares_with_the_shortest_file_and_draws(folder, capsys):
+    who = [Contestant("ours", "av, numpy", right), Contestant("peer", "av, numpy", right, "av")]
+    bench.flat(config(folder), [Case(dataclasses.replace(SHORT, copies=copies), 3, who) for copies in (1, 3)])
+    columns, _, *rows = cells(capsys.readouterr().out)
+    at = columns.index("to the first: work")
+    assert [row[at] for row in rows[:2]] == ["1.00", "1.00"] and float(rows[2][at]) > 0
+    with Image.open(os.path.join(folder, "flat", "flat.png")) as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 3
+
+
+def test_bad_input_is_one_line(folder):
+    with pytest.raises(UserError, match="no such stage; choose one of frames, flat"):
+        bench.main(Config("frame"))
+    with pytest.raises(UserError, match="--runs 0: must be at least 1"):
+        bench.frames(Config("frames", data=folder, runs=0), [])
+    with pytest.raises(UserError, match="--peer_python no_such_python: no such program"):
+        bench.frames(config(folder, peer_python="no_such_python"), [Case(SHORT, 3, [])])
+    with pytest.raises(UserError, match="broken failed, 72p x264, 2 s, GOP 10: ValueError: no such luck"):
+        bench.launch(config(folder), Contestant("broken", "numpy", broken), "", Case(SHORT, 3, []))
