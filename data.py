@@ -38,8 +38,9 @@ from common import UserError, run, write_atomic
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,gif,ogg,asf"
 PICTURES = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]   # what Pillow may open here: no format that runs another program
 MAX_PIXELS = 1 << 25                                # of one frame: 8K is just below; a hostile header can claim far more
+MAX_GIF = 1 << 28                                   # bytes: libav reads all up to the end of a frame into memory, and looks long for it
 LIMITS = {"max_pixels": str(MAX_PIXELS)}            # the same, for decoders
-TIME_LIMIT = 30                                     # seconds without a new frame or new bytes, then a file is given up
+TIME_LIMIT = 30                                     # seconds without a new frame or packet, then a file is given up
 REORDER = 33                                        # packets: a frame is never shown later than that after its place in the file
 COLOUR_SPACES = {1, 4, 5, 6, 7, 9}                  # of ITU-T H.273's matrix coefficients, those that libswscale converts
 THUMBNAIL = 240                                     # pixels, the width of a frame on a contact sheet
@@ -55,7 +56,10 @@ class VideoError(UserError):
 
 
 class DamagedVideo(UserWarning):
-    """Frames that a file should hold cannot be had; the ones before them can."""
+    """Frames that a file should hold cannot be had; the ones before them can.
+
+    Where a cut falls is seen as far as a file says how long its picture track is. MPEG-TS does not, nor does Matroska with
+    more than one track."""
 
 
 @dataclasses.dataclass
@@ -116,8 +120,8 @@ def sample_frames(path, num_frames, mode, seed=None, window=None, size=None, kee
             times = [start + (i + 0.5) / num_frames * (end - start) for i in range(num_frames)]
             return video.show(list(map(video.tick, times)), size, keep)
         ticks = video.all_ticks()
-        first, last = (bisect.bisect_left(ticks, video.tick(t)) for t in (start, min(end, 3e9)))
-        ticks = ticks[first:last] or ticks[max(first - 1, 0):first]   # a window between two frames shows the first of them
+        first, last = (bisect.bisect_left(ticks, t - TOLERANCE, key=video.seconds) for t in (start, end))
+        ticks = ticks[first:last] or [ticks[max(first - 1, 0)]]   # a window between two frames shows the first of them
         chosen = INDEX_RULES[mode](len(ticks), num_frames, np.random.default_rng(seed))
         return video.show([ticks[i] for i in chosen], size, keep)
 
@@ -195,23 +199,29 @@ class ByteSource(io.FileIO):
 
     def start_over(self):
         """From here on all bytes are new again."""
-        self.furthest = 0
+        self.furthest, self.advanced = 0, False
         self.progress()
 
     def progress(self):
-        """Something was achieved: a frame, or bytes never read before."""
+        """Something was achieved."""
         self.deadline = time.monotonic() + TIME_LIMIT
+
+    def packet(self):
+        """A packet was read: that is progress if it came with bytes never read before, else libav may be going in a circle."""
+        self.check()
+        if self.advanced:
+            self.advanced = False
+            self.progress()
 
     def check(self):
         if time.monotonic() > self.deadline:
-            raise VideoError(self.path, f"given up: no frame in {TIME_LIMIT} s")
+            raise VideoError(self.path, f"given up: nothing new in it in {TIME_LIMIT} s")
 
     def read(self, size=-1):
         self.check()
         found = super().read(size)
-        if self.tell() > self.furthest:
-            self.furthest = self.tell()
-            self.progress()
+        self.advanced |= self.tell() > self.furthest
+        self.furthest = max(self.furthest, self.tell())
         return found
 
     def seek(self, offset, whence=os.SEEK_SET):
@@ -280,11 +290,14 @@ class Video:
         self.time_base, self.context = self.stream.time_base, self.stream.codec_context
         if self.context is None or not self.time_base:
             raise VideoError(self.path, "no decoder for its video track")
-        # AVI counts packets, it does not say when they are shown: with B-frames, libav's guess at that is wrong. In an MPEG
-        # program stream few packets carry a time, and after a seek libav guesses the others wrongly.
+        # AVI counts packets, it does not say when they are shown: with B-frames, libav's guess at that is wrong. In MPEG program
+        # streams, and for H.264 in ASF, packets lack times of showing, and after a seek libav guesses them wrongly.
         self.untimed = self.container.format.name == "avi" and self.context.has_b_frames
-        self.timed = not self.untimed and self.container.format.name != "mpeg"
+        vague = self.container.format.name == "mpeg" or self.container.format.name == "asf" and self.context.name == "h264"
+        self.timed = not self.untimed and not vague
         self.context.options = LIMITS
+        if self.container.format.name == "gif" and os.fstat(self.file.fileno()).st_size > MAX_GIF:
+            raise VideoError(self.path, f"a GIF of more than {MAX_GIF >> 20} MB")
         if self.context.width * self.context.height > MAX_PIXELS:
             raise VideoError(self.path, f"frames of {self.context.width} x {self.context.height} are too large")
         for other in self.container.streams:
@@ -320,7 +333,7 @@ class Video:
         with contextlib.closing(self.container.demux(self.stream)) as demuxed, contextlib.suppress(IndexError):
             try:
                 for packet in demuxed:
-                    self.file.check()
+                    self.file.packet()
                     self.cut = packet.is_corrupt
                     if packet.size and self.when(packet) is not None and not packet.is_corrupt:
                         yield packet
@@ -371,8 +384,8 @@ class Video:
             for frame in self.feed(packet):
                 if self.untimed:   # the n-th frame shown takes the n-th time
                     frame.pts = file_order.popleft() if file_order else None
-                if frame.pts is None or jump and frame.pts < jump[1]:   # it may lean on frames that were never decoded
-                    continue
+                if frame.pts is None or frame.pts < (held.pts if held else jump[1] if jump else -math.inf):
+                    continue   # before the keyframe: it may lean on frames that were never decoded; before another: damage
                 while ticks and held is not None and frame.pts > ticks[0]:
                     yield ticks.popleft(), held
                 if not ticks:
@@ -436,21 +449,25 @@ class Video:
             picture = keep(picture) if keep else picture
             for i in (i for tick in wanted for i in places.pop(tick)):
                 out[i], used[i] = picture, self.seconds(frame.pts)
+        expected = {}   # wanted tick: tick of the frame on the screen, from the packets
         for jump, shown in self.plan(sorted(places)) if self.timed else ():
+            expected.update((tick, at) for at, ticks in shown.items() for tick in ticks)
             self.go(jump)
             for frame in self.decode(self.packets(), shown):
                 if frame.pts in shown:
                     put(frame, shown.pop(frame.pts))
-        # What is still missing was damaged, or has no clock. Decoding all from further and further back finds what was shown.
+        # What is still missing has no clock, or needs more than the keyframe before it, or was damaged. Decoding everything from
+        # further and further back finds what was shown.
         back = 0
         while places:
-            if self.timed:
-                self.damage = self.damage or f"damaged at {self.seconds(min(places)):.2f} s; the frame before the damage is shown"
             jump = self.keyframe_before(min(places) - back)
             for tick, frame in self.walk(sorted(places), jump):
-                if frame.pts <= tick or jump is None:
+                if frame.pts <= tick:
+                    if expected.get(tick, frame.pts) != frame.pts:
+                        self.damage = self.damage or f"damaged at {self.seconds(tick):.2f} s; the frame before the damage is shown"
                     put(frame, [tick])
-            if jump is None:
+            if jump is None and places:
+                self.damage = self.damage or "damaged; the first frame stands for others"
                 put(self.first, list(places))
             back = max(math.ceil(10 / self.time_base), 2 * back)
         return out, used
@@ -474,10 +491,13 @@ class Video:
         return picture if picture.shape[1:] == (height, width) else resize_bicubic(picture[None], height, width)[0]
 
     def claimed_end(self):
-        """Tick at which the track ends, or else the longest track, as the file has it: a claim."""
-        length = self.stream.duration or (self.container.duration or 0) / av.time_base / self.time_base
-        begin = self.start if self.stream.start_time is None else self.stream.start_time
-        return min(int(begin + length), self.tick(math.inf))
+        """Tick at which the track ends, or else the longest track, as the file has it: a claim. Of a track the length counts
+        from its first packet, of a whole file from zero."""
+        if self.stream.duration:
+            end = self.stream.duration + min(self.start, self.start if self.stream.start_time is None else self.stream.start_time)
+        else:
+            end = int((self.container.duration or 0) / av.time_base / self.time_base)
+        return max(self.start, min(end, self.tick(math.inf)))
 
     def compare_end(self, end):
         """Notes if the track ends at the tick `end` although it should go on."""
@@ -512,7 +532,8 @@ def normalise(frames):
 
 def resize_bicubic(frames, height, width):
     """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bicubic with antialiasing, as Pillow does it and CLIP's preprocessing
-    with it; off by 1 at most. Fast where the three values of a pixel lie side by side in memory, as decoders write them."""
+    with it. Of the values one in two hundred differs by 1, and of noise one in ten thousand by 2: the kernel's weights are coarser.
+    Fast where the three values of a pixel lie side by side in memory, as decoders write them."""
     return F.interpolate(frames.contiguous(memory_format=torch.channels_last), (height, width), mode="bicubic", antialias=True)
 
 
