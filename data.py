@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from av.stream import Discard
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, default_collate
 
 from common import UserError, run, write_atomic
 
@@ -303,12 +303,12 @@ class Video:
         for other in self.container.streams:
             if other is not self.stream:
                 other.discard = Discard.all   # sound is not even read
-        self.context.thread_type = "AUTO"
-        # in a loader the workers are the parallelism; each further thread holds further frames
-        self.context.thread_count = 1 if get_worker_info() is not None else min(4, os.cpu_count() or 1)
+        # One thread: a loader's workers are its parallelism; elsewhere a second one took a third more CPU time and saved little, since
+        # every jump to another keyframe begins with threads that have nothing to do.
+        self.context.thread_count = 1
 
     def close(self):
-        """Ends the decoder now: left to the garbage collector, its threads would live on and hang a forked process."""
+        """Ends the decoder and lets go of its memory now; the garbage collector may come late."""
         if self.container is not None:
             self.container.close()
         self.container = self.stream = self.context = None
