@@ -836,7 +836,8 @@ class Config:
 
 def main(cfg):
     found = probe(cfg.video)
-    print(f"{cfg.video}: {found.codec}, {found.width} x {found.height}, turned by {found.rotation} degrees, {found.fps:.2f} frames/s, {found.duration:.2f} s")
+    print(f"{cfg.video}: {found.codec}, {found.width} x {found.height}, turned by {found.rotation} degrees, "
+          f"{found.fps:.2f} frames/s, {found.duration:.2f} s")
     frames, times = sample_frames(cfg.video, cfg.num_frames, cfg.mode, cfg.seed, (cfg.start, cfg.end), keep=thumbnail)
     contact_sheet(torch.stack(frames), times, cfg.out)
     print(f"{cfg.out}: {len(times)} frames, at {', '.join(f'{t:.2f}' for t in times)} s")

@@ -3,7 +3,6 @@ import ctypes
 import fractions
 import json
 import os
-import random
 
 import av
 import numpy as np
@@ -90,36 +89,12 @@ def clips(tmp_path_factory):
     return {name: write(folder / file, codec, options=options) for name, (file, codec, options) in CLIPS.items()}
 
 
-def shown(t):
-    """Number on the screen t seconds into a clip of constant frame rate."""
-    return min(max(int(np.floor((t + 1e-6) * FPS)), 0), FRAMES - 1)
-
-
 # ---------------------------------------------------------------------------------------------------- frames by time
-@pytest.mark.parametrize("name", CLIPS)
-def test_frames_at_shows_the_frame_that_a_viewer_sees_at_any_times_in_any_order(clips, name):
-    rng = random.Random(name)
-    for count in (1, 2, 5, 12):
-        for _ in range(3):
-            times = [rng.choice([rng.uniform(-0.2, FRAMES / FPS + 0.4), rng.randrange(FRAMES) / FPS]) for _ in range(count)]
-            times += times[:2]
-            frames, used = data.frames_at(clips[name], times)
-            assert numbers(frames) == [shown(t) for t in times]
-            assert used == pytest.approx([shown(t) / FPS for t in times])
-
-
 @pytest.mark.parametrize("name", CLIPS)
 def test_probe_finds_the_exact_duration_also_where_the_container_states_none(clips, name):
     found = data.probe(clips[name])
     assert (found.duration, found.width, found.height, found.rotation) == (pytest.approx(FRAMES / FPS), WIDTH, HEIGHT, 0)
     assert found.fps == pytest.approx(FPS) and found.codec != ""
-
-
-@pytest.mark.parametrize("name", CLIPS)
-def test_frame_counting_without_decoding_finds_every_frame(clips, name):
-    frames, used = data.sample_frames(clips[name], FRAMES, "seq")   # all of them, as many as there are
-    assert numbers(frames) == data.get_seq_frames(FRAMES, FRAMES)
-    assert used == pytest.approx([i / FPS for i in data.get_seq_frames(FRAMES, FRAMES)])
 
 
 def test_webm_written_to_a_pipe_has_neither_duration_nor_index_and_still_works(tmp_path):
@@ -244,11 +219,6 @@ def test_the_display_matrix_turns_and_mirrors_frames(tmp_path, rotate):
     found = data.probe(path)
     assert (found.height, found.width) == expected.shape[:2]
     assert len(rotate) > 1 or found.rotation == -rotate[0] % 360
-
-
-def test_size_scales_the_short_side(clips):
-    frames, _ = data.frames_at(clips["h264 long gop"], [0.4, 1.0], size=32)
-    assert frames.shape == (2, 3, 32, 48) and frames.dtype == torch.uint8 and numbers(frames) == [10, 25]
 
 
 def test_sound_beside_the_pictures_changes_nothing(tmp_path):
@@ -414,22 +384,6 @@ def test_a_file_cut_before_its_first_frame_is_a_video_error(tmp_path):
     open(path, "wb").write(whole[:whole.index(b"mdat") + 6])
     with pytest.raises(data.VideoError):
         data.frames_at(path, [0])
-
-
-def test_damaged_files_never_raise_anything_but_video_errors(tmp_path, clips):
-    rng = random.Random(0)
-    for path in clips.values():
-        whole = open(path, "rb").read()
-        for _ in range(6):
-            damaged = bytearray(whole)
-            for _ in range(rng.choice([3, 30, 300])):
-                damaged[rng.randrange(rng.choice([len(whole), 400]))] = rng.randrange(256)
-            (tmp_path / "damaged").write_bytes(damaged)
-            for call in (data.probe, lambda p: data.frames_at(p, [0, 1.3]), lambda p: data.sample_frames(p, 4, "test")):
-                try:
-                    call(tmp_path / "damaged")
-                except data.VideoError:
-                    pass
 
 
 # ---------------------------------------------------------------------------------------------------- pixels
