@@ -436,6 +436,7 @@ class Terminal:
     def do(self, line):
         """Types a line -> what it prints until the next prompt, without the echo."""
         self.type(line)
+        self.until(lambda: "\n" in self.text)   # after a resize the prompt is drawn once more before the echo
         return self.prompt().split("\n", 1)[1]
 
     def leave(self, key):
