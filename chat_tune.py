@@ -180,10 +180,12 @@ def main(cfg):
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         step, skipped = saved["step"], saved["skipped"]
-    log = common.Log(os.path.join(cfg.out, "log.jsonl"), step) if here.first else None
+    if here.first:
+        log = common.Log(os.path.join(cfg.out, "log.jsonl"), step)
+        common.remove_leftovers(cfg.out)
     ddp = nn.parallel.DistributedDataParallel(chat) if here.size > 1 else chat
     loader = iter(DataLoader(dataset, batch_sampler=batches(len(dataset), cfg.batch_size, cfg.seed, step, here.rank, here.size),
-                             num_workers=cfg.workers, collate_fn=collate))
+                             num_workers=cfg.workers, collate_fn=collate, worker_init_fn=common.leave_signals_to_the_parent))
     # ------------------------------------------------------------------------------------------------ loop
     chat.train()
     bar = tqdm(total=steps, initial=step, desc=f"chat_tune {cfg.stage}", disable=not here.first)

@@ -210,8 +210,10 @@ class CLIP(nn.Module):
         yield from self.text_model.encoder.walk(self.text_model.embeddings(ids), causal=True)
 
     def project_image(self, tokens):
-        """Tokens of the last image state (..., D) -> the shared space (..., P), not normalised."""
-        return self.visual_projection(self.vision_model.post_layernorm(tokens))
+        """Tokens of the last image state (..., D) -> the shared space (..., P), not normalised.
+
+        The layers before may be in half precision while this step is not: gradients pass here, there they do not."""
+        return self.visual_projection(self.vision_model.post_layernorm(tokens.to(self.visual_projection.weight.dtype)))
 
     def encode_image(self, pixels):
         """pixels: (B, 3, H, W), CLIP-normalised -> (B, P): the CLS token, not normalised."""

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import types
 import typing
 import warnings
@@ -91,11 +93,21 @@ def write_atomic(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot write: {e.strerror}")
+    except (OSError, RuntimeError) as e:   # torch.save puts an error of its own in front of that of a full disk
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{path}: cannot write: {cause.strerror}")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def remove_leftovers(folder):
+    """Removes from a folder of ours what write_atomic leaves there when it is killed: NAME.PROCESS.tmp."""
+    for name in os.listdir(folder):
+        if re.fullmatch(r".+\.(pth|bin|png|jsonl)\.\d+\.tmp", name):
+            os.remove(os.path.join(folder, name))
 
 
 def save_checkpoint(path, state):
@@ -122,7 +134,8 @@ def put_back(parameters, saved, path):
             p.copy_(saved[name])
 
 
-FREE = {"out", "root", "steps", "epochs", "workers", "device", "amp", "eval_annotations", "eval_every", "save_every", "log_every"}
+FREE = {"out", "root", "steps", "epochs", "workers", "device", "amp", "precision", "micro_batch", "checkpointed", "eval_annotations",
+        "eval_every", "save_every", "log_every"}
 
 
 def check_same_run(saved, path, cfg):
@@ -186,9 +199,31 @@ def start_distributed(device="auto"):
     return World(rank, size, torch.device(device))
 
 
-def seed_step(seed, step, rank=0):
-    """Every random number of a training step follows from (seed, step, rank), so that a resumed run needs no saved state."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + rank) % 2 ** 63)
+def told_by_all(here, *numbers):
+    """Every process says some numbers, all whole or none -> for each of them a list: what all said, in rank order."""
+    said = torch.tensor(numbers, device=here.device)
+    rows = [said.clone() for _ in range(here.size)]
+    if here.size > 1:
+        dist.all_gather(rows, said)
+    return torch.stack(rows, dim=1).tolist()
+
+
+def on_sigterm():
+    """-> an Event that SIGTERM sets, instead of ending the program: a loop looks at it where it can stop without loss."""
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    return asked
+
+
+def leave_signals_to_the_parent(worker):
+    """worker_init_fn for a DataLoader: Ctrl-C and SIGTERM reach the whole group, and the script itself decides what they mean."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def seed_step(seed, step, rank=0, part=0):
+    """Every random number of a part of a training step follows from (seed, step, rank, part): a resumed run needs no saved state."""
+    torch.manual_seed((((seed * 1_000_003 + step) * 1_009 + rank) * 1_013 + part) % 2 ** 63)
 
 
 def warmup_cosine(step, steps, warmup, floor=0.0):

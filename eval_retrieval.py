@@ -84,7 +84,7 @@ def encode(encoder, tokenizer, dataset, setting, device, batch_size=16, workers=
             broken += batch["skipped"]
             index += batch["index"].tolist()
             if len(batch["index"]):
-                feature, state, _ = encoder(batch["video"].to(device))   # (B, P), (B, T, 1+N, D): one walk through CLIP serves both
+                feature, state = encoder(batch["video"].to(device))   # (B, P), (B, T, 1+N, D): one walk through CLIP serves both
                 branch.append(feature.float().cpu())
                 mean.append(encoder.mean_feature(state).float().cpu())
         if not index:

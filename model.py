@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import weights
 from clip import MLP, Attention, load_clip
@@ -76,9 +77,11 @@ class SpatialLayer(nn.Module):
 class Branch(nn.Module):
     """K temporal + spatial layers that read the outputs of K consecutive CLIP layers. Parameter names are the released ones.
 
-    gated: learnable gates mix the branch with CLIP; without them the two are summed. A weight file has the gates or not."""
-    def __init__(self, width=1024, heads=16, mlp_width=4096, depth=4, gated=True, num_positions=64, drop_path=0.0):
+    gated: learnable gates mix the branch with CLIP; without them the two are summed. A weight file has the gates or not.
+    checkpointed: in training, a layer's inner activations are computed again when the gradient needs them, not kept."""
+    def __init__(self, width=1024, heads=16, mlp_width=4096, depth=4, gated=True, num_positions=64, drop_path=0.0, checkpointed=False):
         super().__init__()
+        self.checkpointed = checkpointed
         rates = [drop_path * j / max(1, depth - 1) for j in range(depth)]   # deeper layers are dropped more often
         self.btadapter_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.btadapter_time_embed = nn.Embedding.from_pretrained(torch.empty(num_positions, width), freeze=False)
@@ -104,25 +107,34 @@ class Branch(nn.Module):
         return len(self.btadapter_S_layers)
 
     def forward(self, states, position_embedding, kept=None):
-        """states: the outputs of K CLIP layers, each (B, T, 1+N, D). position_embedding: CLIP's own (1+N, D).
+        """states: the outputs of K CLIP layers, each (B, T, 1+n, D). position_embedding: CLIP's own (1+N, D).
 
-        kept: (B, n) indices of the visible patches, or None for all. -> the outputs of the K layers, each (B, 1 + n*T, D).
+        kept: (B, n) which patches these are, or None for all N. -> the outputs of the K layers, each (B, 1 + n*T, D).
         More frames than time positions are averaged in groups of neighbours first, the last frame repeated to fill up."""
-        positions = self.btadapter_time_embed.weight
-        group = -(-states[0].shape[1] // len(positions))
+        times, places = self.btadapter_time_embed.weight, position_embedding[1:]   # (64, D), (N, D)
+        if kept is not None:
+            places = places[kept][:, None]                                          # (B, 1, n, D)
+        group = -(-states[0].shape[1] // len(times))
         outputs = []
         for j, (state, temporal, spatial) in enumerate(zip(states, self.btadapter_T_layers, self.btadapter_S_layers, strict=True)):
-            state = average_frames(state, group)   # (B, T', 1+N, D)
+            state = average_frames(state, group)   # (B, T', 1+n, D)
             T = state.shape[1]
             if j == 0:   # places and times are marked once, at the entrance (Eq. 3)
-                patches = state[:, :, 1:] + position_embedding[1:] + positions[:T, None]                  # (B, T, N, D)
-                start = self.btadapter_cls_token[0] + position_embedding[0]                               # (1, D)
-                x = to_branch((state[:, :, 0].mean(1) + start) / 2, patches, kept)                        # (B, 1 + n*T, D)
+                start = self.btadapter_cls_token[0] + position_embedding[0]                                        # (1, D)
+                x = to_branch((state[:, :, 0].mean(1) + start) / 2, state[:, :, 1:] + places + times[:T, None])    # (B, 1 + n*T, D)
             else:
-                x = mix(x, to_branch(state[:, :, 0].mean(1), state[:, :, 1:], kept), self.balance2, MIDDLE_NORM)
-            x = spatial(temporal(x, T), T)
+                x = mix(x, to_branch(state[:, :, 0].mean(1), state[:, :, 1:]), self.balance2, MIDDLE_NORM)
+            if self.checkpointed and self.training:
+                x = checkpoint(lambda x, temporal=temporal, spatial=spatial: spatial(temporal(x, T), T), x, use_reentrant=False)
+            else:
+                x = spatial(temporal(x, T), T)
             outputs.append(x)
         return outputs
+
+
+def pick(state, index):
+    """state (B, L, D), index (B, n) -> (B, n, D): each row's own tokens."""
+    return state[torch.arange(len(state), device=state.device)[:, None], index]
 
 
 def average_frames(state, group):
@@ -133,12 +145,9 @@ def average_frames(state, group):
     return state.unflatten(1, (-1, group)).mean(2)
 
 
-def to_branch(cls, patches, kept):
-    """cls (B, D), patches (B, T, N, D), kept (B, n) or None -> (B, 1 + n*T, D) in the branch's order."""
-    patches = patches.transpose(1, 2)   # (B, N, T, D)
-    if kept is not None:
-        patches = patches[torch.arange(len(kept), device=kept.device)[:, None], kept]   # (B, n, T, D): the same patches in every frame
-    return torch.cat([cls[:, None], patches.flatten(1, 2)], dim=1)
+def to_branch(cls, patches):
+    """cls (B, D), patches (B, T, n, D) -> (B, 1 + n*T, D) in the branch's order."""
+    return torch.cat([cls[:, None], patches.transpose(1, 2).flatten(1, 2)], dim=1)
 
 
 def mix(branch, backbone, balance, norm):
@@ -166,26 +175,33 @@ class VideoEncoder(nn.Module):
         self.clip, self.branch, self.skip_last = clip.requires_grad_(False), branch, skip_last
 
     @torch.no_grad()
-    def backbone_states(self, video, depth, chunk=128):
-        """video (B, T, 3, H, W) -> the outputs of the `depth` CLIP layers before the skipped ones, each (B, T, 1+N, D).
+    def backbone_states(self, video, depth, kept=None, chunk=128):
+        """video (B, T, 3, H, W) -> the outputs of the `depth` CLIP layers before the skipped ones, each (B, T, 1+n, D).
 
-        Frames go through in chunks, and only what is asked for is kept: memory does not grow with CLIP's depth."""
-        last = self.clip.config.vision_layers - self.skip_last
+        CLIP sees every patch; of what it says, only CLS and the patches in `kept` (B, n) are held on to, or all of them. Frames
+        go through in chunks: memory does not grow with CLIP's depth, and activations of many frames never pile up."""
+        last, T = self.clip.config.vision_layers - self.skip_last, video.shape[1]
         rows = [[] for _ in range(depth)]
-        for frames in video.flatten(0, 1).split(chunk):   # (chunk, 3, H, W)
-            for i, state in enumerate(self.clip.image_states(frames)):   # i = layers done
+        if kept is not None:   # the same patches in every frame of a clip
+            visible = F.pad(kept + 1, (1, 0)).repeat_interleave(T, dim=0).split(chunk)   # (chunk, 1+n): CLS is token 0
+        for c, frames in enumerate(video.flatten(0, 1).split(chunk)):                    # (chunk, 3, H, W)
+            for i, state in enumerate(self.clip.image_states(frames)):                   # i = layers done
                 if i > last - depth:
-                    rows[i - 1 - last + depth].append(state)
+                    rows[i - 1 - last + depth].append(state if kept is None else pick(state, visible[c]))
                 if i == last:
                     break
         return [torch.cat(r).unflatten(0, video.shape[:2]) for r in rows]
 
-    def forward(self, video, kept=None):
-        """-> (video_feature (B, P), not normalised; last CLIP state (B, T, 1+N, D); last branch tokens (B, 1 + n*T, D))."""
-        states = self.backbone_states(video, self.branch.depth)
+    def feature(self, states, kept=None):
+        """What backbone_states gave -> (video_feature (B, P), not normalised; last branch tokens (B, 1 + n*T, D))."""
         tokens = self.branch(states, self.clip.vision_model.embeddings.position_embedding.weight, kept)[-1]
         cls = mix(tokens[:, :1], states[-1][:, :, 0], self.branch.balance1, OUT_NORM)   # (B, T, D): Eq. 5, frame by frame
-        return self.clip.project_image(cls).mean(1), states[-1], tokens
+        return self.clip.project_image(cls).mean(1), tokens
+
+    def forward(self, video):
+        """video (B, T, 3, H, W) -> (video_feature (B, P), not normalised; last CLIP state (B, T, 1+N, D))."""
+        states = self.backbone_states(video, self.branch.depth)
+        return self.feature(states)[0], states[-1]
 
     def encode_video(self, video):
         """video (B, T, 3, H, W) -> (B, P), not normalised."""
@@ -197,10 +213,6 @@ class VideoEncoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------- the three losses
-LOSS_WEIGHTS = {"released": (1.0, 0.1, 0.8),   # VTC, MBCA, MBTA: what the released run amounts to on its 8 GPUs
-                "paper": (1.0, 1.0, 1.0)}
-
-
 class GatherFeatures(torch.autograd.Function):
     """All ranks' rows, in rank order. Every rank computes the same loss from them, so each one's own rows carry its share of
     the gradient; times the number of ranks, because DDP will average where the global batch needs the sum."""
@@ -233,9 +245,9 @@ def vtc_loss(video_feature, text_feature):
     return contrastive_loss(gather(video_feature), gather(text_feature))
 
 
-def mbca_loss(branch_tokens, visual_projection, text_feature):
+def mbca_loss(patch_feature, text_feature):
     """Masked branch cross-modal alignment (Eq. 8): the mean of the branch's visible patches, projected, against the caption."""
-    return contrastive_loss(gather(visual_projection(branch_tokens[:, 1:]).mean(1)), gather(text_feature))
+    return contrastive_loss(gather(patch_feature), gather(text_feature))
 
 
 def mbta_loss(student, teacher):
@@ -244,28 +256,27 @@ def mbta_loss(student, teacher):
 
 
 class Pretraining(nn.Module):
-    """The encoder, the head of MBTA and the frozen text tower: batch in, losses out. What DDP wraps."""
+    """The encoder, the head of MBTA and the frozen text tower. `look` is all that is frozen, `forward` all that learns."""
     def __init__(self, encoder):
         super().__init__()
         P = encoder.clip.config.projection_dim
         self.encoder = encoder
         self.extra_proj = nn.Sequential(nn.Linear(encoder.clip.config.vision_width, P), nn.LayerNorm(P))
 
-    def forward(self, video, ids, kept):
-        """video (B, T, 3, H, W), ids (B, S), kept (B, n) or None -> (vtc, mbca, mbta), unweighted."""
-        with torch.no_grad():
-            text = self.encoder.clip.encode_text(ids)   # (B, P)
-        return self.losses(video, text, kept)
+    @torch.no_grad()
+    def look(self, video, ids, kept):
+        """video (B, T, 3, H, W), ids (B, S), kept (B, n) -> (the branch's input, K states (B, T, 1+n, D); text feature (B, P))."""
+        return self.encoder.backbone_states(video, self.encoder.branch.depth, kept), self.encoder.clip.encode_text(ids)
 
-    def losses(self, video, text, kept):
-        """The same for captions that are encoded already, text (B, P)."""
+    def forward(self, states, kept):
+        """-> (video feature (B, P), for VTC; mean of the visible patches, projected (B, P), for MBCA; MBTA loss ()), in fp32."""
         clip = self.encoder.clip
-        video_feature, state, tokens = self.encoder(video, kept)
+        video_feature, tokens = self.encoder.feature(states, kept)
         with torch.no_grad():
-            cls, patches = state[:, :, 0].mean(1), state[:, :, 1:]
-            teacher = clip.project_image(to_branch(cls, patches, kept)[:, 1:])   # (B, n*T, P)
-        return (vtc_loss(video_feature, text), mbca_loss(tokens, clip.visual_projection, text),
-                mbta_loss(self.extra_proj(tokens[:, 1:]), teacher))
+            cls, patches = states[-1][:, :, 0].mean(1), states[-1][:, :, 1:]
+            teacher = clip.project_image(to_branch(cls, patches)[:, 1:])   # (B, n*T, P)
+        patch_feature = clip.visual_projection(tokens[:, 1:]).mean(1)      # (B, P)
+        return video_feature.float(), patch_feature.float(), mbta_loss(self.extra_proj(tokens[:, 1:]), teacher)
 
 
 # ---------------------------------------------------------------------------------------------------- branch files

@@ -5,10 +5,13 @@
     torchrun --nproc_per_node 8 pretrain.py --clip weights/clip --annotations results_2M_train.csv --root WebVid \\
         --out out/branch --workers 8                                                 # the released run
 
-In --out: branch.pth (the branch in half precision, under the released names), last.pth (with the optimizer; the same
-command goes on from it), log.jsonl, curve.png.
-Every random number follows from the seed and the step, so a resumed run equals an undisturbed one, bit for bit on a CPU.
+In --out: branch.pth (the branch in half precision, under the released names), branch_best.pth (the same at the best look at
+--eval_annotations), last.pth (with the optimizer), log.jsonl, curve.png.
+
+Whatever stops it, the same command goes on from last.pth. Every random number follows from the seed and the step, so the
+run then equals an undisturbed one, bit for bit on a CPU. SIGTERM saves first and ends with exit code 143.
 """
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -27,7 +30,7 @@ import common
 import data
 from clip import load_clip
 from eval_retrieval import SETTINGS, encode, retrieval_metrics
-from model import LOSS_WEIGHTS, Branch, Pretraining, VideoEncoder, branch_tensors, tube_mask
+from model import Branch, Pretraining, VideoEncoder, branch_tensors, mbca_loss, tube_mask, vtc_loss
 
 
 @dataclasses.dataclass
@@ -35,22 +38,24 @@ class Config:
     clip: str                        # CLIP: a Hugging Face folder or OpenAI's ViT-L-14.pt
     annotations: str                 # WebVid's CSV, or a JSONL of {"video", "caption"}
     root: str                        # folder that the videos' names are relative to
-    out: str                         # folder for checkpoint, log and curve
+    out: str                         # folder for checkpoints, log and curve
+    recipe: str = "released"         # where the paper and its released code differ: released or paper
     # model
     depth: int = 4                   # layers of the branch
     gated: bool = True               # learnable gates between branch and CLIP (else sums)
     drop_path: float = 0.1           # stochastic depth of the branch's last layer; earlier ones less
     mask_ratio: float = 0.7          # patches hidden from the branch, the same ones in every frame
-    losses: str = "released"         # weights of VTC, MBCA, MBTA: released (1, 0.1, 0.8) or paper (1, 1, 1)
+    losses: str | None = None        # weights of VTC, MBCA and MBTA, as 1,0.1,0.8; else the recipe's
     # data
     num_frames: int = 8              # frames of a clip
     min_area: float = 0.08           # least share of the picture that a training crop keeps
-    text_length: int = 64            # tokens of a caption that are read
+    text_length: int | None = None   # tokens of a caption that are read; else the recipe's
     together: int = 1                # neighbouring lines of the annotations that always share a batch (2: twins)
     workers: int = 1                 # decoding processes, for each training process
     # optimizer
-    batch_size: int = 416            # clips a step, over all processes
-    lr: float = 2e-6                 # base; x10 for the spatial layers, x100 for the temporal layers and gates
+    batch_size: int | None = None    # clips a step, over all processes; else the recipe's
+    micro_batch: int = 0             # of these, how many go through a process at once; 0: all of its share
+    lr: float = 2e-6                 # base, for what the recipe gives no factor
     weight_decay: float = 0.05       # on everything, as in the released run
     clip_norm: float = 5.0           # of the gradient of all parameters together
     epochs: int = 1                  # passes over the data
@@ -58,15 +63,57 @@ class Config:
     anneal: bool = False             # lower the learning rate to zero (the released run ends at 97 % of its peak)
     # run
     eval_annotations: str = ""       # a retrieval set to watch, under the same --root
-    eval_every: int = 500            # steps between looks at it
+    eval_every: int = 0              # steps between looks at it; 0: every epoch
     save_every: int = 200            # steps between checkpoints
     log_every: int = 10              # steps between log lines
     seed: int = 0                    # every random number follows from it
     device: str = "auto"             # cpu, cuda or auto
-    amp: bool = True                 # half precision on a GPU
+    precision: str = "auto"          # fp32, bf16 or fp16; auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16
+    checkpointed: bool = False       # keep less of the branch for the gradient, and compute it twice
 
 
-LR_FACTORS = {"btadapter_T_layers": 100, "balance": 100, "btadapter": 10, "extra_proj": 10}   # the first that fits a name
+@dataclasses.dataclass
+class Recipe:
+    """What differs between the paper and its released code; docs/paper-vs-code.md has the reasons."""
+    losses: str         # weights of VTC, MBCA, MBTA
+    text_length: int
+    batch_size: int
+    factors: dict       # of the learning rate: the first that fits a parameter's name counts
+
+
+RECIPES = {"released": Recipe("1,0.1,0.8", 64, 416, {"btadapter_T_layers": 100, "balance": 100, "btadapter": 10, "extra_proj": 10}),
+           "paper": Recipe("1,1,1", 32, 640, {})}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def complete(cfg):
+    """A Config with what its recipe says in the place of None. Raises UserError."""
+    if cfg.recipe not in RECIPES:
+        raise common.UserError(f"--recipe {cfg.recipe}: choose one of {', '.join(RECIPES)}")
+    recipe = dataclasses.asdict(RECIPES[cfg.recipe])
+    return dataclasses.replace(cfg, **{key: value for key, value in recipe.items() if getattr(cfg, key, 0) is None})
+
+
+def loss_weights(text):
+    """"1,0.1,0.8" -> [1.0, 0.1, 0.8]. Raises UserError."""
+    try:
+        weights = [float(number) for number in text.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != 3 or not all(0 <= w < math.inf for w in weights) or weights[:2] == [0, 0]:
+        raise common.UserError(f"--losses {text}: needs three numbers, for VTC, MBCA and MBTA, such as 1,0.1,0.8; not both of the first zero")
+    return weights
+
+
+def precision(name, device):
+    """-> dtype of the frozen towers, and of what autocast computes in the branch. Raises UserError."""
+    if name == "auto":
+        name = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name not in PRECISIONS:
+        raise common.UserError(f"--precision {name}: choose one of auto, {', '.join(PRECISIONS)}")
+    if name == "fp16" and device.type == "cpu":
+        raise common.UserError("--precision fp16: needs a GPU; a CPU can do bf16")
+    return PRECISIONS[name]
 
 
 def lr_share(step, epoch_steps, steps, anneal):
@@ -81,13 +128,46 @@ def lr_share(step, epoch_steps, steps, anneal):
 
 
 def batches(n, batch_size, together, seed, start, rank, size):
-    """Endless lists of this rank's indices, from step `start` on: a fresh order every epoch, incomplete batches left out."""
+    """Endless lists of this rank's indices, from step `start` on: a fresh order every epoch, incomplete batches left out.
+
+    A step's clips are the same for any number of processes, which take turns in picking theirs."""
     groups = np.arange(n - n % together).reshape(-1, together)
-    per_epoch = n // batch_size
+    per_epoch, drawn = n // batch_size, None
     for step in itertools.count(start):
         epoch, k = divmod(step, per_epoch)
-        order = groups[np.random.default_rng([seed, epoch]).permutation(len(groups))].ravel()
+        if epoch != drawn:
+            order, drawn = groups[np.random.default_rng([seed, epoch]).permutation(len(groups))].ravel(), epoch
         yield [(epoch, int(i)) for i in order[k * batch_size + rank:(k + 1) * batch_size:size]]
+
+
+def backward(ddp, views, text, weights, scaler, reseed):
+    """The gradient of a whole batch, however many micro-batches it takes -> (vtc, mbca, mbta), without a graph.
+
+    views: [(states, kept)], the micro-batches of this process. text (B, P). Contrast needs the features of all clips at once,
+    but the graph of a micro-batch is all that there may be room for. So first the features of all are computed without a
+    graph. From them follow the losses, and what gradient each feature gets. Then every micro-batch runs again, with a graph
+    and the same random numbers, and that gradient goes into it: exactly the gradient of the whole (Gao et al. 2021,
+    https://arxiv.org/abs/2101.06983). A single micro-batch keeps its graph and runs once. CLIP has run before, once."""
+    several = len(views) > 1
+    model = ddp.module if several and isinstance(ddp, nn.parallel.DistributedDataParallel) else ddp
+    outputs = []
+    with torch.set_grad_enabled(not several):
+        for part, view in enumerate(views):
+            reseed(part)
+            outputs.append(model(*view))   # (b, P), (b, P), ()
+    video, patches = (torch.cat([output[i] for output in outputs]).detach().requires_grad_() for i in range(2))   # (B, P)
+    shares = [len(kept) / len(text) for _, kept in views]
+    vtc, mbca, mbta = vtc_loss(video, text), mbca_loss(patches, text), sum(s * output[2] for s, output in zip(shares, outputs))
+    wanted = torch.autograd.grad(scaler.scale(weights[0] * vtc + weights[1] * mbca), (video, patches))
+    rows = zip(*(w.split([len(kept) for _, kept in views]) for w in wanted))
+    for part, (view, share, row) in enumerate(zip(views, shares, rows)):
+        alone = several and ddp is not model and part < len(views) - 1   # the last one carries the sum to the other processes
+        with ddp.no_sync() if alone else contextlib.nullcontext():
+            if several:
+                reseed(part)
+                outputs[part] = ddp(*view)
+            torch.autograd.backward(outputs[part], (*row, scaler.scale(torch.tensor(weights[2] * share, device=text.device))))
+    return vtc.detach(), mbca.detach(), mbta.detach()
 
 
 def curve(path, log):
@@ -97,17 +177,20 @@ def curve(path, log):
 
 def main(cfg):
     # ------------------------------------------------------------------------------------------------ setup
+    cfg = complete(cfg)
     here = common.start_distributed(cfg.device)
-    device = here.device
-    common.at_least(cfg, batch_size=2, together=1, depth=2, num_frames=1, seed=0, steps=0, epochs=1, save_every=1, log_every=1,
-                    eval_every=1, mask_ratio=0)
+    device, dtype, weights = here.device, precision(cfg.precision, here.device), loss_weights(cfg.losses)
+    common.at_least(cfg, batch_size=2, micro_batch=0, together=1, depth=2, num_frames=1, seed=0, steps=0, epochs=1, save_every=1,
+                    log_every=1, eval_every=0, mask_ratio=0)
     if cfg.mask_ratio >= 1:
         raise common.UserError(f"--mask_ratio {cfg.mask_ratio}: must be less than 1, or the branch sees nothing")
-    if cfg.losses not in LOSS_WEIGHTS:
-        raise common.UserError(f"--losses {cfg.losses}: choose one of {', '.join(LOSS_WEIGHTS)}")
-    if cfg.batch_size % (here.size * cfg.together):
-        raise common.UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes x {cfg.together} together")
+    share = cfg.batch_size // here.size   # of this process
+    if cfg.batch_size % here.size or cfg.batch_size % cfg.together:
+        raise common.UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes and of {cfg.together} together")
+    if cfg.micro_batch > share:
+        raise common.UserError(f"--micro_batch {cfg.micro_batch}: more than the {share} clips of a process")
     common.make_folder(cfg.out)
+    last, final, best = (os.path.join(cfg.out, name) for name in ("last.pth", "branch.pth", "branch_best.pth"))
     torch.manual_seed(cfg.seed)
     # ------------------------------------------------------------------------------------------------ data
     clip, tokenizer = load_clip(cfg.clip)
@@ -118,86 +201,105 @@ def main(cfg):
     if epoch_steps == 0:
         raise common.UserError(f"--batch_size {cfg.batch_size}: more than the {len(dataset)} clips of {cfg.annotations}")
     steps = cfg.steps or cfg.epochs * epoch_steps
+    eval_every = cfg.eval_every or epoch_steps
     # ------------------------------------------------------------------------------------------------ model
     if cfg.depth > clip.config.vision_layers:
         raise common.UserError(f"--depth {cfg.depth}: this CLIP has {clip.config.vision_layers} layers")
-    branch = Branch.beside(clip, cfg.depth, gated=cfg.gated, drop_path=cfg.drop_path)
+    branch = Branch.beside(clip, cfg.depth, gated=cfg.gated, drop_path=cfg.drop_path, checkpointed=cfg.checkpointed)
     if cfg.num_frames > len(branch.btadapter_time_embed.weight):
         raise common.UserError(f"--num_frames {cfg.num_frames}: the branch has {len(branch.btadapter_time_embed.weight)} time positions")
-    model = Pretraining(VideoEncoder(clip.float(), branch)).to(device)
+    clip.to(dtype)
+    for part in (clip.vision_model.post_layernorm, clip.visual_projection):   # frozen too, but the branch's gradient goes through them
+        part.float()
+    model = Pretraining(VideoEncoder(clip, branch)).to(device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # ------------------------------------------------------------------------------------------------ optimizer
-    factors = {name: next(f for key, f in LR_FACTORS.items() if key in name) for name in trained}
+    factors = {name: next((f for key, f in RECIPES[cfg.recipe].factors.items() if key in name), 1) for name in trained}
     optimizer = torch.optim.AdamW([{"params": [p for n, p in trained.items() if factors[n] == f], "factor": f}
                                    for f in sorted(set(factors.values()))],
                                   lr=cfg.lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=cfg.weight_decay)
-    half = cfg.amp and device.type == "cuda"
-    scaler = torch.amp.GradScaler(enabled=half)
-    step, skipped, last = 0, 0, os.path.join(cfg.out, "last.pth")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, skipped = 0, 0
     if os.path.exists(last):
         step, skipped = restore(last, model, optimizer, scaler, cfg)
-    log = common.Log(os.path.join(cfg.out, "log.jsonl"), step) if here.first else None
+    if here.first:
+        log = common.Log(os.path.join(cfg.out, "log.jsonl"), step)
+        common.remove_leftovers(cfg.out)
+        print(f"pretrain: steps {step} to {steps}, {epoch_steps} an epoch; {cfg.batch_size} clips a step: {here.size} processes x {share}"
+              f"{f', {cfg.micro_batch} at once' if cfg.micro_batch else ''}; {str(dtype).removeprefix('torch.')} on {device.type}", file=sys.stderr)
     ddp = nn.parallel.DistributedDataParallel(model) if here.size > 1 else model
-    loader = iter(DataLoader(dataset, batch_sampler=batches(len(dataset), cfg.batch_size, cfg.together, cfg.seed, step,
-                             here.rank, here.size), num_workers=cfg.workers, collate_fn=data.collate_skip))
-    # ------------------------------------------------------------------------------------------------ evaluation
+    loader = iter(DataLoader(dataset, batch_sampler=batches(len(dataset), cfg.batch_size, cfg.together, cfg.seed, step, here.rank, here.size),
+                             num_workers=cfg.workers, collate_fn=data.collate_skip, pin_memory=device.type == "cuda",
+                             worker_init_fn=common.leave_signals_to_the_parent))
+    # ------------------------------------------------------------------------------------------------ evaluation and checkpoints
     watched = cfg.eval_annotations and data.RetrievalDataset(cfg.eval_annotations, cfg.root, cfg.num_frames, size, mode="uniform")
 
     def evaluate():
-        branch_features, mean, text, _ = encode(model.encoder, tokenizer, watched, SETTINGS["own"], device, amp=half)
-        log.add(step=step, **{f"R@1 {name}": round(retrieval_metrics(text @ video.T)["R@1"], 2)
-                              for name, video in (("branch", branch_features), ("mean-pooled CLIP", mean))})
+        branch_features, mean, text, _ = encode(model.encoder, tokenizer, watched, SETTINGS["own"], device, amp=dtype != torch.float32)
+        if here.first:
+            log.add(step=step, **{f"R@1 {name}": round(retrieval_metrics(text @ video.T)["R@1"], 2)
+                                  for name, video in (("branch", branch_features), ("mean-pooled CLIP", mean))})
+            recalls = [recall for _, recall in log.column("R@1 branch")]
+            if recalls[-1] > max(recalls[:-1], default=-1):
+                common.save_checkpoint(best, {"state_dict": branch_tensors(branch, "backbone.", torch.float16)})
+
+    def save():   # last.pth comes last: a run that is killed before goes on from the one before, and writes all of them again
+        if here.first:
+            common.save_checkpoint(final, {"state_dict": branch_tensors(branch, "backbone.", torch.float16)})
+            curve(os.path.join(cfg.out, "curve.png"), log)
+            common.save_checkpoint(last, {
+                "state_dict": {**branch_tensors(branch, "backbone."), **branch_tensors(model.extra_proj, "extra_proj.")},
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step, "skipped": skipped,
+                "config": dataclasses.asdict(cfg)})
     # ------------------------------------------------------------------------------------------------ loop
+    asked_to_stop = common.on_sigterm()
     bar = tqdm(total=steps, initial=step, desc="pretrain", disable=not here.first)
-    waited, began = 0.0, time.time()
+    waited, began, clips = 0.0, time.time(), 0
     while step < steps:
         ready = time.time()
         batch = next(loader)
         waited += time.time() - ready
-        skipped += len(batch["skipped"])
         for message in batch["skipped"]:
             bar.write(f"skipped: {message}", file=sys.stderr)
-        count = torch.tensor(len(batch["index"]), device=device)
-        if here.size > 1:   # every process must bring as many clips as the others
-            dist.all_reduce(count, dist.ReduceOp.MIN)
+        # every process must bring as many clips as the others, and stop when they stop
+        counts, broken, stops = common.told_by_all(here, len(batch["index"]), len(batch["skipped"]), int(asked_to_stop.is_set()))
+        if any(stops):
+            save()
+            raise SystemExit(143)
+        count, skipped = min(counts), skipped + sum(broken)
         if count < 2:
             raise common.UserError(f"{cfg.annotations}: a batch with fewer than 2 readable videos under {cfg.root}")
         video, ids = (batch[key][:count].to(device, non_blocking=True) for key in ("video", "ids"))
-        common.seed_step(cfg.seed, step, here.rank)
-        kept = tube_mask(len(video), clip.config.patch_tokens, cfg.mask_ratio).to(device) if cfg.mask_ratio else None
+        common.seed_step(cfg.seed, step)   # one draw of masks for the whole batch: the same for any number of processes
+        kept = tube_mask(cfg.batch_size, clip.config.patch_tokens, cfg.mask_ratio)[here.rank::here.size][:count].to(device)
+        parts = [model.look(*part) for part in zip(*(x.split(cfg.micro_batch or count) for x in (video, ids, kept)))]
+        views, text = list(zip([states for states, _ in parts], kept.split(cfg.micro_batch or count))), torch.cat([t for _, t in parts])
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * group["factor"] * lr_share(step, epoch_steps, steps, cfg.anneal)
-        with torch.autocast(device.type, torch.float16, enabled=half):
-            parts = ddp(video, ids, kept)
-            loss = sum(weight * part for weight, part in zip(LOSS_WEIGHTS[cfg.losses], parts))
-        if not torch.isfinite(loss):
-            raise common.UserError(f"step {step}: the loss is {loss.item()}; videos: "
-                                   f"{', '.join(dataset.videos[i] for i in batch['index'][:count].tolist())}; {last} is kept")
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            losses = backward(ddp, views, text, weights, scaler, lambda part: common.seed_step(cfg.seed, step, here.rank, part + 1))
+        vtc, mbca, mbta = (sum(said) / here.size for said in common.told_by_all(here, *(part.item() for part in losses)))
+        loss = sum(weight * part for weight, part in zip(weights, (vtc, mbca, mbta)))
+        if not math.isfinite(loss):
+            raise common.UserError(f"step {step}: the loss is {loss}; videos: "
+                                   f"{', '.join(dataset.videos[i] for i in batch['index'][:count].tolist())}; {last} is as it was")
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip_norm)
         scaler.step(optimizer)
         scaler.update()
-        step += 1
+        step, clips = step + 1, clips + count * here.size
         # -------------------------------------------------------------------------------------------- log and save
-        if here.first:
-            if step % cfg.log_every == 0 or step == steps:
-                vtc, mbca, mbta = (part.item() for part in parts)
-                log.add(step=step, loss=loss.item(), vtc=vtc, mbca=mbca, mbta=mbta, grad_norm=norm.item(), skipped=skipped,
-                        lr=cfg.lr * lr_share(step - 1, epoch_steps, steps, cfg.anneal))
-                bar.set_postfix_str(f"loss {loss.item():.3f} vtc {vtc:.3f} mbca {mbca:.3f} mbta {mbta:.3f} "
-                                    f"wait {waited / (time.time() - began):.0%} skipped {skipped}")
-            if watched and (step % cfg.eval_every == 0 or step == steps):
-                evaluate()
-            if step % cfg.save_every == 0 or step == steps:
-                common.save_checkpoint(last, {
-                    "state_dict": {**branch_tensors(branch, "backbone."), **branch_tensors(model.extra_proj, "extra_proj.")},
-                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step, "skipped": skipped,
-                    "config": dataclasses.asdict(cfg)})
-                common.save_checkpoint(os.path.join(cfg.out, "branch.pth"), {
-                    "state_dict": branch_tensors(branch, "backbone.", torch.float16)})
-                curve(os.path.join(cfg.out, "curve.png"), log)
+        if here.first and (step % cfg.log_every == 0 or step == steps):
+            lr = cfg.lr * lr_share(step - 1, epoch_steps, steps, cfg.anneal)
+            log.add(step=step, loss=loss, vtc=vtc, mbca=mbca, mbta=mbta, grad_norm=norm.item(), skipped=skipped, lr=lr)
+            seconds = time.time() - began
+            bar.set_postfix_str(f"loss {loss:.3f} vtc {vtc:.3f} mbca {mbca:.3f} mbta {mbta:.3f} lr {lr:.1e} "
+                                f"{clips / seconds:.1f} videos/s wait {waited / seconds:.0%} skipped {skipped}")
+        if watched and (step % eval_every == 0 or step == steps):
+            evaluate()
+        if step % cfg.save_every == 0 or step == steps:
+            save()
         bar.update()
     bar.close()
     if here.size > 1:

@@ -1,0 +1,354 @@
+"""Pretraining: it learns, any number of processes and micro-batches takes the same steps, and nothing that stops it loses work."""
+import dataclasses
+import glob
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+import pretrain
+from clip import load_clip
+from common import UserError
+from model import Branch, Pretraining, VideoEncoder, load_branch, mbca_loss, tube_mask, vtc_loss
+from weights import read_file
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def pretraining(world, out, **options):
+    options = {"steps": 6, "batch_size": 4, "depth": 2, "lr": 1e-5, "workers": 0, "save_every": 2, "log_every": 1, "min_area": 0.9,
+               "anneal": True, "num_frames": 4, "together": 2, "device": "cpu"} | options
+    return pretrain.Config(clip=str(world / "clip"), annotations=str(world / "captions.jsonl"), root=str(world), out=str(out), **options)
+
+
+def log_of(out):
+    with open(os.path.join(out, "log.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """run(config, **what else tests/forked.py understands) -> its answer."""
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "tests", "forked.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def run(config, **job):
+        process.stdin.write(json.dumps({"config": dataclasses.asdict(config), **job}) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+    yield run
+    process.stdin.close()
+    process.wait()
+
+
+def same_run(one, other):
+    """Two folders of --out that hold the same run: log, weights, optimizer, to the bit. The log of a run has no times in it."""
+    assert log_of(one) == log_of(other)
+    a, b = (common.load_checkpoint(os.path.join(folder, "last.pth")) for folder in (one, other))
+    for part in ("state_dict",), ("optimizer", "state"):
+        x, y = a, b
+        for key in part:
+            x, y = x[key], y[key]
+        assert x.keys() == y.keys()
+    assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(torch.as_tensor(state[key]), torch.as_tensor(b["optimizer"]["state"][i][key])) for key in state)
+    for name in ("branch.pth", "branch_best.pth"):
+        x, y = (os.path.join(folder, name) for folder in (one, other))
+        assert os.path.exists(x) == os.path.exists(y)
+        if os.path.exists(x):
+            x, y = read_file(x), read_file(y)
+            assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+
+
+# ---------------------------------------------------------------------------------------------------- learning
+def test_pretrain_overfits_eight_clips(world, tmp_path):
+    pretrain.main(pretraining(world, tmp_path, steps=60, batch_size=8, mask_ratio=0.0, lr=3e-5))
+    log = log_of(tmp_path)
+    assert log[-1]["vtc"] < 0.4 * log[0]["vtc"]
+    assert Image.open(tmp_path / "curve.png").size[0] > 400
+
+
+def test_a_finished_run_can_be_extended_and_other_settings_are_refused(world, tmp_path):
+    pretrain.main(pretraining(world, tmp_path, steps=2))
+    pretrain.main(pretraining(world, tmp_path, steps=3))
+    assert [row["step"] for row in log_of(tmp_path)] == [1, 2, 3]
+    with pytest.raises(UserError, match="--lr 1e-05, not 0.5"):
+        pretrain.main(pretraining(world, tmp_path, lr=0.5))
+
+
+def test_pretrain_writes_the_released_key_names_and_they_load(world, tmp_path):
+    pretrain.main(pretraining(world, tmp_path, steps=1))
+    names = set(common.load_checkpoint(tmp_path / "last.pth")["state_dict"])
+    assert {"backbone.balance1", "backbone.btadapter_T_layers.1.temporal_fc.weight", "extra_proj.1.bias"} <= names
+    clip, _ = load_clip(str(world / "clip"))
+    assert load_branch(tmp_path / "last.pth", clip).depth == 2
+
+
+def test_broken_videos_are_skipped_and_counted(world, tmp_path):
+    rows = (world / "captions.jsonl").read_text().replace('"1.mp4"', '"gone.mp4"')
+    (tmp_path / "a.jsonl").write_text(rows)
+    cfg = dataclasses.replace(pretraining(world, tmp_path / "out", steps=4), annotations=str(tmp_path / "a.jsonl"))
+    pretrain.main(cfg)
+    assert log_of(tmp_path / "out")[-1]["skipped"] == 2   # two epochs of two steps
+
+
+def test_batches_cover_an_epoch_once_keep_twins_together_and_split_evenly():
+    a, b = (pretrain.batches(10, 4, 2, 0, 0, rank, 2) for rank in (0, 1))
+    steps = [(next(a), next(b)) for _ in range(4)]
+    for epoch in (0, 1):
+        seen = [i for left, right in steps[2 * epoch:2 * epoch + 2] for e, i in left + right if e == epoch]
+        assert len(set(seen)) == 8
+    for left, right in steps:
+        members = {i for _, i in left + right}
+        assert len(left) == len(right) == 2 and all(i ^ 1 in members for i in members)
+    again = pretrain.batches(10, 4, 2, 0, 3, 0, 2)
+    assert next(again) == steps[3][0] and steps[0] != steps[2]
+
+
+def test_released_schedule_rises_over_half_an_epoch_and_ends_at_97_percent():
+    share = [pretrain.lr_share(s, 1000, 1000, False) for s in range(1000)]
+    assert share[0] == 0.05 and share[499] == 1 and share[999] == pytest.approx(0.970, abs=1e-3)
+
+
+def test_the_shares_of_several_processes_are_the_batches_of_one():
+    one = pretrain.batches(40, 8, 2, 3, 2, 0, 1)
+    four = [pretrain.batches(40, 8, 2, 3, 2, rank, 4) for rank in range(4)]
+    for _ in range(7):
+        shares = [next(b) for b in four]
+        assert sorted(next(one)) == sorted(sum(shares, [])) and len(set(sum(shares, []))) == 8
+
+
+# ---------------------------------------------------------------------------------------------------- micro-batches, processes
+def gradients(world, micro_batch, drop_path=0.0, checkpointed=False):
+    """One backward pass over eight clips of noise -> (losses, {name: gradient})."""
+    clip, _ = load_clip(str(world / "clip"))
+    torch.manual_seed(0)
+    branch = Branch.beside(clip, 3, drop_path=drop_path, checkpointed=checkpointed)
+    for name, p in branch.named_parameters():
+        if "temporal_fc" in name:   # zero at first, which would hide everything behind it
+            torch.nn.init.normal_(p, std=0.1)
+    model = Pretraining(VideoEncoder(clip.float(), branch))
+    video, kept = torch.randn(8, 4, 3, 32, 32), tube_mask(8, 16, 0.7)
+    ids = torch.tensor([[0, i, clip.config.vocab_size - 1] for i in range(8)])
+    parts = [model.look(*part) for part in zip(*(x.split(micro_batch) for x in (video, ids, kept)))]
+    views = [(states, k) for (states, _), k in zip(parts, kept.split(micro_batch))]
+    text = torch.cat([t for _, t in parts])
+
+    def reseed(part):
+        torch.manual_seed(100 + part)
+    losses = pretrain.backward(model, views, text, [1, 0.1, 0.8], torch.amp.GradScaler("cpu", enabled=False), reseed)
+    return losses, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, (model, views, text, reseed)
+
+
+def assert_same_gradients(one, other, tolerance=1e-5):
+    largest = max(g.abs().max() for g in one.values())
+    assert one.keys() == other.keys() and largest > 0
+    for name, g in one.items():   # the gradient of a key's bias is rounding noise: softmax does not see it. Hence the floor
+        assert (g - other[name]).abs().max() <= tolerance * g.abs().max() + 1e-7 * largest, name
+
+
+@pytest.mark.parametrize("micro_batch", [4, 3, 1])
+def test_micro_batches_give_the_losses_and_gradients_of_the_whole_batch(world, micro_batch):
+    (whole, one, _), (losses, other, _) = gradients(world, 8), gradients(world, micro_batch)
+    assert torch.tensor(losses).tolist() == pytest.approx(torch.tensor(whole).tolist(), rel=1e-5)
+    assert_same_gradients(one, other)
+
+
+def test_a_micro_batch_runs_twice_with_the_same_random_numbers(world):
+    """With stochastic depth: the same as all micro-batches' graphs held at once."""
+    losses, found, (model, views, text, reseed) = gradients(world, 3, drop_path=0.5)
+    model.zero_grad()
+    outputs = []
+    for part, view in enumerate(views):
+        reseed(part)
+        outputs.append(model(*view))
+    video, patches = (torch.cat([output[i] for output in outputs]) for i in range(2))
+    mbta = sum(len(view[1]) / 8 * output[2] for view, output in zip(views, outputs))
+    (vtc_loss(video, text) + 0.1 * mbca_loss(patches, text) + 0.8 * mbta).backward()
+    assert losses[2].item() == pytest.approx(mbta.item(), rel=1e-6)
+    assert_same_gradients({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, found)
+
+
+@pytest.mark.parametrize("micro_batch", [8, 3])
+def test_a_checkpointed_branch_has_the_same_gradient(world, micro_batch):
+    assert_same_gradients(gradients(world, micro_batch, 0.5)[1], gradients(world, micro_batch, 0.5, checkpointed=True)[1])
+
+
+@pytest.mark.parametrize("size, micro_batch", [(1, 3), (2, 0), (2, 2), (4, 0), (4, 1)])
+def test_processes_and_micro_batches_take_the_steps_of_one_process(world, tmp_path, forked, size, micro_batch):
+    """The gradient: Adam's first moment after one step is a tenth of it. The weights: after 20 steps, with masks."""
+    options = {"batch_size": 8, "drop_path": 0.0, "clip_norm": 1e9, "lr": 2e-6, "anneal": False, "save_every": 100}
+    for steps in (1, 20):
+        saved, logs = [], []
+        for n, micro in ((1, 0), (size, micro_batch)):
+            out = tmp_path / f"{steps}_{n}_{micro}"
+            answer = forked(pretraining(world, out, steps=steps, micro_batch=micro, **options), size=n)
+            assert answer["codes"] == [0] * n, answer["stderr"]
+            saved.append(common.load_checkpoint(out / "last.pth"))
+            logs.append(log_of(out))
+        for a, b in zip(*logs, strict=True):
+            assert [b[k] for k in ("loss", "vtc", "mbca", "mbta")] == pytest.approx([a[k] for k in ("loss", "vtc", "mbca", "mbta")], rel=1e-5)
+        if steps == 1:
+            assert_same_gradients(*({str(i): state["exp_avg"] for i, state in s["optimizer"]["state"].items()} for s in saved))
+        else:
+            for name, weight in saved[0]["state_dict"].items():
+                assert (weight - saved[1]["state_dict"][name]).abs().max() < 1e-4, name
+
+
+# ---------------------------------------------------------------------------------------------------- nothing is lost
+def watched(world, out, **options):
+    """A run that saves, logs and looks at its retrieval set often."""
+    return pretraining(world, out, **{"steps": 8, "save_every": 1, "num_frames": 2, "eval_annotations": str(world / "captions.jsonl"), "eval_every": 4} | options)
+
+
+@pytest.fixture(scope="module")
+def straight(world, forked, tmp_path_factory):
+    """-> (folder of an undisturbed run, its seconds)."""
+    out = tmp_path_factory.mktemp("straight") / "out"
+    answer = forked(watched(world, out))
+    assert answer["codes"] == [0], answer["stderr"]
+    return out, answer["seconds"]
+
+
+def test_twenty_kills_at_random_moments_change_nothing(world, straight, forked, tmp_path):
+    moments, killed = random.Random(0), 0
+    for i in range(20):
+        cfg = watched(world, tmp_path / str(i))
+        killed += forked(cfg, signal=signal.SIGKILL, after=moments.uniform(0, straight[1]))["codes"] == [-signal.SIGKILL]
+        answer = forked(cfg)
+        assert answer["codes"] == [0], answer["stderr"]
+        same_run(straight[0], cfg.out)
+        assert not glob.glob(os.path.join(cfg.out, "*.tmp"))
+    assert killed > 10   # else the run has ended before
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 6, 7])   # of the first checkpoint: branch.pth, last.pth; then some with branch_best.pth
+def test_a_kill_in_the_middle_of_a_checkpoint_changes_nothing(world, straight, forked, tmp_path, number):
+    cfg = watched(world, tmp_path / "out")
+    assert forked(cfg, half_save=number)["codes"] == [-signal.SIGKILL]
+    assert len(glob.glob(os.path.join(cfg.out, "*.tmp"))) == 1
+    assert forked(cfg)["codes"] == [0]
+    same_run(straight[0], cfg.out)
+    assert not glob.glob(os.path.join(cfg.out, "*.tmp"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_and_the_same_command_goes_on(world, straight, forked, tmp_path, workers):
+    cfg = watched(world, tmp_path / "out", workers=workers, save_every=1000)
+    answer = forked(cfg, signal=signal.SIGTERM, after=0.6 * straight[1])
+    assert answer["codes"] == [143], answer["stderr"]
+    assert 0 < common.load_checkpoint(tmp_path / "out" / "last.pth")["step"] < 12
+    assert forked(cfg)["codes"] == [0]
+    same_run(straight[0], cfg.out)
+
+
+def test_a_restart_by_torchrun_goes_on_from_the_last_checkpoint(world, tmp_path):
+    """One of two processes is killed; torchrun starts both again. Its two rounds must not share a store: see README."""
+    cfg = pretraining(world, tmp_path / "out", steps=30, save_every=1)
+    flags = [f"--{'' if value is not False else 'no-'}{name}" + ("" if isinstance(value, bool) else f"={value}")
+             for name, value in dataclasses.asdict(cfg).items() if value is not None]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1",
+               os.path.join(ROOT, "pretrain.py"), *flags]
+    env, log = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, tmp_path / "out" / "log.jsonl"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as run:
+        try:
+            deadline = time.monotonic() + 60
+            while not (log.exists() and log.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            errors = run.communicate(timeout=60)[1]
+        finally:
+            run.terminate()
+    assert run.returncode == 0, errors
+    assert errors.count("pretrain: steps ") == 2 and errors.count("pretrain: steps 0 to 30") == 1
+    assert [row["step"] for row in log_of(tmp_path / "out")] == list(range(1, 31))
+
+
+def test_a_loss_that_is_no_number_names_the_videos_and_leaves_the_last_checkpoint(world, tmp_path, monkeypatch):
+    pretrain.main(pretraining(world, tmp_path, steps=2))
+    before = (tmp_path / "last.pth").read_bytes()
+    monkeypatch.setattr(pretrain, "vtc_loss", lambda video, text: video.sum() * float("nan"))
+    with pytest.raises(UserError, match=r"step 2: the loss is nan; videos: \d.mp4, \d.mp4, \d.mp4, \d.mp4"):
+        pretrain.main(pretraining(world, tmp_path, steps=4))
+    assert (tmp_path / "last.pth").read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(world, tmp_path, forked):
+    cfg = pretraining(world, tmp_path / "out", steps=2)
+    assert forked(cfg)["codes"] == [0]
+    before = (tmp_path / "out" / "last.pth").read_bytes()
+    answer = forked(dataclasses.replace(cfg, steps=4), file_limit=len(before) // 2)
+    assert answer["codes"] == [2] and "cannot write" in answer["stderr"].splitlines()[-1], answer["stderr"]
+    assert (tmp_path / "out" / "last.pth").read_bytes() == before and not glob.glob(str(tmp_path / "out" / "*.tmp"))
+    assert forked(dataclasses.replace(cfg, steps=4))["codes"] == [0]
+
+
+def test_the_best_look_at_the_watched_set_is_kept(world, tmp_path, monkeypatch):
+    recalls = iter([10, 0, 30, 0, 20, 0, 10, 0])   # branch, mean-pooled CLIP; twice
+    monkeypatch.setattr(pretrain, "retrieval_metrics", lambda similarity: {"R@1": next(recalls)})
+    pretrain.main(watched(world, tmp_path / "long", steps=3, eval_every=1, save_every=3))
+    pretrain.main(dataclasses.replace(watched(world, tmp_path / "short", steps=3), steps=2, eval_annotations=""))
+    best, last = read_file(tmp_path / "long" / "branch_best.pth"), read_file(tmp_path / "long" / "branch.pth")
+    assert not all(torch.equal(best[name], last[name]) for name in best)
+    assert [row["R@1 branch"] for row in log_of(tmp_path / "long") if "R@1 branch" in row] == [10, 30, 20]
+
+
+# ---------------------------------------------------------------------------------------------------- recipes, precision
+def test_recipes_say_what_is_not_said():
+    released, paper = (pretrain.complete(pretrain.Config("c", "a", "r", "o", recipe=name)) for name in ("released", "paper"))
+    assert (released.batch_size, released.text_length, released.losses) == (416, 64, "1,0.1,0.8")
+    assert (paper.batch_size, paper.text_length, paper.losses) == (640, 32, "1,1,1")
+    assert pretrain.complete(pretrain.Config("c", "a", "r", "o", recipe="paper", batch_size=8)).batch_size == 8
+
+
+def test_the_recipe_sets_each_group_of_learning_rates(world, tmp_path):
+    rates = {}
+    for recipe in pretrain.RECIPES:
+        pretrain.main(pretraining(world, tmp_path / recipe, steps=1, recipe=recipe, losses="1,1,1"))
+        groups = common.load_checkpoint(tmp_path / recipe / "last.pth")["optimizer"]["param_groups"]
+        rates[recipe] = {group["factor"]: len(group["params"]) for group in groups}
+    assert rates["paper"].keys() == {1} and rates["released"].keys() == {10, 100}
+    assert rates["released"][100] == 2 * 12 + 2   # two temporal layers (attention 8, norm 2, temporal_fc 2), two gates
+
+
+def test_half_precision_halves_the_frozen_towers_and_nothing_that_learns(world, tmp_path, monkeypatch):
+    made = []
+
+    class Kept(Pretraining):
+        def __init__(self, encoder):
+            super().__init__(encoder)
+            made.append(self)
+    monkeypatch.setattr(pretrain, "Pretraining", Kept)
+    for name in ("fp32", "bf16"):
+        pretrain.main(pretraining(world, tmp_path / name, steps=4, precision=name))
+    model = made[1]
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert {p.dtype for p in model.encoder.clip.vision_model.encoder.parameters()} == {torch.bfloat16}
+    for a, b in zip(log_of(tmp_path / "fp32"), log_of(tmp_path / "bf16"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize("change, message", [
+    ({"annotations": "nowhere.jsonl"}, "nowhere.jsonl"), ({"clip": "nowhere"}, "nowhere"), ({"losses": "mine"}, "--losses mine"),
+    ({"losses": "0,0,1"}, "--losses 0,0,1"), ({"recipe": "mine"}, "--recipe mine"), ({"precision": "fp8"}, "--precision fp8"),
+    ({"precision": "fp16"}, "needs a GPU"), ({"micro_batch": 5}, "--micro_batch 5: more than the 4 clips"),
+    ({"batch_size": 3}, "--batch_size 3"), ({"batch_size": 400}, "more than the 8 clips"), ({"device": "cuda"}, "no GPU"),
+    ({"depth": 4}, "--depth 4: this CLIP has 3"), ({"depth": 1}, "--depth 1"), ({"num_frames": 65}, "65: the branch has 64"),
+    ({"mask_ratio": 1.0}, "--mask_ratio 1.0"), ({"mask_ratio": -0.1}, "--mask_ratio -0.1"), ({"seed": -1}, "--seed -1"),
+    ({"together": 0}, "--together 0"), ({"save_every": 0}, "--save_every 0"), ({"steps": -1}, "--steps -1")])
+def test_pretrain_refuses_what_it_cannot_use(world, tmp_path, change, message):
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        change, message = {"device": "tpu"}, "tpu"
+    with pytest.raises(UserError, match=message):
+        pretrain.main(dataclasses.replace(pretraining(world, tmp_path / "out"), **change))
