@@ -2,6 +2,7 @@
 
     python bench.py frames    # frames of a video, beside decord, OpenCV and PyAV; resizing, beside Pillow   -> a table
     python bench.py flat      # 101 frames of a minute, of ten minutes and of an hour   -> a table, docs/frames_flat.png
+    python bench.py pretrain  # a step of pretraining at the size of ViT-L/14, with and without masks   -> a table
 
 decord and OpenCV are used if --peer_python can import them (pip install decord opencv-python-headless), else left out. The
 clips are made at the first start, in a few minutes: 2.7 GB in out/bench, of which the hour takes 1.8.
@@ -14,6 +15,9 @@ import and the moment at which the pictures are there. Memory is the peak of the
 imports. decord and PyAV decode in one thread, which costs them the fewest CPU seconds, ours and OpenCV in as many as they
 choose; so wall time is shown, but makes no ratio. The round that is not counted compares the pictures: who shows others than
 ours is pointed at.
+
+pretrain takes two clips of 8 frames and random weights, as tensors: nothing is decoded. The physical limit is the machine's own
+product of matrices, in the size and precision of CLIP's first MLP layer, measured in the same process.
 """
 import dataclasses
 import fractions
@@ -32,14 +36,14 @@ from typing import Callable
 import av
 import numpy as np
 from av.video.reformatter import Colorspace
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import common
 
 
 @dataclasses.dataclass
 class Config:
-    stage: str                              # what to measure: frames or flat
+    stage: str                              # what to measure: frames, flat or pretrain
     data: str = "out/bench"                 # where the clips are, or will be
     runs: int = 5                           # measurements of each; the medians are shown
     peer_python: str = sys.executable       # the interpreter that can import decord and cv2
@@ -365,24 +369,84 @@ def flat(cfg, cases=None):
         bars.append((list(first).index(name), f"{name}, {case.clip.seconds * case.clip.copies / 60:g} min", usages[name].work))
         return ratios(usages[name], base)
     table(cfg, cases, ["to the first: process", "to the first: work", "to the first: MB beyond imports"], cells)
-    draw(cfg.picture, f"CPU seconds for {cases[0].count} frames of a video, without imports", sorted(bars, key=lambda bar: bar[0]))
+    bars = [(label, seconds, seconds, seconds) for _, label, seconds in sorted(bars, key=lambda bar: bar[0])]
+    common.make_folder(os.path.dirname(cfg.picture) or ".")
+    common.bars(cfg.picture, f"CPU seconds for {cases[0].count} frames of a video, without imports", bars, " s")
 
 
-def draw(path, title, bars):
-    """Horizontal bars from zero, as a PNG. bars: [(number of a group, label, value)], group by group."""
-    image, longest = Image.new("RGB", (900, 80 + 34 * len(bars)), "white"), max(value for _, _, value in bars)
-    canvas, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    canvas.text((20, 14), title, "black", ImageFont.load_default(16))
-    for i, (group, label, value) in enumerate(bars):
-        top, right = 50 + 34 * i + 12 * group, 150 + 660 * value / longest
-        canvas.text((140 - canvas.textlength(label, font), top + 3), label, "black", font)
-        canvas.rectangle((150, top, right, top + 24), ["#1f77b4", "#d62728"][group])
-        canvas.text((right + 8, top + 3), f"{value:.2f} s", "black", font)
-    common.make_folder(os.path.dirname(path) or ".")
-    common.write_atomic(path, lambda f: image.save(f, "PNG"))
+# ---------------------------------------------------------------------------------------------------- pretraining
+def training_steps(precision, mask_ratio, checkpointed, count):   # sent to a process of its own, too
+    import time
+
+    import torch
+
+    import clip
+    import model
+    import pretrain
+    dtype = pretrain.PRECISIONS[precision]
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        towers = clip.CLIP(clip.CLIPConfig())
+    towers.load_state_dict({name: torch.randn(t.shape, dtype=dtype) * 0.02 for name, t in towers.state_dict().items()}, assign=True)
+    branch = model.Branch.beside(towers, drop_path=0.1, checkpointed=checkpointed)
+    learner = model.Pretraining(model.VideoEncoder(pretrain.lighten(towers, dtype), branch))
+    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=1e-6)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    video, ids = torch.randn(2, 8, 3, 224, 224), torch.randint(1000, (2, 64))
+
+    def clock():
+        return time.perf_counter(), time.process_time()
+    rows = []
+    for _ in range(count):
+        kept = model.tube_mask(2, 256, mask_ratio)
+        moments = [clock()]
+        states, text = learner.look(video, ids, kept)
+        moments.append(clock())
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            pretrain.backward(learner, [(states, kept)], text, [1, 0.1, 0.8], scaler, torch.manual_seed)
+        moments.append(clock())
+        optimizer.step()
+        moments.append(clock())
+        rows.append([[after - before for before, after in zip(a, b)] for a, b in zip(moments, moments[1:])])   # [part][wall, CPU]
+    # the limit: the same number of rows and columns as the first MLP layer has for these 16 frames
+    x, w = torch.randn(16 * 257, 1024, dtype=dtype), torch.randn(4096, 1024, dtype=dtype)
+    began, products = time.perf_counter(), 0
+    while time.perf_counter() - began < 2:
+        torch.nn.functional.linear(x, w)
+        products += 1
+    return rows[1:], products * 2 * x.numel() * 4096 / (time.perf_counter() - began)   # the first step warms up
 
 
-STAGES = {"frames": frames, "flat": flat}
+def trunk_flops(frames=16, layers=24, tokens=257, width=1024):
+    """Multiplications and additions of CLIP's image tower: projections and MLP, then attention. Patches and norms are left out."""
+    return frames * layers * (24 * tokens * width ** 2 + 4 * tokens ** 2 * width)
+
+
+def pretrain(cfg):
+    """A step with the tube mask and without, for each precision."""
+    present(cfg, [])
+    program = "import json, sys\n" + inspect.getsource(training_steps) + "\nprint(json.dumps(training_steps(*json.loads(sys.argv[1]))))"
+    cases = {(precision, ratio, checkpointed): [] for precision in ("fp32", "bf16") for ratio, checkpointed in ((0.7, False), (0.0, False), (0.7, True))}
+    for run in range(cfg.runs):
+        for case in cases:
+            say(f"{case}, {run + 1} of {cfg.runs}")
+            done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, sys.executable, "-c", program, json.dumps([*case, 3])],
+                                  capture_output=True, text=True, cwd=HERE)
+            printed, last = done.stdout.splitlines()
+            steps, limit = json.loads(printed)
+            for parts in steps:
+                wall, cpu = zip(*parts)
+                cases[case].append([sum(wall), sum(cpu), *wall, trunk_flops() / wall[0] / 1e9, limit / 1e9, json.loads(last)[2] / MEGABYTE])
+    medians = {case: [statistics.median(column) for column in zip(*rows)] for case, rows in cases.items()}
+    print("| precision | mask | branch checkpointed | s a step | CPU s | s in frozen CLIP | s in the branch | s in AdamW | to no mask | CLIP, GFLOP/s "
+          "| matrix product, GFLOP/s | CLIP / product | peak MB |\n|" + "---|" * 13)
+    for (precision, ratio, checkpointed), (wall, cpu, look, learn, adam, speed, limit, peak) in medians.items():
+        print(f"| {precision} | {ratio} | {'yes' if checkpointed else 'no'} | {wall:.2f} | {cpu:.2f} | {look:.2f} | {learn:.2f} | {adam:.2f} | "
+              f"{wall / medians[precision, 0.0, False][0]:.2f} | {speed:.0f} | {limit:.0f} | {speed / limit:.2f} | {peak:.0f} |")
+
+
+STAGES = {"frames": frames, "flat": flat, "pretrain": pretrain}
 
 
 def main(cfg):

@@ -274,6 +274,24 @@ def plot(path, panels, width=900, height=360):
     write_atomic(path, lambda f: image.save(f, "PNG"))
 
 
+def bars(path, title, rows, unit=""):
+    """Horizontal bars from zero as a PNG, with a whisker from the lowest to the highest. rows: [(label, value, lowest, highest)]."""
+    from PIL import Image, ImageDraw, ImageFont
+    font, longest = ImageFont.load_default(15), max(high for *_, high in rows) or 1
+    left = 30 + round(max(font.getlength(label) for label, *_ in rows))
+    image = Image.new("RGB", (900, 70 + 34 * len(rows)), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((20, 14), title, "black", ImageFont.load_default(16))
+    for i, (label, value, low, high) in enumerate(rows):
+        top, value_x, low_x, high_x = 50 + 34 * i, *(left + (900 - 110 - left) * x / longest for x in (value, low, high))
+        draw.text((left - 10 - font.getlength(label), top + 3), label, "black", font)
+        draw.rectangle((left, top, value_x, top + 24), "#1f77b4")
+        if high > low:
+            draw.line((low_x, top + 12, high_x, top + 12), "black", 2)
+        draw.text((max(value_x, high_x) + 8, top + 3), f"{value:.{1 if longest >= 10 else 2}f}{unit}", "black", font)
+    write_atomic(path, lambda f: image.save(f, "PNG"))
+
+
 def nice_ticks(low, high):
     """About five round numbers between low and high."""
     raw = (high - low) / 5

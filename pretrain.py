@@ -116,6 +116,22 @@ def precision(name, device):
     return PRECISIONS[name]
 
 
+def lighten(clip, dtype):
+    """The frozen towers in `dtype`, but for the last two steps of the image tower, through which the branch's gradient goes."""
+    clip.to(dtype)
+    clip.vision_model.post_layernorm.float()
+    clip.visual_projection.float()
+    return clip
+
+
+def make_optimizer(model, recipe, lr, weight_decay):
+    """AdamW for all that learns, in groups that know their factor of the learning rate."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    factors = {name: next((f for key, f in recipe.factors.items() if key in name), 1) for name in trained}
+    groups = [{"params": [p for name, p in trained.items() if factors[name] == f], "factor": f} for f in sorted(set(factors.values()))]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=weight_decay)
+
+
 def lr_share(step, epoch_steps, steps, anneal):
     """Share of the peak at a step. Released: up from 5 % over half an epoch, then a cosine 4.5 epochs long that one epoch
     barely enters. Annealed: up over a tenth of the run, then a cosine to zero."""
@@ -208,16 +224,10 @@ def main(cfg):
     branch = Branch.beside(clip, cfg.depth, gated=cfg.gated, drop_path=cfg.drop_path, checkpointed=cfg.checkpointed)
     if cfg.num_frames > len(branch.btadapter_time_embed.weight):
         raise common.UserError(f"--num_frames {cfg.num_frames}: the branch has {len(branch.btadapter_time_embed.weight)} time positions")
-    clip.to(dtype)
-    for part in (clip.vision_model.post_layernorm, clip.visual_projection):   # frozen too, but the branch's gradient goes through them
-        part.float()
-    model = Pretraining(VideoEncoder(clip, branch)).to(device)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model = Pretraining(VideoEncoder(lighten(clip, dtype), branch)).to(device)
     # ------------------------------------------------------------------------------------------------ optimizer
-    factors = {name: next((f for key, f in RECIPES[cfg.recipe].factors.items() if key in name), 1) for name in trained}
-    optimizer = torch.optim.AdamW([{"params": [p for n, p in trained.items() if factors[n] == f], "factor": f}
-                                   for f in sorted(set(factors.values()))],
-                                  lr=cfg.lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=cfg.weight_decay)
+    optimizer = make_optimizer(model, RECIPES[cfg.recipe], cfg.lr, cfg.weight_decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, skipped = 0, 0
     if os.path.exists(last):
@@ -285,7 +295,7 @@ def main(cfg):
             raise common.UserError(f"step {step}: the loss is {loss}; videos: "
                                    f"{', '.join(dataset.videos[i] for i in batch['index'][:count].tolist())}; {last} is as it was")
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip_norm)
+        norm = nn.utils.clip_grad_norm_(trained, cfg.clip_norm)
         scaler.step(optimizer)
         scaler.update()
         step, clips = step + 1, clips + count * here.size
