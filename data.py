@@ -253,13 +253,18 @@ class Video:
         self.path, self.file, self.container, self.stream, self.context = path, file, None, None, None
         self.reformatter = VideoReformatter()   # one for all frames: making it costs more than using it
         self.trouble, self.damage, self.latest = "it is cut off or damaged", "", -math.inf
+        self.unproven = False   # has no keyframe come out of the decoder since a jump?
 
     def read_first_frame(self):
         """It starts the clock and tells the size and which way is up."""
         self.rewind()
         head = list(itertools.islice(self.packets(), REORDER))
         start = min((self.when(p) for p in head if not p.is_discard), default=None)
-        found = (frame for frame in self.decode(head, {start}) if frame.pts == start) if self.timed else ()
+        # An MP4 without a list of keyframes says that all are. The first few frames show whether that is true.
+        doubtful = head[:4] if all(p.is_keyframe for p in head) and not self.context.codec.intra_only else []
+        frames = list(self.decode(head, {start, *map(self.when, doubtful)})) if self.timed else []
+        self.keyed = not doubtful or all(frame.key_frame for frame in frames)
+        found = (frame for frame in frames if frame.pts == start)
         self.first = next(itertools.chain(found, (frame for _, frame in self.walk([-math.inf]))), None)
         if self.first is None:
             large = "" if self.context.width else f" (or a frame has more than {MAX_PIXELS} pixels)"
@@ -348,6 +353,7 @@ class Video:
         else:
             self.rewind()
         self.context.skip_frame, self.latest = "DEFAULT", -math.inf
+        self.unproven = jump is not None and self.context.name != "h264"   # that decoder waits by itself until pictures are whole
 
     def feed(self, packet):
         """A packet into the decoder -> the frames that come out. None: all that it still holds, to sort and to work on."""
@@ -356,6 +362,9 @@ class Video:
         except av.error.FFmpegError as e:   # one damaged frame: the one before it stays on the screen
             self.trouble = e.strerror
             return []
+        if self.unproven:   # what comes before a keyframe leans on frames never seen; the container may be wrong about where one is
+            decoded = list(itertools.dropwhile(lambda frame: not frame.key_frame, decoded))
+            self.unproven = not decoded
         for frame in decoded:
             if frame.pts is not None and frame.pts > self.latest:
                 self.latest = frame.pts
@@ -394,12 +403,13 @@ class Video:
         yield from ((tick, held) for tick in ticks if held is not None)
 
     def keyframe_before(self, tick):
-        """Where decoding can start to reach `tick` -> (place to seek to, tick of the keyframe there); None: the beginning.
+        """Where decoding can start to reach `tick` -> (place to seek to, tick of the keyframe there); None: the beginning, also
+        where the keyframes are none.
 
         Seeking may land late (its times are those of decoding, not of showing) or on no keyframe at all (MPEG-TS), so the
         packet found is looked at, and the search steps further back until it is right."""
         back, second = 0, math.ceil(1 / self.time_base)
-        while self.timed:
+        while self.timed and self.keyed:
             place = max(tick - back, self.start)
             self.file.start_over()
             try:

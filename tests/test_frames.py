@@ -117,6 +117,7 @@ CLIPS = {   # name: (file, encoder, options, what else film() takes)
     "mpeg2 ps": ("mpeg2.mpg", "mpeg2video", {"g": "12", "bf": "2"}, {}),
     "mpeg4 avi": ("mpeg4.avi", "mpeg4", {"g": "12"}, {}),
     "mpeg4 avi with B-frames": ("mpeg4b.avi", "mpeg4", {"g": "12", "bf": "2"}, {}),
+    "mpeg4 mp4": ("mpeg4.mp4", "mpeg4", {"g": "12"}, {}),
     "mpeg4 mp4 with B-frames": ("mpeg4b.mp4", "mpeg4", {"g": "12", "bf": "2"}, {}),
     "mjpeg avi": ("mjpeg.avi", "mjpeg", {}, {"pix_fmt": "yuvj420p"}),
     "flv": ("flv.flv", "flv", {"g": "12"}, {}),
@@ -208,6 +209,27 @@ def test_very_short_clips_are_exact_too(tmp_path, name, length):
     starts = [fractions.Fraction(i, FPS) for i in range(length)] if name in UNTIMED else starts
     assert numbers(pictures) == list(range(length))
     attack(path, starts, pictures, random.Random(length))
+
+
+UNLISTED = ["h264 short gop", "h264 open gop mp4", "hevc mp4", "hevc open gop mp4", "vp9 mp4", "mpeg4 mp4 with B-frames", "mpeg4 mp4"]
+
+
+@pytest.mark.filterwarnings("error::data.DamagedVideo")
+@pytest.mark.parametrize("name", UNLISTED)
+def test_an_mp4_without_a_list_of_keyframes_is_exact_too(tmp_path, clips, name):
+    path, mp4 = tmp_path / "unlisted.mp4", open(clips[name], "rb").read()
+    path.write_bytes(mp4.replace(b"stss", b"free"))   # which says that every frame is one
+    assert data.probe(path) == data.probe(clips[name])
+    attack(path, *whole(clips[name]), random.Random(name))
+
+
+@pytest.mark.filterwarnings("ignore::data.DamagedVideo")
+@pytest.mark.parametrize("name", UNLISTED)
+def test_frames_are_exact_though_the_list_of_keyframes_names_others(tmp_path, clips, name):
+    path, mp4 = tmp_path / "other.mp4", open(clips[name], "rb").read()
+    second = at(mp4, b"stss") + 12
+    path.write_bytes(patched(mp4, second, ">I", struct.unpack_from(">I", mp4, second)[0] + 3))
+    attack(path, *whole(clips[name]), random.Random(name))
 
 
 @pytest.mark.parametrize("name", ["h264 open gop ts", "h264 intra refresh ts", "h264 interlaced", "hevc open gop ts", "mpeg2 ts",
