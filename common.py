@@ -23,7 +23,8 @@ class UserError(Exception):
 
 # ---------------------------------------------------------------------------------------------------- command line
 def parse(Config, argv=None, positional=(), short={}):
-    """Command line -> Config. Every field of the dataclass is a flag; its trailing comment is the help text.
+    """Command line -> Config. Every field of the dataclass is a flag; its trailing comment is the help text. A field whose flag
+    is a word of Python ends in an underscore.
 
     positional: names of fields that are given without a flag; short: {field: letter}."""
     module = sys.modules[Config.__module__]
@@ -45,8 +46,8 @@ def parse(Config, argv=None, positional=(), short={}):
             options["action"] = argparse.BooleanOptionalAction
         else:
             options.update(type=kind, required=required, metavar=kind.__name__.upper())
-        parser.add_argument(*names, "--" + field.name, **options)
-    return Config(**vars(parser.parse_args(argv)))
+        parser.add_argument(*names, "--" + field.name.rstrip("_"), dest=field.name, **options)
+    return Config(**vars(parser.parse_intermixed_args(argv)))   # flags may stand between positional ones
 
 
 def run(main, Config, **flags):

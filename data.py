@@ -777,11 +777,49 @@ def read_webvid(path):
     return rows
 
 
+def read_counts(path):
+    """ActivityNet's num_file: a JSON dict {name: number of frames} -> the same dict. Raises UserError."""
+    rows = read_rows(path)
+    counts = rows[0][1]
+    if len(rows) > 1 or not isinstance(counts, dict) or not all(type(n) is int and n > 0 for n in counts.values()):
+        raise UserError(f"{path}: needs one JSON dict of names and whole numbers of frames above 0")
+    return counts
+
+
+def read_classes(path):
+    """Names of classes, one a line -> [name]; its place in the list is a class's label. Raises UserError."""
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    if "" in names or not names:
+        raise UserError(f"{path}, line {names.index('') + 1 if names else 1}: needs the name of a class")
+    return names
+
+
+def read_labels(path, classes, offset):
+    """Lines `path label`, parted by white space, the last of it in the line -> [(video, label + offset)], labels from 0 to
+    classes - 1. Raises UserError with the line."""
+    rows = []
+    for number, line in enumerate(read_text(path).rstrip().splitlines(), 1):
+        video, label = (line.rsplit(None, 1) + ["", ""])[:2]
+        if not label.isdecimal() or not 0 <= int(label) + offset < classes:
+            raise UserError(f"{path}, line {number}: needs a path and a label from {-offset} to {classes - 1 - offset}")
+        rows.append((video, int(label) + offset))
+    if not rows:
+        raise UserError(f"{path}: no rows in it")
+    return rows
+
+
 def locate(root, name):
     """The file of a video that annotations name, maybe without its extension or as Video-ChatGPT's features, `<id>.pkl`."""
     path = os.path.join(root, name.removesuffix(".pkl"))
     candidates = (path + extension for extension in ("", ".mp4", ".mkv", ".webm", ".avi"))
     return next(filter(os.path.isfile, candidates), path)
+
+
+def sample_folder(folder, count, num_frames, mode, keep):
+    """A video that is kept as pictures 000001.jpg, 000002.jpg, ...: `num_frames` of its `count` frames by the rule `mode` of
+    INDEX_RULES -> list of what keep(picture) returns. For a picture that is missing, the next one. Raises VideoError."""
+    pairs = ([os.path.join(folder, f"{i + k:06d}.jpg") for k in (1, 2)] for i in INDEX_RULES[mode](count, num_frames))
+    return [keep(read_picture(next(filter(os.path.isfile, pair), pair[0]))) for pair in pairs]
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
@@ -831,15 +869,50 @@ def collate_skip(items):
     return {"video": video, "index": index, "skipped": skipped, **({"ids": ids[0]} if ids else {})}
 
 
-class RetrievalDataset(Dataset):
-    """Pairs of video and text, for retrieval. Item i -> (video (T, 3, H, W), i); its text is captions[i].
+class EvaluationDataset(Dataset):
+    """Videos as the released evaluations see them. Item i -> (video (T, 3, H, W), i).
+
+    short: the short side before the crop, 256 for DiDeMo, LSMDC and ActivityNet. counts: {name without extension: frames}, for
+    videos that are folders of pictures. A broken video raises VideoError, or gives Skipped if skip."""
+    def __init__(self, videos, root, num_frames, image_size, short=None, mode="test", skip=False, counts={}):
+        self.videos, self.root, self.num_frames, self.image_size, self.short = videos, root, num_frames, image_size, short
+        self.mode, self.skip, self.counts = mode, skip, counts
+
+    def __len__(self):
+        return len(self.videos)
+
+    def folder(self, video):
+        """Where the pictures of a video are, and how many; None if it is a file."""
+        name = os.path.splitext(video)[0]
+        path = os.path.join(self.root, name)
+        return (path, self.counts[name]) if name in self.counts and os.path.isdir(path) else None
+
+    def missing(self):
+        """Names of the videos that are not there."""
+        return [v for v in dict.fromkeys(self.videos) if not self.folder(v) and not os.path.isfile(locate(self.root, v))]
+
+    def __getitem__(self, i):
+        def pixels(picture):   # one by one: sixty-four pictures as filmed take hundreds of megabytes
+            return eval_pixels(picture[None], self.image_size, self.short)[0]   # (3, size, size)
+        try:
+            if folder := self.folder(self.videos[i]):
+                frames = sample_folder(*folder, self.num_frames, self.mode, pixels)
+            else:
+                frames, _ = sample_frames(locate(self.root, self.videos[i]), self.num_frames, self.mode, keep=pixels)
+        except VideoError as e:
+            if self.skip:
+                return Skipped(str(e))
+            raise
+        return torch.stack(frames), i
+
+
+class RetrievalDataset(EvaluationDataset):
+    """Pairs of video and text, for retrieval: the text of videos[i] is captions[i].
 
     annotations: JSON lines or a JSON list of {"video", "caption"}, or a JSON dict {video: caption or captions}. Each caption
-    makes a pair of its own (MSR-VTT), or all captions of a row make one text, joined=True (DiDeMo, ActivityNet).
-    short: the short side before the crop, 256 for DiDeMo, LSMDC and ActivityNet. A broken video raises VideoError, or gives
-    Skipped if skip."""
-    def __init__(self, annotations, root, num_frames, image_size, short=None, mode="test", joined=False, skip=False):
-        self.videos, self.captions = [], []
+    makes a pair of its own (MSR-VTT), or all captions of a row make one text, joined=True (DiDeMo, ActivityNet)."""
+    def __init__(self, annotations, root, num_frames, image_size, short=None, mode="test", joined=False, skip=False, counts={}):
+        videos, self.captions = [], []
         rows = read_rows(annotations)
         if len(rows) == 1 and isinstance(rows[0][1], dict) and "video" not in rows[0][1]:
             rows = [(f"{annotations}, {video!r}", {"video": video, "caption": value}) for video, value in rows[0][1].items()]
@@ -849,23 +922,18 @@ class RetrievalDataset(Dataset):
             if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t for t in texts):
                 raise UserError(f"{where}: needs a caption or a list of captions, none of them empty")
             texts = [" ".join(texts)] if joined else texts
-            self.videos += [video] * len(texts)
+            videos += [video] * len(texts)
             self.captions += texts
-        self.root, self.num_frames, self.image_size, self.short, self.mode, self.skip = root, num_frames, image_size, short, mode, skip
+        super().__init__(videos, root, num_frames, image_size, short, mode, skip, counts)
 
-    def __len__(self):
-        return len(self.videos)
 
-    def __getitem__(self, i):
-        def pixels(picture):   # one by one: sixty-four pictures as filmed take hundreds of megabytes
-            return eval_pixels(picture[None], self.image_size, self.short)[0]   # (3, size, size)
-        try:
-            frames, _ = sample_frames(locate(self.root, self.videos[i]), self.num_frames, self.mode, keep=pixels)
-        except VideoError as e:
-            if self.skip:
-                return Skipped(str(e))
-            raise
-        return torch.stack(frames), i
+class RecognitionDataset(EvaluationDataset):
+    """Videos of actions: that of videos[i] is classes[labels[i]]. See read_labels and read_classes; offset: what to add to a label
+    of the file to count from 0."""
+    def __init__(self, annotations, classes, offset, root, num_frames, image_size, short=None, mode="test", skip=False):
+        self.classes = read_classes(classes)
+        videos, self.labels = zip(*read_labels(annotations, len(self.classes), offset))
+        super().__init__(videos, root, num_frames, image_size, short, mode, skip)
 
 
 class ConversationDataset(Dataset):
@@ -931,16 +999,24 @@ def thumbnail(picture):
     return picture if width <= THUMBNAIL else resize_bicubic(picture[None], small, THUMBNAIL)[0]
 
 
-def contact_sheet(frames, times, path, width=THUMBNAIL):
-    """A PNG of all frames, (T, 3, H, W) uint8, each `width` pixels wide with its time in seconds below."""
+def boxed(picture):
+    """(3, H, W) uint8 -> (3, 180, 240), black bars around it: pictures of many shapes for one sheet."""
+    image = ImageOps.pad(Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()), (THUMBNAIL, THUMBNAIL * 3 // 4))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)   # (180, 240, 3) -> (3, 180, 240)
+
+
+def contact_sheet(frames, times, path, width=THUMBNAIL, names=None):
+    """A PNG of all frames, (T, 3, H, W) uint8, each `width` pixels wide with its time in seconds below, and its name if it has one."""
     height, font = max(1, round(width * frames.shape[2] / frames.shape[3])), ImageFont.load_default(14)
     columns = math.ceil(math.sqrt(len(frames)))
     sheet = Image.new("RGB", (columns * (width + 4), math.ceil(len(frames) / columns) * (height + 24)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (frame, seconds) in enumerate(zip(frames, times)):
         x, y = i % columns * (width + 4) + 2, i // columns * (height + 24) + 2
+        label = f"{i}: {seconds:.2f} s" + (f", {names[i]}" if names else "")
+        draw.text((x + 2, y + height + 2), label, "black", font)
+        draw.rectangle((x + width, y, x + 2 * width, y + height + 22), "white")   # cuts a long name
         sheet.paste(Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()).resize((width, height)), (x, y))
-        draw.text((x + 2, y + height + 2), f"{i}: {seconds:.2f} s", "black", font)
     write_atomic(path, lambda f: sheet.save(f, "PNG"))
 
 

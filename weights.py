@@ -136,6 +136,15 @@ def write_safetensors(path, tensors, metadata=None):
     write_atomic(path, write)
 
 
+def read_metadata(path):
+    """{name: text} that a safetensors file, which read_file has accepted, carries beside its tensors. Raises UserError."""
+    buffer = map_file(path)
+    metadata = json.loads(buffer[8:8 + int.from_bytes(buffer[:8], "little")]).get("__metadata__", {}) if buffer[8:9] == b"{" else {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise UserError(f"{path}: damaged safetensors header (its metadata is not text)")
+    return metadata
+
+
 # ---------------------------------------------------------------------------------------------------- zip + pickle
 class Inert:
     """Stands for an object of a class that we do not have (a TorchScript module, a logger): keeps its state, does nothing."""

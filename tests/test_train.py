@@ -160,47 +160,6 @@ def test_an_answer_beyond_the_context_is_wrong_and_does_not_stop_training(world,
     assert found == {"temporal": (0, 4)}
 
 
-# ---------------------------------------------------------------------------------------------------- retrieval metrics
-def test_metrics_equal_the_recorded_ones_of_the_released_code():
-    cases = read_file(os.path.join(ROOT, "tests", "fixtures", "retrieval_metric.safetensors"))
-    for name in ("random", "one", "two"):
-        video, text = (torch.nn.functional.normalize(cases[f"{name}.{what}"], dim=1) for what in ("video", "text"))
-        found = eval_retrieval.retrieval_metrics(text @ video.T)
-        for ours, theirs in (("R@1", "R1"), ("R@5", "R5"), ("R@10", "R10"), ("MdR", "MdR"), ("MnR", "MnR")):
-            assert found[ours] == pytest.approx(cases[f"{name}.{theirs}"].item(), rel=1e-5)
-
-
-def test_ties_are_a_fair_coin():
-    similarity = torch.tensor([[1.0, 1, 0], [1, 1, 1], [0, 1, 2]])   # tied with one, tied with two, alone
-    assert eval_retrieval.recall_at_k(similarity, 1) == pytest.approx(100 * (1 / 2 + 1 / 3 + 1) / 3)
-    assert eval_retrieval.recall_at_k(similarity, 2) == pytest.approx(100 * (1 + 2 / 3 + 1) / 3)
-    assert eval_retrieval.retrieval_metrics(similarity)["MnR"] == pytest.approx((1.5 + 2 + 1) / 3)
-
-
-def test_eval_retrieval_prints_both_models_and_both_directions(world, capsys):
-    cfg = eval_retrieval.Config(annotations=str(world / "captions.jsonl"), root=str(world), weights=str(world), workers=0, device="cpu")
-    eval_retrieval.main(cfg)
-    out = capsys.readouterr().out
-    assert out.count("mean-pooled CLIP") == 2 and out.count("branch") == 2 and "evaluated 8 of 8 captions" in out
-
-
-def test_a_broken_video_is_an_error_in_evaluation_unless_it_may_be_left_out(world, tmp_path, capsys):
-    rows = (world / "captions.jsonl").read_text() + json.dumps({"video": "nowhere.mp4", "caption": "a red ring"}) + "\n"
-    (tmp_path / "captions.jsonl").write_text(rows)
-    cfg = eval_retrieval.Config(str(tmp_path / "captions.jsonl"), str(world), weights=str(world), workers=0, device="cpu")
-    with pytest.raises(UserError, match="nowhere.mp4"):
-        eval_retrieval.main(cfg)
-    assert capsys.readouterr().out == ""   # no number over fewer videos than asked for
-    eval_retrieval.main(dataclasses.replace(cfg, skip_broken=True))
-    skipping = capsys.readouterr()
-    assert "evaluated 8 of 9 captions" in skipping.out and "nowhere.mp4" in skipping.err
-    eval_retrieval.main(dataclasses.replace(cfg, annotations=str(world / "captions.jsonl")))
-    assert skipping.out.splitlines()[2:] == capsys.readouterr().out.splitlines()[2:]
-    (tmp_path / "captions.jsonl").write_text(json.dumps({"video": "nowhere.mp4", "caption": "a red ring"}))
-    with pytest.raises(UserError, match="none of 1"):
-        eval_retrieval.main(dataclasses.replace(cfg, skip_broken=True))
-
-
 # ---------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("change, message", [
     ({"stage": "song"}, "--stage song"), ({"tokens": "all"}, "--tokens all"), ({"llm": "nowhere"}, "nowhere"),
