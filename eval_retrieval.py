@@ -137,7 +137,10 @@ def encode_videos(encoder, dataset, device, batch_size=16, workers=0, amp=False)
     encoder.train(was_training)
     if size > 1:
         shares = [None] * size
-        dist.all_gather_object(shares, (rows, broken))
+        try:
+            dist.all_gather_object(shares, (rows, broken))
+        except RuntimeError as e:   # most likely a video that stopped one of the others
+            raise common.UserError(f"a process has stopped and says why, or cannot be reached ({str(e).splitlines()[0]})") from e
         rows, broken = ([item for share in shares for item in share[k]] for k in (0, 1))
     if not rows:
         raise common.UserError(f"none of {len(first)} videos can be read; the first: {broken[0]}")
@@ -186,6 +189,8 @@ def score(cfg):
     if cfg.from_:
         return report(*read_scores(cfg.from_))
     setting, here = SETTINGS[cfg.dataset], common.start_distributed(cfg.device)
+    if cfg.save:
+        common.make_folder(os.path.dirname(os.path.abspath(cfg.save)))   # now: not to fail after hours of encoding
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, here.device)
     dataset = open_dataset(cfg, setting, encoder.clip.config.image_size)
     videos, branch, mean, broken = encode_videos(encoder, dataset, here.device, cfg.batch_size, cfg.workers, cfg.amp)
@@ -213,7 +218,7 @@ def score(cfg):
 def open_dataset(cfg, setting, image_size):
     """-> the data set of the flags, of the size that it should have, with all its files there. Raises UserError."""
     if not cfg.annotations or cfg.what:
-        raise common.UserError("score needs --annotations and --root; index needs a folder, search a text (--help)")
+        raise common.UserError("score needs --annotations, mostly with --root; index needs a folder, search a text (see --help)")
     if bool(cfg.classes) != bool(setting.classes) and cfg.dataset != "own":
         raise common.UserError(f"--dataset {cfg.dataset}: {'needs --classes, a file with' if setting.classes else 'has no'} names of classes")
     if cfg.num_file and cfg.dataset != "activitynet":
@@ -345,8 +350,10 @@ def look(folder, files):
                     now[name] = known
                     continue
                 with data.open_regular(path) as f:
-                    ends = f.read(1 << 16), f.seek(max(0, status.st_size - (1 << 16))), f.read(1 << 16)
-                fresh[name] = Entry(status.st_size, status.st_mtime_ns, hashlib.sha256(ends[0] + ends[2]).hexdigest()[:16])
+                    ends = f.read(1 << 16)
+                    f.seek(max(0, status.st_size - (1 << 16)))
+                    ends += f.read(1 << 16)
+                fresh[name] = Entry(status.st_size, status.st_mtime_ns, hashlib.sha256(ends).hexdigest()[:16])
             except (OSError, data.VideoError) as e:   # not even bytes: looked at again the next time
                 now[name] = Entry(0, 0, "", error=reason(e, path))
     gone = {(e.size, e.mtime, e.digest): e for name, e in files.items() if now.get(name) is not e}
@@ -427,8 +434,8 @@ def make_index(cfg):
     broken = {name: e.error for name, e in sorted(files.items()) if e.error}
     for name, error in broken.items():
         print(f"broken: {os.path.join(folder, name)}: {error}", file=sys.stderr)
-    print(f"{cfg.index}: {sum(e.done for e in files.values())} windows of {len(files) - len(broken)} videos, {len(todo)} files new, "
-          f"changed or unfinished before; {len(broken)} broken")
+    print(f"{cfg.index}: {sum(e.done for e in files.values())} windows of {len(files) - len(broken)} videos ({len(todo)} files were to do); "
+          f"{len(broken)} broken")
 
 
 # ---------------------------------------------------------------------------------------------------- search
@@ -442,6 +449,8 @@ def search(cfg):
     made, files, features = read_index(cfg.index)
     if not len(features):
         raise common.UserError(f"{cfg.index}: holds no windows yet; run index again")
+    if unfinished := sum(not e.complete(made["window"]) for e in files.values()):
+        print(f"{cfg.index}: {unfinished} of {len(files)} files are not indexed yet; the same index command goes on", file=sys.stderr)
     device = common.start_distributed(cfg.device).device
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, device)
     if fingerprint(encoder) != made["weights"]:

@@ -409,7 +409,7 @@ def test_an_interrupted_index_goes_on_as_if_nothing_had_happened(made, tmp_path,
     assert (tmp_path / "resumed").read_bytes() == whole
 
 
-def test_a_killed_index_goes_on_from_its_last_save_and_encodes_only_the_rest(made, tmp_path, monkeypatch, encoded):
+def test_a_killed_index_goes_on_from_its_last_save_and_encodes_only_the_rest(made, tmp_path, monkeypatch, encoded, capsys):
     (tmp_path / "videos").mkdir()
     shutil.copy2(made / "videos" / "two.mp4", tmp_path / "videos")
     states, save = [], eval_retrieval.write_index
@@ -421,14 +421,18 @@ def test_a_killed_index_goes_on_from_its_last_save_and_encodes_only_the_rest(mad
     cfg = indexing(tmp_path, window=1, batch_size=3, save_every=0)
     eval_retrieval.main(cfg)
     assert encoded == [3, 3, 2] and len(states) == 4
+    capsys.readouterr()
     (tmp_path / "index").write_bytes(states[1])   # the disk of a machine that was switched off after the second group
+    eval_retrieval.main(searching(tmp_path, TWO[0], top=100))
+    said = capsys.readouterr()
+    assert len(hits(said.out)) == 6 and "1 of 1 files are not indexed yet" in said.err
     eval_retrieval.main(cfg)
     assert encoded == [3, 3, 2, 2] and (tmp_path / "index").read_bytes() == states[-1]
 
 
 def test_a_long_video_is_read_a_group_of_windows_at_a_time(tmp_path, encoded, monkeypatch):
     (tmp_path / "videos").mkdir()
-    film(tmp_path / "videos" / "long.mkv", "libx264", (np.full((64, 64, 3), i % 250, np.uint8) for i in range(600)), rate=2)   # 5 minutes
+    film(tmp_path / "videos" / "long.mkv", "libx264", (np.full((64, 64, 3), i % 250, np.uint8) for i in range(300)), rate=1)   # 5 minutes
     asked, at = [], data.frames_at
     monkeypatch.setattr(data, "frames_at", lambda path, times, **options: asked.append(len(times)) or at(path, times, **options))
     eval_retrieval.main(indexing(tmp_path, batch_size=10))
