@@ -292,6 +292,7 @@ class Entry:
         return sum(map(len, self.features))
 
     def complete(self, window):
+        """Is there nothing left to do?"""
         return bool(self.error) or self.duration > 0 and self.done == len(stretches(self.duration, window))
 
 
@@ -439,6 +440,11 @@ def make_index(cfg):
 
 
 # ---------------------------------------------------------------------------------------------------- search
+def printable(path):
+    """File names are bytes, and not always text."""
+    return path.encode(errors="backslashreplace").decode()
+
+
 def search(cfg):
     """The windows that are nearest to a text: score, span and file, best first."""
     common.at_least(cfg, top=1)
@@ -463,11 +469,11 @@ def search(cfg):
         entry, path = files[names[k]], os.path.join(made["folder"], names[k])
         start, end = stretches(entry.duration, made["window"])[row - ends[k] + entry.done]
         hits.append((path, (start + end) / 2))
-        print(f"{points:.3f}  {start:.1f}-{end:.1f} s  {path}".encode(errors="backslashreplace").decode())   # any name can be printed
+        print(f"{points:.3f}  {start:.1f}-{end:.1f} s  {printable(path)}")
     if cfg.sheet:
         pictures = [data.frames_at(path, [middle], keep=data.boxed)[0][0] for path, middle in hits]
-        data.contact_sheet(torch.stack(pictures), [middle for _, middle in hits], cfg.sheet,
-                           names=[os.path.basename(path).encode(errors="backslashreplace").decode() for path, _ in hits])
+        names = [printable(os.path.basename(path)) for path, _ in hits]
+        data.contact_sheet(torch.stack(pictures), [middle for _, middle in hits], cfg.sheet, names=names)
 
 
 STAGES = {"score": score, "index": make_index, "search": search}
