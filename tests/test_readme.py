@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import ablate
 import bench
 import chat
 import chat_tune
@@ -19,19 +20,19 @@ from common import parse
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = {"chat.py": (chat, chat.FLAGS), "chat_tune.py": (chat_tune, {}), "pretrain.py": (pretrain, {}),
            "eval_retrieval.py": (eval_retrieval, eval_retrieval.FLAGS), "shapes.py": (shapes, dict(positional=["stage"])),
-           "data.py": (data, dict(positional=["video"])), "bench.py": (bench, dict(positional=["stage"]))}
+           "data.py": (data, dict(positional=["video"])), "bench.py": (bench, dict(positional=["stage"])), "ablate.py": (ablate, dict(positional=["stage"]))}
 
 
 def commands():
     """Every command line of this repository's scripts in code blocks of the documents, in docstrings and in runs/."""
-    for name in ("README.md", "docs/numbers.md", *SCRIPTS, "runs/tiny.sh"):
+    for name in ("README.md", "docs/numbers.md", *SCRIPTS, "runs/tiny.sh", "runs/ablate.sh"):
         with open(os.path.join(ROOT, name)) as f:
             text = re.sub(r"\\\n\s*", "", f.read())   # joined lines
         for line in text.splitlines():
             found = re.search(r"(?:^\s*|[ |/])(?:python|torchrun [^.]*?|\$PYTHON|train) (?:-m torch[^ ]* )?(\w+\.py)( .*|$)", line.split("   #")[0])
             if found and found[1] in SCRIPTS and "`" not in line:
                 rest = found[2] + (" --clip c --root r" if re.match(r"\s*train ", line) else "")
-                yield name, found[1], re.sub(r"\s(\||&&|->|>|<|#).*", "", rest.replace('"$@"', "").replace("$seed", "0"))
+                yield name, found[1], re.sub(r"\s(\||&&|->|>|<|#).*", "", rest.replace('"$@"', "").replace("$seed", "0").replace('"$study"', "losses"))
 
 
 @pytest.mark.parametrize("where, script, rest", list(commands()))

@@ -10,7 +10,6 @@ import torch
 
 import chat_tune
 import common
-import eval_retrieval
 import pretrain
 from common import UserError
 from data import ConversationDataset
