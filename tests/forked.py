@@ -1,7 +1,7 @@
 """Runs pretrain.main in processes forked after one import of torch: a run then costs what the run costs. Not a test itself.
 
 Reads jobs, JSON lines, from stdin and answers each with a JSON line, {"codes": exit codes by rank, "seconds", "stderr"}:
-{"config": fields of pretrain.Config, "size": processes, "signal" and "after": what is sent to all of them, and when (seconds),
+{"config": fields of pretrain.Config, "size": processes, "signal": what is sent to all of them, and when: "after" so many seconds, or with so many "rows" in the log,
 "half_save": the number of the save in whose middle a process dies, "file_limit": bytes that a file can have}
 """
 import io
@@ -61,6 +61,16 @@ def child(job, rank, port, errors):
     os._exit(code)
 
 
+def wait_for_rows(path, rows):
+    deadline = time.monotonic() + 60
+    while rows and time.monotonic() < deadline:
+        if os.path.exists(path):
+            with open(path) as f:
+                if f.read().count("\n") >= rows:
+                    return
+        time.sleep(0.005)
+
+
 def run(job):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -73,7 +83,8 @@ def run(job):
                 child(job, rank, port, errors)
             pids.append(pid)
         if "signal" in job:
-            time.sleep(job["after"])
+            time.sleep(job.get("after", 0))
+            wait_for_rows(os.path.join(job["config"]["out"], "log.jsonl"), job.get("rows", 0))
             for pid in pids:
                 try:
                     os.killpg(pid, job["signal"])

@@ -183,25 +183,34 @@ def test_a_checkpointed_branch_has_the_same_gradient(world, micro_batch):
     assert_same_gradients(gradients(world, micro_batch, 0.5)[1], gradients(world, micro_batch, 0.5, checkpointed=True)[1])
 
 
+@pytest.fixture(scope="module")
+def take_steps(world, forked, tmp_path_factory):
+    """take_steps(steps, size, micro_batch) -> (what is in last.pth, log), with masks and without stochastic depth; made only once."""
+    folder, known = tmp_path_factory.mktemp("steps"), {}
+
+    def run(steps, size, micro_batch):
+        if (steps, size, micro_batch) not in known:
+            out = folder / f"{steps}_{size}_{micro_batch}"
+            cfg = pretraining(world, out, steps=steps, micro_batch=micro_batch, batch_size=8, drop_path=0.0, clip_norm=1e9, lr=2e-6,
+                              anneal=False, save_every=100)
+            answer = forked(cfg, size=size)
+            assert answer["codes"] == [0] * size, answer["stderr"]
+            known[steps, size, micro_batch] = common.load_checkpoint(out / "last.pth"), log_of(out)
+        return known[steps, size, micro_batch]
+    return run
+
+
+@pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("size, micro_batch", [(1, 3), (2, 0), (2, 2), (4, 0), (4, 1)])
-def test_processes_and_micro_batches_take_the_steps_of_one_process(world, tmp_path, forked, size, micro_batch):
-    """The gradient: Adam's first moment after one step is a tenth of it. The weights: after 20 steps, with masks."""
-    options = {"batch_size": 8, "drop_path": 0.0, "clip_norm": 1e9, "lr": 2e-6, "anneal": False, "save_every": 100}
-    for steps in (1, 20):
-        saved, logs = [], []
-        for n, micro in ((1, 0), (size, micro_batch)):
-            out = tmp_path / f"{steps}_{n}_{micro}"
-            answer = forked(pretraining(world, out, steps=steps, micro_batch=micro, **options), size=n)
-            assert answer["codes"] == [0] * n, answer["stderr"]
-            saved.append(common.load_checkpoint(out / "last.pth"))
-            logs.append(log_of(out))
-        for a, b in zip(*logs, strict=True):
-            assert [b[k] for k in ("loss", "vtc", "mbca", "mbta")] == pytest.approx([a[k] for k in ("loss", "vtc", "mbca", "mbta")], rel=1e-5)
-        if steps == 1:
-            assert_same_gradients(*({str(i): state["exp_avg"] for i, state in s["optimizer"]["state"].items()} for s in saved))
-        else:
-            for name, weight in saved[0]["state_dict"].items():
-                assert (weight - saved[1]["state_dict"][name]).abs().max() < 1e-4, name
+def test_processes_and_micro_batches_take_the_steps_of_one_process(take_steps, steps, size, micro_batch):
+    """The gradient: Adam's first moment after one step is a tenth of it. The weights: after 20 steps."""
+    (one, log), (several, other_log) = take_steps(steps, 1, 0), take_steps(steps, size, micro_batch)
+    for a, b in zip(log, other_log, strict=True):
+        assert [b[k] for k in ("loss", "vtc", "mbca", "mbta")] == pytest.approx([a[k] for k in ("loss", "vtc", "mbca", "mbta")], rel=1e-5)
+    if steps == 1:
+        assert_same_gradients(*({str(i): state["exp_avg"] for i, state in s["optimizer"]["state"].items()} for s in (one, several)))
+    for name, weight in one["state_dict"].items():
+        assert (weight - several["state_dict"][name]).abs().max() < 1e-4, name
 
 
 # ---------------------------------------------------------------------------------------------------- nothing is lost
@@ -244,9 +253,9 @@ def test_a_kill_in_the_middle_of_a_checkpoint_changes_nothing(world, straight, f
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sigterm_saves_and_the_same_command_goes_on(world, straight, forked, tmp_path, workers):
     cfg = watched(world, tmp_path / "out", workers=workers, save_every=1000)
-    answer = forked(cfg, signal=signal.SIGTERM, after=0.6 * straight[1])
+    answer = forked(cfg, signal=signal.SIGTERM, rows=3)
     assert answer["codes"] == [143], answer["stderr"]
-    assert 0 < common.load_checkpoint(tmp_path / "out" / "last.pth")["step"] < 12
+    assert 0 < common.load_checkpoint(tmp_path / "out" / "last.pth")["step"] < 8
     assert forked(cfg)["codes"] == [0]
     same_run(straight[0], cfg.out)
 
