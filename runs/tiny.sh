@@ -9,7 +9,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 W=${1:-weights/tiny} D=out/shapes R=out/tiny PYTHON=${PYTHON:-python}
 export OMP_WAIT_POLICY=PASSIVE   # the loader's process needs a core too: waiting threads should sleep
-export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592   # keep the memory of a step for the next one
 train() { $PYTHON "$1" --clip $R/clip --root $D "${@:2}"; }
 
 # The world, and a CLIP that knows it from stills.
