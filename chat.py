@@ -29,8 +29,8 @@ try:
     import common
     import data
     from common import UserError
-    from llm import generate, stream_text
-    from model import SYSTEMS, VIDEO_TOKENS, load_chat, prompt_ids
+    from llm import KVCache, generate, stream_text
+    from model import SYSTEMS, VIDEO_INDEX, VIDEO_TOKENS, load_chat, prompt_ids
 except KeyboardInterrupt:   # the imports are most of the start: who changes their mind meanwhile needs no traceback
     print("chat.py: interrupted", file=sys.stderr)
     sys.exit(130)
@@ -40,6 +40,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))        # what is shipped lies 
 CELL = 18                                                # width of a frame in characters on a terminal
 PNG = b"\x89PNG\r\n\x1a\n"                               # the first bytes of a PNG file
 SMALL = 30_000_000                                       # parameters; below, threads wait for each other more than they work
+ROOM = 64                                                # tokens that an answer should have room for before old turns must go
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command, in the text of a model
 HELP = """\
 /frames        the frames that the model saw
@@ -97,6 +98,8 @@ class Session:
 
     frames (T, 3, h, w) uint8, at most data.THUMBNAIL wide, and times, T floats in seconds: what the model saw.
     video_tokens (K, D_llm): what it remembers of it. turns: [(question, answer)].
+    kv_cache, heard: what the LLaMA has worked through, and its ids, VIDEO_INDEX for each row of the video: a prompt that
+    begins alike is worked through only from where it differs, so a second question costs its own words.
     spent: {what was waited for since --verbose last reported: seconds}."""
     def __init__(self, cfg):
         self.cfg, self.spent = cfg, {"import": IMPORT_SECONDS}
@@ -108,6 +111,8 @@ class Session:
             self.chat.to(self.device)
             if sum(p.numel() for p in self.chat.parameters()) < SMALL:
                 torch.set_num_threads(1)
+            config = self.chat.llm.config
+            self.kv_cache = KVCache(config, 1, config.context_length, self.device, dtype)
         with self.timed("video"):
             self.open(cfg.video)
 
@@ -127,7 +132,12 @@ class Session:
         with torch.inference_mode():
             video_tokens = self.chat.encode_video(data.normalise(seen)[None].to(self.device))[0]   # (K, D_llm)
         self.path, self.duration, self.frames, self.times, self.video_tokens = path, duration, pictures, times, video_tokens
-        self.turns = []
+        self.forget()
+
+    def forget(self):
+        """Begins a new conversation."""
+        self.turns, self.heard = [], []
+        self.kv_cache.truncate(0)
 
     def describe(self):
         return f"{self.path} ({self.duration:.1f} s, {len(self.times)} frames, {len(self.video_tokens)} video tokens)"
@@ -135,25 +145,36 @@ class Session:
     def ask(self, question, show):
         """Answers `question`: hands the text to `show`, piece by piece as it comes, then a line break.
 
-        What was said becomes a turn of the conversation, also where Ctrl-C or an error breaks it off. Raises UserError where
-        the conversation leaves no room for an answer."""
+        What was said becomes a turn of the conversation, also where Ctrl-C or an error breaks it off. Where the conversation
+        leaves no room for an answer, its oldest turns are forgotten. Raises UserError where the question alone leaves none."""
         began, cfg, chat = time.perf_counter(), self.cfg, self.chat
-        context, tokens, said = chat.llm.config.context_length, [], ""
+        context, tokens, said, turns = chat.llm.config.context_length, [], "", self.turns
         question = question.encode(errors="replace").decode()   # no lone surrogates: they stand for input that is not UTF-8
-        ids, _ = prompt_ids(chat.tokenizer, [*self.turns, (question, None)], cfg.system)
+        while True:
+            ids, _ = prompt_ids(chat.tokenizer, [*turns, (question, None)], cfg.system)
+            room = context - len(ids) - len(self.video_tokens) - 1
+            if room >= min(cfg.max_new_tokens, ROOM) or not turns:
+                break
+            turns = turns[1:]
+        if room < 1:
+            raise UserError(f"no room for an answer: the prompt has {context - room} tokens, and this model reads {context}; "
+                            "ask more briefly")
+        if len(turns) < len(self.turns):
+            say(f"(forgotten, for lack of room: {', '.join(q for q, _ in self.turns[:len(self.turns) - len(turns)])})")
+            self.turns = turns
         with torch.inference_mode():
             embeds = chat.splice(ids, self.video_tokens)[None]   # (1, S, D_llm)
-        room = context - embeds.shape[1]
-        if room < 1:
-            raise UserError(f"no room for an answer: the prompt has {embeds.shape[1]} tokens, and this model reads {context}; "
-                            "ask more briefly, or begin a new conversation (/reset)")
+        at = ids.index(VIDEO_INDEX)
+        heard = ids[:at] + [VIDEO_INDEX] * (len(self.video_tokens) + 2) + ids[at + 1:]   # S ids
+        same = min(len(os.path.commonprefix([heard, self.heard])), len(heard) - 1)
+        self.kv_cache.truncate(same)
 
         def remembered(new):
             for token in new:
                 tokens.append(token)
                 yield token
-        new = generate(chat.llm, embeds=embeds, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                       top_p=cfg.top_p, seed=cfg.seed, stop_ids=chat.tokenizer.stop_ids)
+        new = generate(chat.llm, embeds=embeds[:, same:], max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                       top_p=cfg.top_p, seed=cfg.seed, stop_ids=chat.tokenizer.stop_ids, kv_cache=self.kv_cache)
         try:
             for piece in stream_text(chat.tokenizer, remembered(new)):
                 if not said:
@@ -161,6 +182,7 @@ class Session:
                 said += piece
                 show(CONTROL.sub("\ufffd", piece))
         finally:
+            self.heard = (heard + tokens)[:self.kv_cache.length]   # however far it came
             if said.strip():
                 self.turns.append((question, said.strip()))
             show("\n")
@@ -245,7 +267,7 @@ def obey(session, line):
         case "/help", False:
             say(HELP)
         case "/reset", False:
-            session.turns = []
+            session.forget()
             say("a new conversation")
         case "/frames", False:
             show_frames(session)

@@ -100,11 +100,11 @@ def rotate(x, cos, sin):
 class KVCache:
     """Keys and values of the first `length` tokens, so that a new token costs one step. For inference: no gradient.
 
-    k[layer], v[layer]: (B, h, max_len, d), allocated once."""
+    k[layer], v[layer]: (B, h, max_len, d), allocated once; on a CPU, memory is taken only as tokens come."""
     def __init__(self, config, batch, max_len, device, dtype):
         shape = (batch, config.kv_heads, max_len, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.length, self.max_len = 0, max_len
 
     def append(self, layer, k, v):

@@ -22,6 +22,7 @@ from PIL import Image
 
 import chat
 import common
+import shapes
 from clip import CLIP, CLIPConfig, Tokenizer, save_clip
 from common import UserError, save_checkpoint
 from llm import LLaMA, LLaMAConfig, load_tokenizer, save_llama
@@ -298,16 +299,78 @@ def test_every_piped_question_is_a_conversation_of_its_own(session, capsys):
         assert [asked for asked, _ in session.turns] == [question]
 
 
-def test_an_answer_that_fills_the_context_is_said_to_be_cut_and_the_next_question_to_have_no_room(
+def test_an_answer_that_fills_the_context_is_said_to_be_cut_and_the_next_question_takes_its_place(
         weights, video, tokenizer_model, tmp_path, capsys):
     folder = shutil.copytree(weights, tmp_path / "w")
     write_llava(folder / "llava", tokenizer_model, context=200)
     session, pieces = chat.Session(chat.Config(video, weights=str(folder), max_new_tokens=1000)), []
     session.ask("what?", pieces.append)
     assert "".join(pieces).strip() and "fill the 200 tokens" in capsys.readouterr().err
+    session.ask("and then?", pieces.append)
+    assert [question for question, _ in session.turns] == ["and then?"] and "forgotten, for lack of room: what?" in capsys.readouterr().err
     with pytest.raises(UserError, match="no room for an answer"):
-        session.ask("and then?", pieces.append)
-    assert len(session.turns) == 1
+        session.ask("why? " * 200, pieces.append)
+    assert [question for question, _ in session.turns] == ["and then?"]
+
+
+def silent(piece):
+    pass
+
+
+def test_a_second_question_costs_its_own_words(session, monkeypatch):
+    rows, forward = [], session.chat.llm.forward
+    monkeypatch.setattr(session.chat.llm, "forward", lambda ids, embeds, *rest, **more: rows.append(0 if embeds is None else embeds.shape[1])
+                        or forward(ids, embeds, *rest, **more))
+    session.ask("What is this?", silent)
+    session.ask("And that?", silent)
+    first, second = (n for n in rows if n)   # what was worked through at once, before a first token
+    own = len(chat.prompt_ids(session.chat.tokenizer, [("", None)])[0]) + len(session.chat.tokenizer.encode("USER: And that? ASSISTANT:"))
+    assert first > len(session.video_tokens) and second < own
+
+
+def test_the_second_answer_starts_from_the_logits_of_the_whole_conversation(session, monkeypatch):
+    session.ask("What is this?", silent)
+    seen, forward = [], session.chat.llm.forward
+    monkeypatch.setattr(session.chat.llm, "forward", lambda *given, **more: seen.append(forward(*given, **more)) or seen[-1])
+    session.ask("And that?", silent)
+    ids, _ = chat.prompt_ids(session.chat.tokenizer, [session.turns[0], ("And that?", None)])
+    with torch.inference_mode():
+        whole = forward(embeds=session.chat.splice(ids, session.video_tokens)[None])
+    assert (seen[0][0, -1] - whole[0, -1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_what_is_remembered_after_ctrl_c_is_true(session, pieces):
+    def stop(piece, left=[pieces]):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        session.ask("What is this?", stop)
+    assert len(session.heard) == session.kv_cache.length
+    answers, turns = [], list(session.turns)
+    for kept in (True, False):
+        session.turns = list(turns)
+        if not kept:
+            session.heard = []
+        session.ask("And that?", answers.append)
+        answers.append(None)
+    half = answers.index(None)
+    assert answers[:half] == answers[half + 1:-1]
+
+
+def test_nothing_of_one_video_is_remembered_with_another(session, weights, tmp_path):
+    other = str(tmp_path / "other.mp4")
+    shapes.write_video(other, [np.full((64, 64, 3), 200, np.uint8)] * 12)
+    said = []
+    for opened in (session, chat.Session(chat.Config(other, weights=weights, max_new_tokens=12))):
+        if opened is session:
+            session.ask("What is this?", silent)
+            session.open(other)
+        pieces = []
+        opened.ask("What is this?", pieces.append)
+        said.append(pieces)
+    assert said[0] == said[1]
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal(session, monkeypatch):
