@@ -25,8 +25,9 @@ import common
 import data
 import pretrain
 import shapes
+import weights
 from clip import load_clip
-from eval_retrieval import retrieval_metrics
+from eval_retrieval import fingerprint, retrieval_metrics
 from model import Branch, Pretraining, VideoEncoder, pick, tube_mask
 
 
@@ -94,7 +95,7 @@ def branch_alone(branch):
 
 STUDIES = {   # study: (where the paper has it, {variant: what it is}); the branch as it is stands in each
     "structure": ("Table 6", {"branch": Variant(), "without attention along time": Variant(change=no_time),
-                              "without layers within frames": Variant(change=no_space), "reads CLIP once": Variant(change=one_entrance)}),
+                              "time alone: CLS stays out of it": Variant(change=no_space), "reads CLIP once": Variant(change=one_entrance)}),
     "losses": ("Table 7", {"VTC": Variant(losses="1,0,0"), "VTC + MBTA": Variant(losses="1,0,0.8"), "VTC + MBCA": Variant(losses="1,0.1,0"),
                            "all three, as released": Variant(), "all three, 1 : 1 : 1": Variant(losses="1,1,1")}),
     "depth": ("Fig. 3", {str(depth): Variant(depth=depth) for depth in (1, 2, 3, 4, 6)}),
@@ -108,24 +109,27 @@ SPLITS, LAYERS, FRAMES = ("train", "test"), 6, 8
 
 
 def see(cfg):
-    """The states of the frozen CLIP for every clip -> out/states_{split}.npy, (clips, LAYERS, FRAMES, 1+N, D) float16."""
+    """The states of the frozen CLIP for every clip -> out/states_{split}.safetensors, (clips, LAYERS, FRAMES, 1+N, D) float16."""
     clip, _ = load_clip(cfg.clip)
     encoder = VideoEncoder(clip.float(), None)
+    about = {"clip": fingerprint(clip)}
     common.make_folder(cfg.out)
     for split in SPLITS:
         dataset = data.RetrievalDataset(os.path.join(cfg.data, f"{split}_captions.jsonl"), cfg.data, FRAMES, clip.config.image_size, mode="uniform")
-        states = [torch.stack(encoder.backbone_states(video, LAYERS), dim=1).half().numpy()   # (B, LAYERS, FRAMES, 1+N, D)
+        states = [torch.stack(encoder.backbone_states(video, LAYERS), dim=1).half()   # (B, LAYERS, FRAMES, 1+N, D)
                   for video, _ in tqdm(DataLoader(dataset, 64, num_workers=1), desc=f"see {split}")]
-        common.write_atomic(os.path.join(cfg.out, f"states_{split}.npy"), lambda f: np.save(f, np.concatenate(states)))
+        weights.write_safetensors(os.path.join(cfg.out, f"states_{split}.safetensors"), {"states": torch.cat(states)}, about)
 
 
-class World:
+class Seen:
     """Clips of a split: what CLIP saw of them (clips, LAYERS, FRAMES, 1+N, D) float16, and their captions' features (clips, P)."""
-    def __init__(self, cfg, split, encode_text):
-        path = os.path.join(cfg.out, f"states_{split}.npy")
+    def __init__(self, cfg, split, clip, encode_text):
+        path = os.path.join(cfg.out, f"states_{split}.safetensors")
         if not os.path.exists(path):
             raise common.UserError(f"{path}: not there; `python ablate.py see` makes it")
-        self.states = torch.from_numpy(np.load(path))
+        self.states = weights.read_file(path)["states"]
+        if weights.read_metadata(path).get("clip") != fingerprint(clip):
+            raise common.UserError(f"{path}: what another CLIP saw than {cfg.clip}; run `python ablate.py see` again")
         fields = [f.name for f in dataclasses.fields(shapes.Clip)]
         with open(os.path.join(cfg.data, f"{split}_captions.jsonl")) as f:
             self.clips = [shapes.Clip(**{name: row[name] for name in fields}) for row in map(json.loads, f)]
@@ -156,16 +160,16 @@ def text_encoder(clip, tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------- a run
-def teach(cfg, variant, seed, clip, world, label):
+def teach(cfg, variant, seed, clip, seen, label):
     """-> (the encoder after cfg.steps, seconds a step)."""
     torch.manual_seed(seed)
-    branch = Branch.beside(clip, variant.depth, gated=variant.gated, drop_path=0.1)
+    branch = Branch.beside(clip, variant.depth, gated=variant.gated, drop_path=pretrain.Config.drop_path)
     variant.change(branch)
     model = Pretraining(VideoEncoder(clip, branch))
-    optimizer = pretrain.make_optimizer(model, pretrain.RECIPES["released"], cfg.lr, 0.05)
+    optimizer = pretrain.make_optimizer(model, pretrain.RECIPES["released"], cfg.lr, pretrain.Config.weight_decay)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    weights, scaler = pretrain.loss_weights(variant.losses), torch.amp.GradScaler("cpu", enabled=False)
-    began, order = time.perf_counter(), pretrain.batches(len(world.clips), cfg.batch_size, 2, seed, 0, 0, 1)
+    shares, scaler = pretrain.loss_weights(variant.losses), torch.amp.GradScaler("cpu", enabled=False)
+    began, order = time.perf_counter(), pretrain.batches(len(seen.clips), cfg.batch_size, 2, seed, 0, 0, 1)
     for step in tqdm(range(cfg.steps), desc=f"{label}, seed {seed}", leave=False):
         common.seed_step(seed, step)
         index = torch.tensor([i for _, i in next(order)])
@@ -173,47 +177,49 @@ def teach(cfg, variant, seed, clip, world, label):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * group["factor"] * pretrain.lr_share(step, cfg.steps, cfg.steps, anneal=True)
         optimizer.zero_grad()
-        pretrain.backward(model, [(world.look(index, variant.depth, kept), kept)], world.text[index], weights, scaler,
+        pretrain.backward(model, [(seen.look(index, variant.depth, kept), kept)], seen.text[index], shares, scaler,
                           lambda part, step=step: common.seed_step(seed, step, 0, part + 1))
-        nn.utils.clip_grad_norm_(trained, 5.0)
+        nn.utils.clip_grad_norm_(trained, pretrain.Config.clip_norm)
         optimizer.step()
     return model.encoder.eval(), (time.perf_counter() - began) / cfg.steps
 
 
 @torch.no_grad()
-def test(feature, world, encode_text):
-    """feature(states) -> (B, P), of a few clips -> {"twins", "static", "R@1" in percent}."""
-    video = torch.cat([feature(index) for index in torch.arange(len(world.clips)).split(128)])
+def test(feature, seen, encode_text):
+    """feature(indices of a few clips) -> (B, P); -> {"twins", "static", "R@1"} over all of them, in percent."""
+    video = torch.cat([feature(index) for index in torch.arange(len(seen.clips)).split(128)])
     video = F.normalize(video, dim=-1)   # (clips, P)
-    return {"twins": 100 * shapes.twin_accuracy(video, world.text).mean().item(),
-            "static": 100 * shapes.static_accuracy(video, world.clips, encode_text), "R@1": retrieval_metrics(world.text @ video.T)["R@1"]}
+    return {"twins": 100 * shapes.twin_accuracy(video, seen.text).mean().item(),
+            "static": 100 * shapes.static_accuracy(video, seen.clips, encode_text), "R@1": retrieval_metrics(seen.text @ video.T)["R@1"]}
 
 
 def study(cfg):
     """Every variant of a study with every seed, a line each in out/{study}.jsonl; then the table and the picture."""
-    common.at_least(cfg, seeds=1, steps=1, batch_size=2)
+    common.at_least(cfg, seeds=1, steps=1, batch_size=2, threads=1)
     where, variants = STUDIES[cfg.stage]
     clip, tokenizer = load_clip(cfg.clip)
     encode_text = text_encoder(clip.float().requires_grad_(False), tokenizer)
-    worlds = {split: World(cfg, split, encode_text) for split in SPLITS}
-    path, settings = os.path.join(cfg.out, f"{cfg.stage}.jsonl"), [cfg.steps, cfg.batch_size, cfg.lr]
+    train, held_out = (Seen(cfg, split, clip, encode_text) for split in SPLITS)
+    if cfg.batch_size > len(train.clips):
+        raise common.UserError(f"--batch_size {cfg.batch_size}: more than the {len(train.clips)} clips of {cfg.data}")
+    path, settings = os.path.join(cfg.out, f"{cfg.stage}.jsonl"), [cfg.steps, cfg.batch_size, cfg.lr, fingerprint(clip)]
     rows = []
     if os.path.exists(path):
         rows = [row for _, row in data.read_rows(path)]
         if any(row["settings"] != settings for row in rows):
-            raise common.UserError(f"{path}: made with other --steps, --batch_size or --lr; remove it, or choose another --out")
+            raise common.UserError(f"{path}: made with another CLIP, or other --steps, --batch_size or --lr; remove it, or choose another --out")
     encoder = VideoEncoder(clip, None)
-    baseline = test(lambda index: encoder.mean_feature(worlds["test"].look(index, 1)[-1]), worlds["test"], encode_text)
+    baseline = test(lambda index: encoder.mean_feature(held_out.look(index, 1)[-1]), held_out, encode_text)
     for seed in range(cfg.seeds):
         for name, variant in variants.items():
             if any((row["variant"], row["seed"]) == (name, seed) for row in rows):
                 continue
-            encoder, seconds = teach(cfg, variant, seed, clip, worlds["train"], f"{cfg.stage}: {name}")
-            found = test(lambda index: encoder.feature(worlds["test"].look(index, variant.depth))[0], worlds["test"], encode_text)
+            encoder, seconds = teach(cfg, variant, seed, clip, train, f"{cfg.stage}: {name}")
+            found = test(lambda index: encoder.feature(held_out.look(index, variant.depth))[0], held_out, encode_text)
             rows.append({"variant": name, "seed": seed, **found, "seconds": seconds, "settings": settings})
             text = "".join(json.dumps(row) + "\n" for row in rows)
             common.write_atomic(path, lambda f: f.write(text.encode()))
-    report(cfg, where, {name: [row for row in rows if row["variant"] == name] for name in variants}, baseline)
+    report(cfg, where, {name: [row for row in rows if row["variant"] == name and row["seed"] < cfg.seeds] for name in variants}, baseline)
 
 
 def report(cfg, where, found, baseline):

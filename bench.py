@@ -442,8 +442,10 @@ def pretrain(cfg):
             say(f"{case}, {run + 1} of {cfg.runs}")
             done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, sys.executable, "-c", program, json.dumps([*case, 3])],
                                   capture_output=True, text=True, cwd=HERE)
-            printed, last = done.stdout.splitlines()
-            steps, limit = json.loads(printed)
+            *printed, last = done.stdout.splitlines()
+            if json.loads(last)[0]:
+                raise common.UserError(f"a step of {case} failed: {(done.stderr.splitlines() or ['no reason given'])[-1]}")
+            steps, limit = json.loads(printed[-1])
             for parts in steps:
                 wall, cpu = zip(*parts)
                 cases[case].append([sum(wall), sum(cpu), *wall, trunk_flops() / wall[0] / 1e9, limit / 1e9, json.loads(last)[2] / MEGABYTE])

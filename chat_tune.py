@@ -178,7 +178,8 @@ def main(cfg):
         common.check_same_run(saved, last, cfg)
         common.put_back(trained, saved["trained"], last)
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:   # empty after a run in another precision
+            scaler.load_state_dict(saved["scaler"])
         step, skipped = saved["step"], saved["skipped"]
     if here.first:
         log = common.Log(os.path.join(cfg.out, "log.jsonl"), step)

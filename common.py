@@ -78,7 +78,7 @@ def make_folder(path):
 def at_least(cfg, **bounds):
     """Raises UserError for the first field of `cfg` that is below its bound."""
     for name, bound in bounds.items():
-        if getattr(cfg, name) < bound:
+        if not getattr(cfg, name) >= bound:   # nor may it be NaN
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {bound}")
 
 
@@ -162,8 +162,11 @@ class Log:
 
     def add(self, **row):
         self.rows.append(row)
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot write: {e.strerror}")
 
     def column(self, name):
         """[(step, value)] of the rows that have `name`."""
@@ -201,11 +204,16 @@ def start_distributed(device="auto"):
 
 
 def told_by_all(here, *numbers):
-    """Every process says some numbers, all whole or none -> for each of them a list: what all said, in rank order."""
+    """Every process says some numbers, all whole or none -> for each of them a list: what all said, in rank order.
+
+    Raises UserError where another process has stopped."""
     said = torch.tensor(numbers, device=here.device)
     rows = [said.clone() for _ in range(here.size)]
     if here.size > 1:
-        dist.all_gather(rows, said)
+        try:
+            dist.all_gather(rows, said)
+        except RuntimeError as e:
+            raise UserError(f"another process has stopped and says why, or cannot be reached ({str(e).splitlines()[0]})") from e
     return torch.stack(rows, dim=1).tolist()
 
 

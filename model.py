@@ -273,9 +273,8 @@ class Pretraining(nn.Module):
         clip = self.encoder.clip
         video_feature, tokens = self.encoder.feature(states, kept)
         with torch.no_grad():
-            cls, patches = states[-1][:, :, 0].mean(1), states[-1][:, :, 1:]
-            teacher = clip.project_image(to_branch(cls, patches)[:, 1:])   # (B, n*T, P)
-        patch_feature = clip.visual_projection(tokens[:, 1:]).mean(1)      # (B, P)
+            teacher = clip.project_image(states[-1][:, :, 1:].transpose(1, 2).flatten(1, 2))   # (B, n*T, P), in the branch's order
+        patch_feature = clip.visual_projection(tokens[:, 1:]).mean(1)   # (B, P)
         return video_feature.float(), patch_feature.float(), mbta_loss(self.extra_proj(tokens[:, 1:]), teacher)
 
 

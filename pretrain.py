@@ -1,7 +1,7 @@
 """Stage 1: teach the branch from video-text pairs, beside a frozen CLIP, with 70 % of its tokens hidden.
 
     python pretrain.py --clip weights/tiny/clip --annotations out/shapes/train_captions.jsonl --root out/shapes \\
-        --out out/branch --lr 1e-5 --anneal --batch_size 64 --together 2 --steps 800 --min_area 0.8      # a laptop, 10 minutes
+        --out out/branch --lr 1e-5 --anneal --batch_size 64 --together 2 --steps 800 --min_area 0.8      # a laptop, 15 minutes
     torchrun --nproc_per_node 8 pretrain.py --clip weights/clip --annotations results_2M_train.csv --root WebVid \\
         --out out/branch --workers 8                                                 # the released run
 
@@ -9,7 +9,8 @@ In --out: branch.pth (the branch in half precision, under the released names), b
 --eval_annotations), last.pth (with the optimizer), log.jsonl, curve.png.
 
 Whatever stops it, the same command goes on from last.pth. Every random number follows from the seed and the step, so the
-run then equals an undisturbed one, bit for bit on a CPU. SIGTERM saves first and ends with exit code 143.
+run then equals an undisturbed one, bit for bit on a CPU. SIGTERM saves after the step or the look that is under way (torchrun
+waits 30 s for it) and ends with exit code 143.
 """
 import contextlib
 import dataclasses
@@ -165,7 +166,7 @@ def backward(ddp, views, text, weights, scaler, reseed):
     and the same random numbers, and that gradient goes into it: exactly the gradient of the whole (Gao et al. 2021,
     https://arxiv.org/abs/2101.06983). A single micro-batch keeps its graph and runs once. CLIP has run before, once."""
     several = len(views) > 1
-    model = ddp.module if several and isinstance(ddp, nn.parallel.DistributedDataParallel) else ddp
+    model = ddp.module if several and dist.is_initialized() else ddp
     outputs = []
     with torch.set_grad_enabled(not several):
         for part, view in enumerate(views):
@@ -177,7 +178,7 @@ def backward(ddp, views, text, weights, scaler, reseed):
     wanted = torch.autograd.grad(scaler.scale(weights[0] * vtc + weights[1] * mbca), (video, patches))
     rows = zip(*(w.split([len(kept) for _, kept in views]) for w in wanted))
     for part, (view, share, row) in enumerate(zip(views, shares, rows)):
-        alone = several and ddp is not model and part < len(views) - 1   # the last one carries the sum to the other processes
+        alone = ddp is not model and part < len(views) - 1   # the last one carries the sum to the other processes
         with ddp.no_sync() if alone else contextlib.nullcontext():
             if several:
                 reseed(part)
@@ -196,10 +197,10 @@ def main(cfg):
     cfg = complete(cfg)
     here = common.start_distributed(cfg.device)
     device, dtype, weights = here.device, precision(cfg.precision, here.device), loss_weights(cfg.losses)
-    common.at_least(cfg, batch_size=2, micro_batch=0, together=1, depth=2, num_frames=1, seed=0, steps=0, epochs=1, save_every=1,
-                    log_every=1, eval_every=0, mask_ratio=0)
-    if cfg.mask_ratio >= 1:
-        raise common.UserError(f"--mask_ratio {cfg.mask_ratio}: must be less than 1, or the branch sees nothing")
+    common.at_least(cfg, batch_size=2, micro_batch=0, together=1, depth=2, num_frames=1, text_length=2, seed=0, steps=0, epochs=1, save_every=1,
+                    log_every=1, eval_every=0, workers=0, mask_ratio=0, drop_path=0, lr=0, weight_decay=0, clip_norm=0)
+    if cfg.mask_ratio >= 1 or cfg.drop_path >= 1:
+        raise common.UserError(f"--mask_ratio {cfg.mask_ratio}, --drop_path {cfg.drop_path}: must be less than 1, or nothing is left to learn from")
     share = cfg.batch_size // here.size   # of this process
     if cfg.batch_size % here.size or cfg.batch_size % cfg.together:
         raise common.UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes and of {cfg.together} together")
@@ -217,6 +218,8 @@ def main(cfg):
     if epoch_steps == 0:
         raise common.UserError(f"--batch_size {cfg.batch_size}: more than the {len(dataset)} clips of {cfg.annotations}")
     steps = cfg.steps or cfg.epochs * epoch_steps
+    if steps > 5 * epoch_steps and not cfg.anneal:
+        raise common.UserError(f"{steps} steps are {steps / epoch_steps:.1f} epochs, but the released schedule is at zero after 5; use --anneal")
     eval_every = cfg.eval_every or epoch_steps
     # ------------------------------------------------------------------------------------------------ model
     if cfg.depth > clip.config.vision_layers:
@@ -232,6 +235,8 @@ def main(cfg):
     step, skipped = 0, 0
     if os.path.exists(last):
         step, skipped = restore(last, model, optimizer, scaler, cfg)
+    if len(set(common.told_by_all(here, step)[0])) > 1:
+        raise common.UserError(f"{last}: not the same for all processes; --out must be a folder that all machines share")
     if here.first:
         log = common.Log(os.path.join(cfg.out, "log.jsonl"), step)
         common.remove_leftovers(cfg.out)
@@ -243,9 +248,11 @@ def main(cfg):
                              worker_init_fn=common.leave_signals_to_the_parent))
     # ------------------------------------------------------------------------------------------------ evaluation and checkpoints
     watched = cfg.eval_annotations and data.RetrievalDataset(cfg.eval_annotations, cfg.root, cfg.num_frames, size, mode="uniform")
+    if watched and (missing := watched.missing()):   # said now, not after an epoch
+        raise common.UserError(f"{cfg.eval_annotations}: {len(missing)} of its videos are not under {cfg.root}, the first is {missing[0]}")
 
     def evaluate():
-        branch_features, mean, text, _ = encode(model.encoder, tokenizer, watched, SETTINGS["own"], device, amp=dtype != torch.float32)
+        branch_features, mean, text, _ = encode(model.encoder, tokenizer, watched, SETTINGS["own"], device, amp=dtype == torch.float16)
         if here.first:
             log.add(step=step, **{f"R@1 {name}": round(retrieval_metrics(text @ video.T)["R@1"], 2)
                                   for name, video in (("branch", branch_features), ("mean-pooled CLIP", mean))})
@@ -261,6 +268,8 @@ def main(cfg):
                 "state_dict": {**branch_tensors(branch, "backbone."), **branch_tensors(model.extra_proj, "extra_proj.")},
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step, "skipped": skipped,
                 "config": dataclasses.asdict(cfg)})
+    def named(batch):
+        return f"videos: {', '.join(dataset.videos[i] for i in batch['index'].tolist())}"
     # ------------------------------------------------------------------------------------------------ loop
     asked_to_stop = common.on_sigterm()
     bar = tqdm(total=steps, initial=step, desc="pretrain", disable=not here.first)
@@ -272,36 +281,37 @@ def main(cfg):
         for message in batch["skipped"]:
             bar.write(f"skipped: {message}", file=sys.stderr)
         # every process must bring as many clips as the others, and stop when they stop
-        counts, broken, stops = common.told_by_all(here, len(batch["index"]), len(batch["skipped"]), int(asked_to_stop.is_set()))
+        counts, stops = common.told_by_all(here, len(batch["index"]), int(asked_to_stop.is_set()))
         if any(stops):
             save()
             raise SystemExit(143)
-        count, skipped = min(counts), skipped + sum(broken)
-        if count < 2:
+        count, skipped = min(counts), skipped + cfg.batch_size - min(counts) * here.size   # broken, or left over for a broken one
+        if count * here.size < 2:
             raise common.UserError(f"{cfg.annotations}: a batch with fewer than 2 readable videos under {cfg.root}")
         video, ids = (batch[key][:count].to(device, non_blocking=True) for key in ("video", "ids"))
         common.seed_step(cfg.seed, step)   # one draw of masks for the whole batch: the same for any number of processes
         kept = tube_mask(cfg.batch_size, clip.config.patch_tokens, cfg.mask_ratio)[here.rank::here.size][:count].to(device)
         parts = [model.look(*part) for part in zip(*(x.split(cfg.micro_batch or count) for x in (video, ids, kept)))]
         views, text = list(zip([states for states, _ in parts], kept.split(cfg.micro_batch or count))), torch.cat([t for _, t in parts])
+        lr = cfg.lr * lr_share(step, epoch_steps, steps, cfg.anneal)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * group["factor"] * lr_share(step, epoch_steps, steps, cfg.anneal)
+            group["lr"] = lr * group["factor"]
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses = backward(ddp, views, text, weights, scaler, lambda part: common.seed_step(cfg.seed, step, here.rank, part + 1))
         vtc, mbca, mbta = (sum(said) / here.size for said in common.told_by_all(here, *(part.item() for part in losses)))
         loss = sum(weight * part for weight, part in zip(weights, (vtc, mbca, mbta)))
         if not math.isfinite(loss):
-            raise common.UserError(f"step {step}: the loss is {loss}; videos: "
-                                   f"{', '.join(dataset.videos[i] for i in batch['index'][:count].tolist())}; {last} is as it was")
+            raise common.UserError(f"step {step}: the loss is {loss}; {named(batch)}; {last} is as it was")
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(trained, cfg.clip_norm)
+        if not scaler.is_enabled() and not norm.isfinite():   # with a scaler, it is the scaler that passes such a step by
+            raise common.UserError(f"step {step}: the gradient is {norm.item()}; {named(batch)}; {last} is as it was")
         scaler.step(optimizer)
         scaler.update()
         step, clips = step + 1, clips + count * here.size
         # -------------------------------------------------------------------------------------------- log and save
         if here.first and (step % cfg.log_every == 0 or step == steps):
-            lr = cfg.lr * lr_share(step - 1, epoch_steps, steps, cfg.anneal)
             log.add(step=step, loss=loss, vtc=vtc, mbca=mbca, mbta=mbta, grad_norm=norm.item(), skipped=skipped, lr=lr)
             seconds = time.time() - began
             bar.set_postfix_str(f"loss {loss:.3f} vtc {vtc:.3f} mbca {mbca:.3f} mbta {mbta:.3f} lr {lr:.1e} "
@@ -324,7 +334,8 @@ def restore(path, model, optimizer, scaler, cfg):
     weights_now |= {f"extra_proj.{n}": p for n, p in model.extra_proj.state_dict().items()}
     common.put_back(weights_now, saved["state_dict"], path)
     optimizer.load_state_dict(saved["optimizer"])
-    scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"]:   # empty after a run in another precision
+        scaler.load_state_dict(saved["scaler"])
     return saved["step"], saved["skipped"]
 
 

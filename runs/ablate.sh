@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 D=out/shapes R=out/tiny PYTHON=${PYTHON:-python}
 train() { $PYTHON "$1" --clip $R/clip --root $D "${@:2}"; }
 
-[ -e out/ablate/states_test.npy ] || $PYTHON ablate.py see
+[ -e out/ablate/states_test.safetensors ] || $PYTHON ablate.py see
 for study in ${1:-structure losses depth mask projection chat}; do
     if [ "$study" != chat ]; then
         $PYTHON ablate.py "$study"

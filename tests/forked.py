@@ -1,7 +1,7 @@
 """Runs pretrain.main in processes forked after one import of torch: a run then costs what the run costs. Not a test itself.
 
 Reads jobs, JSON lines, from stdin and answers each with a JSON line, {"codes": exit codes by rank, "seconds", "stderr"}:
-{"config": fields of pretrain.Config, "size": processes, "signal": what is sent to all of them, and when: "after" so many seconds, or with so many "rows" in the log,
+{"config": fields of pretrain.Config, "size": processes, "signal": what is sent to all of them, "after" so many seconds from the moment when so many "rows" are in the log,
 "half_save": the number of the save in whose middle a process dies, "file_limit": bytes that a file can have}
 """
 import io
@@ -37,6 +37,7 @@ def die_in_the_middle_of_save(number):
 
 
 def child(job, rank, port, errors):
+    signal.alarm(120)   # a deadlock must not last for as long as gloo is patient
     os.setsid()   # so that a signal to its group reaches its loaders and nobody else
     os.dup2(errors.fileno(), 2)
     torch.set_num_threads(1)
@@ -83,8 +84,8 @@ def run(job):
                 child(job, rank, port, errors)
             pids.append(pid)
         if "signal" in job:
-            time.sleep(job.get("after", 0))
             wait_for_rows(os.path.join(job["config"]["out"], "log.jsonl"), job.get("rows", 0))
+            time.sleep(job.get("after", 0))
             for pid in pids:
                 try:
                     os.killpg(pid, job["signal"])

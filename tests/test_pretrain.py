@@ -185,14 +185,14 @@ def test_a_checkpointed_branch_has_the_same_gradient(world, micro_batch):
 
 @pytest.fixture(scope="module")
 def take_steps(world, forked, tmp_path_factory):
-    """take_steps(steps, size, micro_batch) -> (what is in last.pth, log), with masks and without stochastic depth; made only once."""
+    """take_steps(steps, size, micro_batch) -> (what is in last.pth, log), with masks, without stochastic depth; each made only once."""
     folder, known = tmp_path_factory.mktemp("steps"), {}
 
     def run(steps, size, micro_batch):
         if (steps, size, micro_batch) not in known:
             out = folder / f"{steps}_{size}_{micro_batch}"
             cfg = pretraining(world, out, steps=steps, micro_batch=micro_batch, batch_size=8, drop_path=0.0, clip_norm=1e9, lr=2e-6,
-                              anneal=False, save_every=100)
+                              save_every=100)
             answer = forked(cfg, size=size)
             assert answer["codes"] == [0] * size, answer["stderr"]
             known[steps, size, micro_batch] = common.load_checkpoint(out / "last.pth"), log_of(out)
@@ -209,8 +209,13 @@ def test_processes_and_micro_batches_take_the_steps_of_one_process(take_steps, s
         assert [b[k] for k in ("loss", "vtc", "mbca", "mbta")] == pytest.approx([a[k] for k in ("loss", "vtc", "mbca", "mbta")], rel=1e-5)
     if steps == 1:
         assert_same_gradients(*({str(i): state["exp_avg"] for i, state in s["optimizer"]["state"].items()} for s in (one, several)))
+    moved = 0
     for name, weight in one["state_dict"].items():
-        assert (weight - several["state_dict"][name]).abs().max() < 1e-4, name
+        if not name.endswith("k_proj.bias"):   # whose gradient is rounding noise, which Adam makes as large as any other
+            assert (weight - several["state_dict"][name]).abs().max() < 1e-4, name
+        if name.endswith("temporal_fc.weight"):
+            moved = max(moved, weight.abs().max())
+    assert moved > (1e-3 if steps == 20 else 1e-5)   # from zero: far enough for the comparison to mean something
 
 
 # ---------------------------------------------------------------------------------------------------- nothing is lost
@@ -221,23 +226,55 @@ def watched(world, out, **options):
 
 @pytest.fixture(scope="module")
 def straight(world, forked, tmp_path_factory):
-    """-> (folder of an undisturbed run, its seconds)."""
+    """-> folder of an undisturbed run."""
     out = tmp_path_factory.mktemp("straight") / "out"
     answer = forked(watched(world, out))
     assert answer["codes"] == [0], answer["stderr"]
-    return out, answer["seconds"]
+    return out
 
 
 def test_twenty_kills_at_random_moments_change_nothing(world, straight, forked, tmp_path):
+    """Five runs, each killed four times: some milliseconds after its log has grown by some lines, wherever that is."""
     moments, killed = random.Random(0), 0
-    for i in range(20):
-        cfg = watched(world, tmp_path / str(i))
-        killed += forked(cfg, signal=signal.SIGKILL, after=moments.uniform(0, straight[1]))["codes"] == [-signal.SIGKILL]
+    for i in range(5):
+        cfg, rows = watched(world, tmp_path / str(i)), 0
+        for _ in range(4):
+            rows = min(rows + moments.choice([0, 1, 2, 3]), 9)   # of 10
+            answer = forked(cfg, signal=signal.SIGKILL, rows=rows, after=moments.uniform(0, 0.2))
+            killed += answer["codes"] == [-signal.SIGKILL]
         answer = forked(cfg)
         assert answer["codes"] == [0], answer["stderr"]
-        same_run(straight[0], cfg.out)
+        same_run(straight, cfg.out)
         assert not glob.glob(os.path.join(cfg.out, "*.tmp"))
-    assert killed > 10   # else the run has ended before
+    assert killed >= 10   # the others came too late, to a run that had ended
+
+
+def test_two_processes_with_a_broken_video_stop_at_sigterm_and_go_on(world, forked, tmp_path):
+    """All that they must agree on: how many clips a step has, when to stop, when to look at the watched set."""
+    (tmp_path / "a.jsonl").write_text((world / "captions.jsonl").read_text().replace('"1.mp4"', '"gone.mp4"'))
+    cfgs = [dataclasses.replace(watched(world, tmp_path / name, save_every=100), annotations=str(tmp_path / "a.jsonl"))
+            for name in ("straight", "stopped")]
+    answer = forked(cfgs[0], size=2)
+    assert answer["codes"] == [0, 0], answer["stderr"]
+    assert forked(cfgs[1], size=2, signal=signal.SIGTERM, rows=3)["codes"] == [143, 143]
+    assert forked(cfgs[1], size=2)["codes"] == [0, 0]
+    same_run(cfgs[0].out, cfgs[1].out)
+    assert [row["skipped"] for row in log_of(cfgs[0].out) if "skipped" in row][-1] == 2 * 4   # in four epochs: it, and one of the other process
+
+
+def test_a_gradient_that_is_no_number_leaves_the_last_checkpoint(world, tmp_path, monkeypatch):
+    pretrain.main(pretraining(world, tmp_path, steps=2))
+    before = (tmp_path / "last.pth").read_bytes()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.tensor(float("inf")))
+    with pytest.raises(UserError, match="step 2: the gradient is inf; videos: "):
+        pretrain.main(pretraining(world, tmp_path, steps=4))
+    assert (tmp_path / "last.pth").read_bytes() == before
+
+
+def test_a_checkpoint_in_one_precision_goes_on_in_another(world, tmp_path):
+    for precision, steps in (("fp32", 1), ("bf16", 2), ("fp32", 3)):
+        pretrain.main(pretraining(world, tmp_path, steps=steps, precision=precision))
+    assert [row["step"] for row in log_of(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("number", [1, 2, 5, 6, 7])   # of the first checkpoint: branch.pth, last.pth; then some with branch_best.pth
@@ -246,7 +283,7 @@ def test_a_kill_in_the_middle_of_a_checkpoint_changes_nothing(world, straight, f
     assert forked(cfg, half_save=number)["codes"] == [-signal.SIGKILL]
     assert len(glob.glob(os.path.join(cfg.out, "*.tmp"))) == 1
     assert forked(cfg)["codes"] == [0]
-    same_run(straight[0], cfg.out)
+    same_run(straight, cfg.out)
     assert not glob.glob(os.path.join(cfg.out, "*.tmp"))
 
 
@@ -257,7 +294,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(world, straight, forked, tmp
     assert answer["codes"] == [143], answer["stderr"]
     assert 0 < common.load_checkpoint(tmp_path / "out" / "last.pth")["step"] < 8
     assert forked(cfg)["codes"] == [0]
-    same_run(straight[0], cfg.out)
+    same_run(straight, cfg.out)
 
 
 def test_a_restart_by_torchrun_goes_on_from_the_last_checkpoint(world, tmp_path):
@@ -303,13 +340,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(world, tmp_path,
 
 
 def test_the_best_look_at_the_watched_set_is_kept(world, tmp_path, monkeypatch):
-    recalls = iter([10, 0, 30, 0, 20, 0, 10, 0])   # branch, mean-pooled CLIP; twice
+    recalls = iter([10, 0, 30, 0, 20, 0])   # branch, mean-pooled CLIP, at each of three looks
     monkeypatch.setattr(pretrain, "retrieval_metrics", lambda similarity: {"R@1": next(recalls)})
-    pretrain.main(watched(world, tmp_path / "long", steps=3, eval_every=1, save_every=3))
-    pretrain.main(dataclasses.replace(watched(world, tmp_path / "short", steps=3), steps=2, eval_annotations=""))
-    best, last = read_file(tmp_path / "long" / "branch_best.pth"), read_file(tmp_path / "long" / "branch.pth")
-    assert not all(torch.equal(best[name], last[name]) for name in best)
-    assert [row["R@1 branch"] for row in log_of(tmp_path / "long") if "R@1 branch" in row] == [10, 30, 20]
+    for steps in (2, 3):
+        pretrain.main(watched(world, tmp_path / str(steps), steps=steps, eval_every=1, anneal=False, eval_annotations=(
+            str(world / "captions.jsonl") if steps == 3 else "")))
+    best, second, third = (read_file(tmp_path / name) for name in ("3/branch_best.pth", "2/branch.pth", "3/branch.pth"))
+    assert all(torch.equal(best[name], second[name]) for name in best)
+    assert not all(torch.equal(best[name], third[name]) for name in best)
+    assert [row["R@1 branch"] for row in log_of(tmp_path / "3") if "R@1 branch" in row] == [10, 30, 20]
 
 
 # ---------------------------------------------------------------------------------------------------- recipes, precision
@@ -352,6 +391,9 @@ def test_half_precision_halves_the_frozen_towers_and_nothing_that_learns(world, 
     ({"annotations": "nowhere.jsonl"}, "nowhere.jsonl"), ({"clip": "nowhere"}, "nowhere"), ({"losses": "mine"}, "--losses mine"),
     ({"losses": "0,0,1"}, "--losses 0,0,1"), ({"recipe": "mine"}, "--recipe mine"), ({"precision": "fp8"}, "--precision fp8"),
     ({"precision": "fp16"}, "needs a GPU"), ({"micro_batch": 5}, "--micro_batch 5: more than the 4 clips"),
+    ({"anneal": False, "steps": 11}, "at zero after 5"), ({"eval_annotations": "nowhere.jsonl"}, "nowhere.jsonl"), ({"lr": -1.0}, "--lr -1.0"),
+    ({"workers": -1}, "--workers -1"), ({"mask_ratio": float("nan")}, "--mask_ratio nan"), ({"drop_path": 1.0}, "--drop_path 1.0"),
+    ({"text_length": 0}, "--text_length 0"), ({"clip_norm": -1.0}, "--clip_norm -1.0"),
     ({"batch_size": 3}, "--batch_size 3"), ({"batch_size": 400}, "more than the 8 clips"), ({"device": "cuda"}, "no GPU"),
     ({"depth": 4}, "--depth 4: this CLIP has 3"), ({"depth": 1}, "--depth 1"), ({"num_frames": 65}, "65: the branch has 64"),
     ({"mask_ratio": 1.0}, "--mask_ratio 1.0"), ({"mask_ratio": -0.1}, "--mask_ratio -0.1"), ({"seed": -1}, "--seed -1"),
