@@ -1,0 +1,83 @@
+"""The studies: each variant is what it says, a study goes on where it was stopped, and it knows which CLIP it is about."""
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+
+import ablate
+import shapes
+from clip import load_clip
+from common import UserError
+from model import Branch
+
+CLIP = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weights", "tiny", "clip")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Four clips and their twins for training, as many to test, and what the shipped CLIP saw of them."""
+    folder = tmp_path_factory.mktemp("ablate")
+    for split, held_out in (("train", False), ("test", True)):
+        rows = []
+        for i, clip in enumerate(shapes.world(4, 0, held_out)[:8]):
+            shapes.write_video(str(folder / f"{split}{i}.mp4"), [shapes.draw(clip, (k + 0.5) / 24) for k in range(24)])
+            rows.append({"video": f"{split}{i}.mp4", "caption": clip.caption, **dataclasses.asdict(clip)})
+        (folder / f"{split}_captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = ablate.Config("see", CLIP, str(folder), str(folder / "out"), str(folder), seeds=2, steps=2, batch_size=8, threads=1)
+    ablate.main(cfg)
+    return cfg
+
+
+def test_a_study_has_every_variant_and_goes_on_where_it_was_stopped(config, capsys, monkeypatch):
+    teach, runs = ablate.teach, []
+
+    def stop_at_the_fourth(*given):
+        runs.append(given)
+        if len(runs) == 4:
+            raise KeyboardInterrupt
+        return teach(*given)
+    monkeypatch.setattr(ablate, "teach", stop_at_the_fourth)
+    cfg = dataclasses.replace(config, stage="losses")
+    with pytest.raises(KeyboardInterrupt):
+        ablate.main(cfg)
+    ablate.main(cfg)
+    variants = ablate.STUDIES["losses"][1]
+    assert len(runs) == 2 * len(variants) + 1   # the one that was stopped ran twice
+    out = capsys.readouterr().out
+    assert all(f"| {name} |" in out for name in ["mean-pooled CLIP", *variants]) and "Table 7" in out
+    assert os.path.getsize(os.path.join(config.pictures, "ablate_losses.png")) > 1000
+    ablate.main(cfg)
+    assert len(runs) == 2 * len(variants) + 1 and capsys.readouterr().out == out
+
+
+def test_other_settings_and_another_clip_are_refused(config, world):
+    ablate.main(dataclasses.replace(config, stage="mask", seeds=1))
+    with pytest.raises(UserError, match="other --steps"):
+        ablate.main(dataclasses.replace(config, stage="mask", seeds=1, steps=3))
+    with pytest.raises(UserError, match="another CLIP"):
+        ablate.main(dataclasses.replace(config, stage="mask", clip=str(world / "clip")))
+    with pytest.raises(UserError, match="no such stage"):
+        ablate.main(dataclasses.replace(config, stage="song"))
+
+
+def test_each_variant_is_what_it_says():
+    clip, _ = load_clip(CLIP)
+    positions, states = clip.float().vision_model.embeddings.position_embedding.weight, [torch.randn(2, 4, 17, 128) for _ in range(4)]
+
+    def tokens(change, states):
+        torch.manual_seed(0)
+        branch = Branch.beside(clip, 4).eval()
+        change(branch)
+        with torch.no_grad():
+            return branch(states, positions)[-1], branch
+    later = [states[0], *(torch.randn_like(state) for state in states[1:])]
+    assert torch.allclose(tokens(ablate.one_entrance, states)[0], tokens(ablate.one_entrance, later)[0])
+    assert not torch.allclose(tokens(lambda branch: None, states)[0], tokens(lambda branch: None, later)[0])
+    assert not any(p.requires_grad for p in tokens(ablate.no_time, states)[1].btadapter_T_layers.parameters())
+    forwards, backwards = (tokens(ablate.no_space, played)[0][:, 0] for played in (states, [state.flip(1) for state in states]))
+    assert torch.allclose(forwards, backwards, atol=1e-6)   # blind to order: CLS passes by the layers along time
+    plain = tokens(lambda branch: None, states)[0]
+    for change in (ablate.random_projection, ablate.no_projection):   # from zero the layers along time do nothing yet
+        assert not torch.allclose(tokens(change, states)[0], plain)
