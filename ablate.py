@@ -25,7 +25,7 @@ import common
 import data
 import pretrain
 import shapes
-import weights
+import weightfile
 from clip import load_clip
 from eval_retrieval import fingerprint, retrieval_metrics
 from model import Branch, Pretraining, VideoEncoder, pick, tube_mask
@@ -118,7 +118,7 @@ def see(cfg):
         dataset = data.RetrievalDataset(os.path.join(cfg.data, f"{split}_captions.jsonl"), cfg.data, FRAMES, clip.config.image_size, mode="uniform")
         states = [torch.stack(encoder.backbone_states(video, LAYERS), dim=1).half()   # (B, LAYERS, FRAMES, 1+N, D)
                   for video, _ in tqdm(DataLoader(dataset, 64, num_workers=1), desc=f"see {split}")]
-        weights.write_safetensors(os.path.join(cfg.out, f"states_{split}.safetensors"), {"states": torch.cat(states)}, about)
+        weightfile.write_safetensors(os.path.join(cfg.out, f"states_{split}.safetensors"), {"states": torch.cat(states)}, about)
 
 
 class Seen:
@@ -127,8 +127,8 @@ class Seen:
         path = os.path.join(cfg.out, f"states_{split}.safetensors")
         if not os.path.exists(path):
             raise common.UserError(f"{path}: not there; `python ablate.py see` makes it")
-        self.states = weights.read_file(path)["states"]
-        if weights.read_metadata(path).get("clip") != fingerprint(clip):
+        self.states = weightfile.read_file(path)["states"]
+        if weightfile.read_metadata(path).get("clip") != fingerprint(clip):
             raise common.UserError(f"{path}: what another CLIP saw than {cfg.clip}; run `python ablate.py see` again")
         fields = [f.name for f in dataclasses.fields(shapes.Clip)]
         with open(os.path.join(cfg.data, f"{split}_captions.jsonl")) as f:

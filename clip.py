@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import weights
+import weightfile
 from common import UserError, make_folder, write_atomic
 
 VOCABULARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "bpe_simple_vocab_16e6.txt.gz")
@@ -339,18 +339,18 @@ def load_clip(path):
     path, vocabulary = os.fspath(path), VOCABULARY
     if os.path.isdir(path):
         config = hf_config(os.path.join(path, "config.json"))
-        tensors = {name: tensor for name, tensor in weights.read_tensors(path).items() if name not in HF_BUFFERS}
+        tensors = {name: tensor for name, tensor in weightfile.read_tensors(path).items() if name not in HF_BUFFERS}
         if os.path.exists(os.path.join(path, "merges.txt")):
             vocabulary = os.path.join(path, "merges.txt")
     else:
-        config, tensors = from_openai(weights.read_file(path), path)
+        config, tensors = from_openai(weightfile.read_file(path), path)
     check_config(config, path)
     tokenizer = Tokenizer.from_file(vocabulary)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{path}: this CLIP knows {config.vocab_size} ids, but {vocabulary} makes {tokenizer.vocab_size}")
     with torch.device("meta"):
         clip = CLIP(config).requires_grad_(False)
-    return weights.load_into(clip, tensors, path).eval(), tokenizer
+    return weightfile.load_into(clip, tensors, path).eval(), tokenizer
 
 
 def save_clip(folder, clip, tokenizer, dtype=torch.float16):
@@ -372,7 +372,7 @@ def save_clip(folder, clip, tokenizer, dtype=torch.float16):
     for name, text in texts.items():
         write_atomic(os.path.join(folder, name), lambda f: f.write(text.encode("utf-8")))
     tensors = {name: tensor.to(dtype) for name, tensor in clip.state_dict().items()}
-    weights.write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
+    weightfile.write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
 
 
 def check_config(config, source):
@@ -407,7 +407,7 @@ HF_BUFFERS = ("vision_model.embeddings.position_ids", "text_model.embeddings.pos
 
 def hf_config(path):
     """config.json of a Hugging Face CLIP -> CLIPConfig. Raises UserError."""
-    config = weights.read_json(path)
+    config = weightfile.read_json(path)
     if config.get("model_type") != "clip":
         raise UserError(f"{path}: model_type is {config.get('model_type')!r}, not 'clip'; give the folder of a whole CLIP")
     sections = {None: config}

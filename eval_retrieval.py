@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import common
 import data
-import weights
+import weightfile
 from clip import load_clip
 from model import VideoEncoder, load_branch
 
@@ -209,7 +209,7 @@ def score(cfg):
             print(f"skipped: {message}", file=sys.stderr)
         if cfg.save:
             tensors = {"mean": mean, "branch": branch, "text": text, "right": right, **{f"similarity.{k}": s for k, s in similarity.items()}}
-            weights.write_safetensors(cfg.save, tensors, about)
+            weightfile.write_safetensors(cfg.save, tensors, about)
         report(similarity, right, about)
     if here.size > 1:
         dist.destroy_process_group()
@@ -263,7 +263,7 @@ def report(similarity, right, about):
 
 def read_scores(path):
     """What --save wrote -> similarity, right, about, as report takes them. Raises UserError."""
-    tensors, about = weights.read_file(path), weights.read_metadata(path)
+    tensors, about = weightfile.read_file(path), weightfile.read_metadata(path)
     right, similarity = tensors.get("right", torch.empty(0)), {key: tensors.get(f"similarity.{key}", torch.empty(0)) for key in ("mean", "branch")}
     if not {"task", "total", "annotations"} <= about.keys() or about.get("dataset") not in SETTINGS or right.dtype != torch.int64 or not all(
             s.dim() == 2 and len(s) == right.numel() > 0 and 0 <= right.min() and right.max() < s.shape[1] for s in similarity.values()):
@@ -314,14 +314,14 @@ def write_index(path, made, files):
     """made: {setting: value}; files: {name: Entry} -> one safetensors file; see read_index."""
     table = [[name, e.size, e.mtime, e.digest, e.duration, e.error, e.done] for name, e in sorted(files.items())]
     features = [f for _, e in sorted(files.items()) for f in e.features] or [torch.empty(0, 1)]
-    weights.write_safetensors(path, {"features": torch.cat(features)}, {"made": json.dumps(made), "files": json.dumps(table)})
+    weightfile.write_safetensors(path, {"features": torch.cat(features)}, {"made": json.dumps(made), "files": json.dumps(table)})
 
 
 def read_index(path):
     """-> made, files, as write_index took them, and all features (windows, P), in the order of files. Raises UserError."""
     if not os.path.exists(path):
         raise common.UserError(f"{path}: no such index; `python eval_retrieval.py index FOLDER` makes it")
-    tensors, metadata = weights.read_file(path), weights.read_metadata(path)
+    tensors, metadata = weightfile.read_file(path), weightfile.read_metadata(path)
     try:
         made, table, features = json.loads(metadata["made"]), json.loads(metadata["files"]), tensors["features"]
         parts = features.split([row[-1] for row in table]) if table else []

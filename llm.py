@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError, make_folder, write_atomic
-from weights import load_into, map_file, read_json, read_tensors, write_safetensors
+from weightfile import load_into, map_file, read_json, read_tensors, write_safetensors
 
 ROPE_SCALING = {"default": (), "linear": ("factor",),   # kinds, and what each needs to know
                 "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}

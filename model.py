@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import weights
+import weightfile
 from clip import MLP, Attention, load_clip
 from common import UserError
 from llm import load_llama
@@ -284,7 +284,7 @@ def read_branch_file(path):
 
     Both released layouts: a pretraining checkpoint (`backbone.btadapter_*`, in older files `backbone.timesFPN_*`, beside a
     whole CLIP), and what chat tuning saves (`model.vision_tower.btadapter_*`, one layer fewer; then `tuned` is True)."""
-    tensors = weights.read_file(path)
+    tensors = weightfile.read_file(path)
     tuned = any("vision_tower." in name for name in tensors)
     names = {}
     for name, t in tensors.items():
@@ -316,7 +316,7 @@ def load_branch(path, clip, skip_last=0, drop_path=0.0):
               and not re.match(rf"btadapter_[ST]_layers\.{used}\.", name)}
     if tuned:
         wanted = {"balance1": torch.zeros(c.vision_width), "balance2": torch.zeros(c.vision_width), **wanted}
-    return weights.load_into(branch, wanted, path)
+    return weightfile.load_into(branch, wanted, path)
 
 
 def branch_tensors(branch, prefix, dtype=torch.float32):
@@ -441,7 +441,7 @@ def make_projector(tensors, visual, width, source):
         raise UserError(f"{source}: holds no mm_projector; this is a LLaMA, not a LLaVA")
     module = nn.Linear(visual, width) if "weight" in tensors else nn.Sequential(
         nn.Linear(visual, width), nn.GELU(), nn.Linear(width, width))
-    return weights.load_into(module, tensors, source)
+    return weightfile.load_into(module, tensors, source)
 
 
 def part(tensors, prefix):
@@ -461,7 +461,7 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32):
     llava, branch_file, chat_file = (os.path.join(folder, name) for name in ("llava", "branch.pth", "chat.bin"))
     clip, _ = load_clip(os.path.join(folder, "clip"))
     llm, tokenizer, extra = load_llama(llava)
-    learned = weights.read_file(chat_file) if tuned and os.path.exists(chat_file) else {}
+    learned = weightfile.read_file(chat_file) if tuned and os.path.exists(chat_file) else {}
     projector = part(learned, "model.mm_projector.") or part(extra, "model.mm_projector.")
     if any("btadapter" in name for name in learned):
         branch_file = chat_file

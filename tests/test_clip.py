@@ -15,7 +15,7 @@ from torch import nn
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import clip as clip_module
-import weights
+import weightfile
 from clip import CLIP, CLIPConfig, Tokenizer, load_clip, save_clip
 from common import UserError
 
@@ -33,7 +33,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def expected():
-    return weights.read_tensors(os.path.join(FIXTURES, "clip_tiny_expected.safetensors"))
+    return weightfile.read_tensors(os.path.join(FIXTURES, "clip_tiny_expected.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +343,7 @@ def test_a_saved_folder_says_what_transformers_asks_for(tiny, tmp_path):
 
 def test_position_ids_of_older_files_are_left_out_and_nothing_else(tiny, tmp_path):
     save_clip(tmp_path, *tiny)
-    state = weights.read_tensors(tmp_path)
+    state = weightfile.read_tensors(tmp_path)
     os.remove(tmp_path / "model.safetensors")
     ids = {f"{tower}_model.embeddings.position_ids": torch.arange(16)[None] for tower in ("vision", "text")}
     torch.save({**state, **ids}, tmp_path / "pytorch_model.bin")

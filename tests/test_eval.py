@@ -15,7 +15,7 @@ import common
 import data
 import eval_retrieval
 import shapes
-import weights
+import weightfile
 from common import UserError
 from eval_retrieval import SETTINGS, Config, retrieval_metrics
 from model import VideoEncoder
@@ -63,7 +63,7 @@ def scoring(world, **options):
 
 # ---------------------------------------------------------------------------------------------------- metrics
 def test_metrics_equal_the_recorded_ones_of_the_released_code():
-    cases = weights.read_file(os.path.join(ROOT, "tests", "fixtures", "retrieval_metric.safetensors"))
+    cases = weightfile.read_file(os.path.join(ROOT, "tests", "fixtures", "retrieval_metric.safetensors"))
     for name in ("random", "one", "two"):
         video, text = (torch.nn.functional.normalize(cases[f"{name}.{what}"], dim=1) for what in ("video", "text"))
         found = retrieval_metrics(text @ video.T)
@@ -159,13 +159,13 @@ def test_saved_features_are_scored_again_without_model_and_videos(world, tmp_pat
     file = str(tmp_path / "scores.safetensors")
     eval_retrieval.main(scoring(world, save=file))
     first = capsys.readouterr().out
-    saved = weights.read_file(file)
+    saved = weightfile.read_file(file)
     assert torch.equal(saved["similarity.branch"], saved["text"] @ saved["branch"].T)
     monkeypatch.setattr(eval_retrieval, "load_encoder", None)
     eval_retrieval.main(config(from_=file, weights="nowhere"))
     assert capsys.readouterr().out == first
     refused("not a file that --save wrote", from_=os.path.join(TINY, "branch.pth"))
-    weights.write_safetensors(file, {**saved, "right": saved["right"] + 1}, weights.read_metadata(file))
+    weightfile.write_safetensors(file, {**saved, "right": saved["right"] + 1}, weightfile.read_metadata(file))
     refused("not a file that --save wrote", from_=file)
 
 
@@ -175,7 +175,7 @@ def test_the_papers_numbers_stand_beside_ours_where_the_sets_match_and_only_ther
     eval_retrieval.main(scoring(world, dataset="msrvtt", save=file))
     found = table(capsys.readouterr().out)
     assert len(found) == 6 and found["BT-Adapter (paper), text to video"] == [40.9, 64.7, 73.5]
-    eval_retrieval.report(*eval_retrieval.read_scores(file)[:2], {**weights.read_metadata(file), "total": "9"})   # one was left out
+    eval_retrieval.report(*eval_retrieval.read_scores(file)[:2], {**weightfile.read_metadata(file), "total": "9"})   # one was left out
     assert len(table(capsys.readouterr().out)) == 4
 
 
@@ -255,7 +255,7 @@ def test_recognition_of_the_toy_worlds_colours(world, tmp_path, capsys, monkeypa
     cfg = scoring(world, dataset="hmdb51", annotations=labels, classes=classes, save=str(tmp_path / "s"))
     eval_retrieval.main(cfg)
     out = capsys.readouterr().out
-    saved = weights.read_file(cfg.save)
+    saved = weightfile.read_file(cfg.save)
     assert "evaluated 8 of 8 videos, 16 frames" in out and saved["right"].tolist() == list(colour.values())
     top = (saved["branch"] @ saved["text"].T).argmax(1)
     assert table(out)["branch"][0] == pytest.approx(100 * (top == saved["right"]).float().mean().item(), abs=0.05)
@@ -460,7 +460,7 @@ def test_indexing_refuses_what_it_cannot_use_and_leaves_the_index(made, options,
 def other_weights(folder):
     """The tiny weights, but one number."""
     shutil.copytree(os.path.join(TINY, "clip"), folder / "clip")
-    tensors = {name: t.clone() for name, t in weights.read_file(os.path.join(TINY, "branch.pth")).items()}
+    tensors = {name: t.clone() for name, t in weightfile.read_file(os.path.join(TINY, "branch.pth")).items()}
     tensors["backbone.balance1"][0] += 1
     common.save_checkpoint(folder / "branch.pth", {"state_dict": tensors})
     return str(folder)

@@ -9,7 +9,7 @@ from clip import CLIP, CLIPConfig
 from common import UserError, save_checkpoint
 from model import (IGNORE_INDEX, VIDEO_INDEX, VIDEO_TOKENS, Branch, Pretraining, VideoEncoder, branch_tensors, load_branch,
                    prompt_ids, tube_mask)
-from weights import read_file
+from weightfile import read_file
 
 FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures")
 CONFIG = CLIPConfig(image_size=56, patch_size=14, vision_width=64, vision_layers=6, vision_heads=2, vision_mlp=256, text_width=32,

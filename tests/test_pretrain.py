@@ -18,7 +18,7 @@ import pretrain
 from clip import load_clip
 from common import UserError
 from model import Branch, Pretraining, VideoEncoder, load_branch, mbca_loss, tube_mask, vtc_loss
-from weights import read_file
+from weightfile import read_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

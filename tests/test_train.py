@@ -15,7 +15,7 @@ from common import UserError
 from data import ConversationDataset
 from llm import generate, stream_text
 from model import load_chat, prompt_ids
-from weights import read_file
+from weightfile import read_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
