@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
+import video
 from common import UserError
 
 torch.set_num_threads(1)
@@ -107,13 +108,13 @@ def test_webm_written_to_a_pipe_has_neither_duration_nor_index_and_still_works(t
 
 def test_a_late_frame_costs_one_group_of_pictures(clips, monkeypatch):
     decoded = []
-    feed = data.Video.feed
+    feed = video.Video.feed
 
     def counted(self, packet):
         frames = feed(self, packet)
         decoded.extend(frames)
         return frames
-    monkeypatch.setattr(data.Video, "feed", counted)
+    monkeypatch.setattr(video.Video, "feed", counted)
     for name, most in (("h264 short gop", 10), ("h264 ts", 45)):   # TS: a seek lands anywhere, the search steps a second back
         for i in range(FRAMES):
             decoded.clear()
@@ -134,7 +135,7 @@ def test_a_late_frame_costs_one_group_of_pictures(clips, monkeypatch):
 def test_whole_clips_with_a_clock_never_need_the_slow_way(clips, monkeypatch):
     def walk(self, ticks, jump=None):
         yield pytest.fail("walked")
-    monkeypatch.setattr(data.Video, "walk", walk)
+    monkeypatch.setattr(video.Video, "walk", walk)
     for name, path in clips.items():
         if "avi with B" not in name and not path.endswith(".mpg"):
             assert numbers(data.sample_frames(path, 12, "test")[0]) == data.uniform_sample_test(FRAMES, 12)
@@ -177,11 +178,11 @@ def test_a_stream_that_starts_amid_a_group_begins_with_its_first_whole_frame(tmp
 
 
 def test_frames_of_absurd_size_are_refused_before_any_is_decoded(clips, monkeypatch):
-    monkeypatch.setattr(data, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    monkeypatch.setattr(video, "MAX_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(data.VideoError, match="96 x 64 are too large"):
         data.frames_at(clips["vp9 webm"], [0])
     monkeypatch.undo()
-    monkeypatch.setattr(data, "LIMITS", {"max_pixels": str(HEIGHT * WIDTH - 1)})   # what a decoder finds out by itself
+    monkeypatch.setattr(video, "LIMITS", {"max_pixels": str(HEIGHT * WIDTH - 1)})   # what a decoder finds out by itself
     with pytest.raises(data.VideoError, match="no frame can be decoded"):
         data.frames_at(clips["h264 ts"], [0])
 

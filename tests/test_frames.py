@@ -1,4 +1,4 @@
-"""data.py's frames by time: exactly those of a whole decode, from any file, in any process, in the right colours and shape."""
+"""data.py and video.py, frames by time: exactly those of a whole decode, from any file, in any process, in the right colours and shape."""
 import faulthandler
 import fractions
 import itertools
@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import data
+import video
 from test_data import Opened, number, numbers, picture, silence
 
 FPS, FRAMES = 25, 30
@@ -185,7 +186,7 @@ def attack(path, starts, pictures, rng):
         check(path, starts, pictures, [instants[min(i + step, n - 1)], instants[i]])
 
 
-@pytest.mark.filterwarnings("error::data.DamagedVideo")   # whole files: no reason to warn
+@pytest.mark.filterwarnings("error::video.DamagedVideo")   # whole files: no reason to warn
 @pytest.mark.parametrize("name", CLIPS)
 def test_every_time_gives_bit_for_bit_the_frame_of_a_whole_decode(clips, name):
     *_, more = CLIPS[name]
@@ -200,7 +201,7 @@ def test_every_time_gives_bit_for_bit_the_frame_of_a_whole_decode(clips, name):
     attack(clips[name], starts, pictures, random.Random(name))
 
 
-@pytest.mark.filterwarnings("error::data.DamagedVideo")
+@pytest.mark.filterwarnings("error::video.DamagedVideo")
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("name", ["h264 long gop", "h264 open gop ts", "hevc mkv", "vp9 live webm", "av1 mp4", "mpeg4 avi",
                                   "mpeg4 avi with B-frames", "h264 in fragments", "gif"])
@@ -216,7 +217,7 @@ def test_very_short_clips_are_exact_too(tmp_path, name, length):
 UNLISTED = ["h264 short gop", "h264 open gop mp4", "hevc mp4", "hevc open gop mp4", "vp9 mp4", "mpeg4 mp4 with B-frames", "mpeg4 mp4"]
 
 
-@pytest.mark.filterwarnings("error::data.DamagedVideo")
+@pytest.mark.filterwarnings("error::video.DamagedVideo")
 @pytest.mark.parametrize("name", UNLISTED)
 def test_an_mp4_without_a_list_of_keyframes_is_exact_too(tmp_path, clips, name):
     path, mp4 = tmp_path / "unlisted.mp4", open(clips[name], "rb").read()
@@ -225,7 +226,7 @@ def test_an_mp4_without_a_list_of_keyframes_is_exact_too(tmp_path, clips, name):
     attack(path, *whole(clips[name]), random.Random(name))
 
 
-@pytest.mark.filterwarnings("ignore::data.DamagedVideo")
+@pytest.mark.filterwarnings("ignore::video.DamagedVideo")
 @pytest.mark.parametrize("name", UNLISTED)
 def test_frames_are_exact_though_the_list_of_keyframes_names_others(tmp_path, clips, name):
     path, mp4 = tmp_path / "other.mp4", open(clips[name], "rb").read()
@@ -242,7 +243,7 @@ def test_a_stream_that_starts_amid_a_group_shows_whole_frames_alone(tmp_path, cl
         (tmp_path / "front").write_bytes(whole_file[packets * 188:])
         for call in (lambda: data.sample_frames(tmp_path / "front", 5, "linspace"), lambda: data.frames_at(tmp_path / "front", [0.4, 0])):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", data.DamagedVideo)   # intra refresh: no frame is whole until many are read
+                warnings.simplefilter("ignore", video.DamagedVideo)   # intra refresh: no frame is whole until many are read
                 frames, _ = call()
             assert all(torch.equal(frame, pictures[number(frame)]) for frame in frames)
 
@@ -259,7 +260,7 @@ def test_keep_sees_every_frame_as_frames_at_returns_it(clips):
 
 
 # ---------------------------------------------------------------------------------------------------- frames by number
-@pytest.mark.filterwarnings("error::data.DamagedVideo")
+@pytest.mark.filterwarnings("error::video.DamagedVideo")
 @pytest.mark.parametrize("name", CLIPS)
 def test_linspace_runs_from_the_first_frame_to_the_last_whatever_their_times(clips, name):
     *_, more = CLIPS[name]
@@ -291,7 +292,7 @@ def test_a_window_is_sampled_as_a_video_of_its_own(clips, name):
     for mode in ("uniform", "linspace"):
         assert seen(6, mode, window=(0, math.inf)) == seen(6, mode)
         for window in ((0.5, 0.5), (0.6, 0.2), (-1, 1), (math.nan, 1), (0, math.nan)):
-            with pytest.raises(data.UserError, match="window"):
+            with pytest.raises(video.UserError, match="window"):
                 seen(2, mode, window=window)
 
 
@@ -462,7 +463,7 @@ def threads():
     return len(os.listdir("/proc/self/task"))
 
 
-class CountingSource(data.ByteSource):
+class CountingSource(video.ByteSource):
     """Counts the threads of this process whenever libav reads: those of the decoder are among them."""
     most = 0
 
@@ -480,7 +481,7 @@ class Loaded(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        data.ByteSource, before = CountingSource, threads()
+        video.ByteSource, before = CountingSource, threads()
         CountingSource.most = 0
         frames, _ = data.frames_at(self.paths[i], [1.0, 0.04, 0.5])
         return numbers(frames), CountingSource.most - before
@@ -492,7 +493,7 @@ LOADED = ["h264 long gop", "h264 open gop ts", "hevc mkv", "vp9 webm", "av1 mp4"
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_loaders_workers_decode_with_one_thread_also_after_their_parent_has_decoded(clips, context, monkeypatch):
     items = Loaded([clips[name] for name in LOADED] * 2)
-    monkeypatch.setattr(data, "ByteSource", CountingSource)
+    monkeypatch.setattr(video, "ByteSource", CountingSource)
     here = [items[i] for i in range(len(items))]
     loader = DataLoader(items, num_workers=2 if context == "fork" else 1, multiprocessing_context=context, batch_size=None,
                         timeout=WATCHDOG)
@@ -523,7 +524,7 @@ def in_child(folder, work, *args):
                 faulthandler.dump_traceback_later(WATCHDOG, exit=True, file=g)
                 f.write(json.dumps(x) + "\n")
             resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + (3 << 30), resource.RLIM_INFINITY))   # the machine's safety
-            warnings.simplefilter("ignore", data.DamagedVideo)
+            warnings.simplefilter("ignore", video.DamagedVideo)
             work(note, *args)
             faulthandler.cancel_dump_traceback_later()
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -797,7 +798,7 @@ def absurd(clips, folder):
 def open_all(note, paths):
     for path in paths:
         name = os.path.basename(path)
-        data.TIME_LIMIT = 0.2 if "hole" in name else 30   # a terabyte takes longer to read
+        video.TIME_LIMIT = 0.2 if "hole" in name else 30   # a terabyte takes longer to read
         note({"file": name})
         note({"file": name, **outcome(path, [0, 1.1, 1e6])})
 
@@ -862,10 +863,10 @@ def test_a_cut_file_warns_where_frames_behind_the_cut_are_asked_for_and_only_the
     assert numbers(frames) == [5, 0, 12]
     for call in (lambda: data.frames_at(path, [0.2, 1.9]), lambda: data.frames_at(path, [99]), lambda: data.probe(path),
                  lambda: data.sample_frames(path, 4, "uniform"), lambda: data.sample_frames(path, 4, "linspace")):
-        with pytest.warns(data.DamagedVideo, match="cut off or damaged") as caught:
+        with pytest.warns(video.DamagedVideo, match="cut off or damaged") as caught:
             call()
         assert len(caught) == 1 and str(caught[0].message).startswith(path)
-    with pytest.warns(data.DamagedVideo):
+    with pytest.warns(video.DamagedVideo):
         frames, used = data.frames_at(path, [0.2, 1.9])
     first, last = numbers(frames)
     assert first == 5 and 12 < last < 47 and used == pytest.approx([0.2, last / FPS])
@@ -881,7 +882,7 @@ def test_a_cut_mp4_whose_tables_count_what_is_cut_off_reads_as_far_as_it_goes(tm
     for share in (0.5, 0.55, 0.6, 0.65):
         (tmp_path / "cut").write_bytes(whole_file[:int(share * len(whole_file))])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", data.DamagedVideo)   # fragments do not say how many more there should be
+            warnings.simplefilter("ignore", video.DamagedVideo)   # fragments do not say how many more there should be
             first, last = numbers(data.frames_at(tmp_path / "cut", [0.2, 99])[0])
         assert first == 5 and 50 * share - 11 < last < 50 * share + 1
 
@@ -896,12 +897,12 @@ def test_whole_files_do_not_warn_however_odd_they_are(tmp_path, clips):
     odd["short sound.mp4"] = film(tmp_path / "short.mp4", "libx264", map(textured, range(50)), {"g": "12"}, sound=5)
     for name, path in odd.items():
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", data.DamagedVideo)
+            warnings.simplefilter("always", video.DamagedVideo)
             duration = data.probe(path).duration
             data.frames_at(path, [0, duration / 2, duration - 0.01, duration + 5])
             for mode in ("uniform", "linspace"):
                 data.sample_frames(path, 3, mode)
-        if any(w.category is data.DamagedVideo for w in caught):
+        if any(w.category is video.DamagedVideo for w in caught):
             warned[name] = str(caught[0].message)
     assert warned == {}
 
@@ -910,7 +911,7 @@ def test_whole_files_do_not_warn_however_odd_they_are(tmp_path, clips):
                                   lambda path: data.sample_frames(path, 3, "test")], ids=["probe", "frames_at", "sample_frames"])
 @pytest.mark.parametrize("name", ["h264 long gop", "h264 open gop ts", "vp9 webm", "gif", "mpeg4 avi with B-frames"])
 def test_a_file_that_leads_round_in_circles_is_given_up(clips, monkeypatch, name, call):
-    clock, packets = [0.0], data.Video.packets
+    clock, packets = [0.0], video.Video.packets
 
     def circling(self):   # the same packets for ever, as a villain's index can make libav read them
         for packet in itertools.cycle(packets(self)):
@@ -918,10 +919,10 @@ def test_a_file_that_leads_round_in_circles_is_given_up(clips, monkeypatch, name
             packet.pts = packet.dts = 0
             self.file.check()
             yield packet
-    monkeypatch.setattr(data.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(data, "TIME_LIMIT", 50)
+    monkeypatch.setattr(video.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(video, "TIME_LIMIT", 50)
     call(clips[name])
-    monkeypatch.setattr(data.Video, "packets", circling)
+    monkeypatch.setattr(video.Video, "packets", circling)
     with pytest.raises(data.VideoError, match="in 50 s"):
         call(clips[name])
 
