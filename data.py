@@ -6,10 +6,11 @@ A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W): uint8 RGB while it is
 CLIP. Nothing guesses T from a shape. Time is counted in seconds from the moment at which the first frame is shown.
 How a frame is found in a file, and why no file can do harm, is in video.py.
 """
+import array
 import bisect
+import collections.abc
 import csv
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -225,24 +226,47 @@ def field(row, where, name, kind=str):
 
 
 def read_webvid(path):
-    """WebVid's CSV -> [(video, caption)]. The header names the columns: 2M has the caption second, 10M fifth."""
-    lines, rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), []
+    """WebVid's CSV. Yields (video, caption), row by row. The header names the columns: 2M has the caption second, 10M fifth."""
+    count = 0
     try:
-        header = next(lines, [])
-        caption = next((name for name in ("caption", "name", "title") if name in header), "caption")
-        missing = [name for name in ("videoid", "page_dir", caption) if name not in header]
-        if missing:
-            raise UserError(f"{path}, line 1: the header lacks {', '.join(missing)}; it has {', '.join(header)[:200]}")
-        for line in lines:
-            if len(line) != len(header):
-                raise UserError(f"{path}, line {lines.line_num}: {len(line)} columns where the header has {len(header)}")
-            row, where = dict(zip(header, line)), f"{path}, line {lines.line_num}"
-            rows.append((os.path.join(row["page_dir"], field(row, where, "videoid") + ".mp4"), field(row, where, caption)))
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            lines = csv.reader(f, strict=True)
+            header = next(lines, [])
+            caption = next((name for name in ("caption", "name", "title") if name in header), "caption")
+            missing = [name for name in ("videoid", "page_dir", caption) if name not in header]
+            if missing:
+                raise UserError(f"{path}, line 1: the header lacks {', '.join(missing)}; it has {', '.join(header)[:200]}")
+            for count, line in enumerate(lines, 1):
+                if len(line) != len(header):
+                    raise UserError(f"{path}, line {lines.line_num}: {len(line)} columns where the header has {len(header)}")
+                row, where = dict(zip(header, line)), f"{path}, line {lines.line_num}"
+                yield os.path.join(row["page_dir"], field(row, where, "videoid") + ".mp4"), field(row, where, caption)
     except csv.Error as e:
         raise UserError(f"{path}, line {lines.line_num}: not valid CSV ({e})")
-    if not rows:
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; expected CSV")
+    if not count:
         raise UserError(f"{path}: no rows in it")
-    return rows
+
+
+class Strings(collections.abc.Sequence):
+    """Many strings, end to end in one array of bytes. Ten million captions as Python strings take three times the room, and
+    each process of a loader would soon have its own: to look at an object is to count a reference, which is to write."""
+    def __init__(self):
+        self.text, self.ends = bytearray(), array.array("q", [0])
+
+    def append(self, string):
+        self.text += string.encode("utf-8", "surrogatepass")   # JSON can spell half of a pair
+        self.ends.append(len(self.text))
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]   # from the end, too; IndexError
+        return self.text[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass")
 
 
 def read_counts(path):
@@ -306,8 +330,11 @@ class CaptionDataset(Dataset):
         if os.fspath(annotations).endswith(".csv"):
             rows = read_webvid(annotations)
         else:
-            rows = [(field(row, where, "video"), field(row, where, "caption")) for where, row in read_rows(annotations)]
-        self.videos, self.captions = zip(*rows)
+            rows = ((field(row, where, "video"), field(row, where, "caption")) for where, row in read_rows(annotations))
+        self.videos, self.captions = Strings(), Strings()
+        for video, caption in rows:
+            self.videos.append(video)
+            self.captions.append(caption)
         self.root, self.num_frames, self.image_size, self.min_area = root, num_frames, image_size, min_area
         self.tokenizer, self.context_length = tokenizer, context_length
         self.seed = seed

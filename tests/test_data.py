@@ -3,6 +3,7 @@ import ctypes
 import fractions
 import json
 import os
+import pickle
 
 import av
 import numpy as np
@@ -494,7 +495,17 @@ def test_caption_items_follow_from_seed_epoch_and_index_alone(world):
     ("videoid,contentUrl,duration,page_dir,name", '17,http://x/17.mp4,PT1S,page,"a dog, running"')])
 def test_webvid_csv_of_both_releases(world, header, row):
     items = captions(world, lines(world / "a.csv", header + "\n", row + "\n"))
-    assert items.captions == ("a dog, running",) and items[0, 0][0].shape == (4, 3, 28, 28)
+    assert list(items.captions) == ["a dog, running"] and items[0, 0][0].shape == (4, 3, 28, 28)
+
+
+def test_packed_strings_are_the_list_of_them():
+    texts, packed = ["", "ab", "\u00e4\u4e2d", "\ud800", "end"], data.Strings()
+    for text in texts:
+        packed.append(text)
+    for strings in (packed, pickle.loads(pickle.dumps(packed))):   # as a loader's processes get them
+        assert list(strings) == texts and len(strings) == 5 and strings[-1] == "end"
+        with pytest.raises(IndexError):
+            strings[5]
 
 
 def test_collate_skip_drops_broken_videos_and_says_which(world):
