@@ -30,7 +30,7 @@ from tqdm import tqdm
 import common
 import data
 from clip import load_clip
-from llm import load_llama, save_llama
+from llm import load_llama, save_llama, tokenizer_path
 from model import IGNORE_INDEX, VIDEO_TOKENS, VideoChat, VideoEncoder, chat_tensors, load_branch, make_projector, part, prompt_ids
 
 
@@ -126,7 +126,7 @@ def save_result(cfg, chat):
         return
     chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)   # LLaVA's <im_patch>, <im_start>, <im_end>, if they are not there yet
     chat.llm.model.embed_tokens.weight.data[-2:] = chat.start_end.data
-    save_llama(os.path.join(cfg.out, "llava"), chat.llm, os.path.join(cfg.llm, "tokenizer.model"),
+    save_llama(os.path.join(cfg.out, "llava"), chat.llm, tokenizer_path(cfg.llm),
                {f"model.mm_projector.{name}": t for name, t in chat.mm_projector.state_dict().items()},
                config_extra={"mm_hidden_size": chat.encoder.clip.config.vision_width, "mm_use_im_start_end": True,
                              "mm_vision_select_layer": -2})

@@ -7,7 +7,6 @@
 Modules and parameters are named as in a Hugging Face CLIPModel, so its weight files load without renaming; OpenAI's own
 archives come in through the name table at the bottom. Sizes are those of ViT-L/14 unless a file says otherwise.
 """
-import gzip
 import html
 import itertools
 import json
@@ -231,6 +230,7 @@ class CLIP(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- the tokenizer
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+MAX_VOCABULARY = 16 << 20   # bytes; OpenAI's file has 3.2 million
 MAX_MERGES = 48_894   # OpenAI's file goes on after those that CLIP was trained with
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 
@@ -275,12 +275,16 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path):
         """path: merges.txt of a Hugging Face folder, or OpenAI's bpe_simple_vocab_16e6.txt.gz. Raises UserError."""
+        data = bytes(weightfile.map_file(path)[:MAX_VOCABULARY])
         try:
-            with open(path, "rb") as f:
-                data = f.read()
-            lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").split("\n")
-        except (OSError, EOFError, ValueError, zlib.error) as e:
-            raise UserError(f"{path}: cannot read CLIP's vocabulary ({e})")
+            if data[:2] == b"\x1f\x8b":
+                unpack = zlib.decompressobj(zlib.MAX_WBITS | 16)   # 16: gzip
+                data = unpack.decompress(data, MAX_VOCABULARY)     # a few bytes can stand for gigabytes
+                if not unpack.eof:
+                    raise ValueError("it is cut, or too long")
+            lines = data.decode("utf-8").split("\n")
+        except (ValueError, zlib.error) as e:
+            raise UserError(f"{path}: cannot read CLIP's vocabulary ({weightfile.shown(e)})")
         if "#version" not in lines[0]:
             raise UserError(f"{path}: a list of merges begins with a line '#version: 0.2'; is this CLIP's vocabulary?")
         merges = [line.split() for line in lines[1:1 + MAX_MERGES] if line.strip()]
@@ -378,8 +382,8 @@ def save_clip(folder, clip, tokenizer, dtype=torch.float16):
 def check_config(config, source):
     """Raises UserError where the sizes make no model."""
     for field, value in asdict(config).items():
-        if type(value) is not int or value < 1:
-            raise UserError(f"{source}: {field} is {value!r}, not a positive whole number; is this a CLIP?")
+        if type(value) is not int or not 1 <= value <= (1024 if field.endswith("layers") else 1 << 18):
+            raise UserError(f"{source}: {field} is {weightfile.shown(repr(value))}, not a whole number of a sensible size; is this a CLIP?")
     for width, heads in ((config.vision_width, config.vision_heads), (config.text_width, config.text_heads)):
         if width % heads:
             raise UserError(f"{source}: {heads} heads do not divide a width of {width}; is this a CLIP?")

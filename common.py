@@ -18,7 +18,9 @@ import torch.distributed as dist
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what is wrong, in which file, what to do. Scripts print it and exit with code 2."""
+    """Bad input. The message is one line: what is wrong, in which file, what to do. Scripts print it and exit with code 2.
+
+    Weights that do not fit add the table of what does not, on lines of its own."""
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -57,8 +59,10 @@ def run(main, Config, **flags):
     try:
         main(parse(Config, **flags))
     except UserError as e:
-        # an error from a loader's process comes with that process's traceback; its last line is the message
-        message = re.sub(r"^[\w.]+(VideoError|UserError): ", "", str(e).strip().splitlines()[-1])
+        message = str(e).strip()
+        if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+            # an error from a loader's process comes with that process's traceback; its last line is the message
+            message = re.sub(r"^[\w.]+(VideoError|UserError): ", "", message.splitlines()[-1])
         print(f"{name}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""A LLaMA in one file: decoder, KV cache, sampling, tokenizers, and the Hugging Face folder that it is read from.
+"""A LLaMA in one file: decoder, KV cache, sampling, tokenizers, and the folders, Hugging Face's or Meta's, that it is read from.
 
   LLaMA      Touvron et al. 2023, arXiv 2302.13971: pre-norm decoder with RMSNorm, rotary positions and SwiGLU
   LLaMA 2/3  Touvron et al. 2023, arXiv 2307.09288, and Grattafiori et al. 2024, arXiv 2407.21783: grouped-query attention,
@@ -8,7 +8,9 @@ Nothing here knows about video. Video reaches the model as `embeds`, rows that s
 Shapes: B batch, S new tokens, P tokens already in the KV cache, D width, H heads, h KV heads, d head width, V vocabulary.
 """
 import base64
+import contextlib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -20,10 +22,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError, make_folder, write_atomic
-from weightfile import load_into, map_file, read_json, read_tensors, write_safetensors
+from weightfile import likely_reason, load_into, map_file, read_file, read_json, read_tensors, shown, write_safetensors
 
 ROPE_SCALING = {"default": (), "linear": ("factor",),   # kinds, and what each needs to know
                 "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+MAX_LAYERS, MAX_SIZE = 1024, 1 << 24   # beyond any model: a file that claims more is damaged, and would fill a memory with modules
 
 
 @dataclass
@@ -45,21 +48,29 @@ class LLaMAConfig:
     def __post_init__(self):
         sizes = (self.vocab_size, self.width, self.layers, self.heads, self.mlp, self.context_length)
         if min(sizes) < 1:
-            raise UserError(f"a LLaMA of vocabulary, width, layers, heads, mlp, context {sizes}: every size is at least 1")
+            raise UserError(f"a LLaMA of vocabulary, width, layers, heads, mlp, context {shown(sizes)}: every size is at least 1")
         self.kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         self.head_dim = self.width // self.heads if self.head_dim is None else self.head_dim
+        if self.layers > MAX_LAYERS or max(sizes) > MAX_SIZE or self.heads * self.head_dim > MAX_SIZE:
+            raise UserError(f"a LLaMA of vocabulary, width, layers, heads, mlp, context {shown(sizes)}: no such model is that large")
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise UserError(f"{self.heads} heads cannot share {self.kv_heads} KV heads evenly")
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise UserError(f"a head is {self.head_dim} wide; rotary positions turn pairs, so it must be even")
+        if not 2 <= self.head_dim <= self.width or self.head_dim % 2:
+            raise UserError(f"a head is {self.head_dim} wide; rotary positions turn pairs, so it must be even, and no wider than the model")
         if self.rope_scaling is not None:
             needed = ROPE_SCALING.get(self.rope_kind)
-            if needed is None or not all(isinstance(self.rope_scaling.get(key), (int, float)) for key in needed):
-                raise UserError(f"rope_scaling {self.rope_scaling}: known kinds and what each states are {ROPE_SCALING}")
+            if needed is None or not all(is_positive(self.rope_scaling.get(key)) for key in needed):
+                raise UserError(f"rope_scaling {shown(self.rope_scaling)}: known kinds and what each states are {ROPE_SCALING}")
+        if not is_positive(self.rope_theta) or not is_positive(self.norm_eps):
+            raise UserError(f"rope_theta {self.rope_theta}, norm_eps {self.norm_eps}: both are numbers above 0")
 
     @property
     def rope_kind(self):
         return "default" if self.rope_scaling is None else self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
+
+
+def is_positive(number):
+    return isinstance(number, (int, float)) and math.isfinite(number) and number > 0
 
 
 # ---------------------------------------------------------------------------------------------------- rotary positions
@@ -376,15 +387,27 @@ class TiktokenTokenizer:
 
 def load_tokenizer(folder):
     """The tokenizer.model of a folder, of either kind, told apart by content. Raises UserError."""
-    path = os.path.join(folder, "tokenizer.model")
+    path = tokenizer_path(folder)
     if not os.path.exists(path) and os.path.exists(os.path.join(folder, "tokenizer.json")):
         raise UserError(f"{path}: missing; put the release's original tokenizer.model there (tokenizer.json is not read)")
     return open_tokenizer(path)
 
 
+def tokenizer_path(folder):
+    """Where a folder's tokenizer.model is: beside the weights, or, as Meta released LLaMA 1 and 2, one folder up."""
+    own, above = (os.path.join(folder, *up, "tokenizer.model") for up in ((), (os.pardir,)))
+    return above if not os.path.exists(own) and is_meta(folder) and os.path.exists(above) else own
+
+
+MAX_TOKENIZER = 32 << 20   # bytes; that of LLaMA 3 has 2 MB
+
+
 def open_tokenizer(path):
     """A tokenizer.model of either kind. Raises UserError."""
-    start = map_file(path)[:4096]
+    buffer = map_file(path)
+    start = buffer[:4096]
+    if len(buffer) > MAX_TOKENIZER:
+        raise UserError(f"{path}: {len(buffer):,} bytes; no tokenizer is that large")
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", start):
         return TiktokenTokenizer(path)
     if start[:1] == b"\n":   # a protobuf whose field 1, the pieces, comes first
@@ -392,33 +415,31 @@ def open_tokenizer(path):
     raise UserError(f"{path}: neither a sentencepiece model nor a list of byte-pair ranks (is the download complete?)")
 
 
-# ---------------------------------------------------------------------------------------------------- Hugging Face folder
+# ---------------------------------------------------------------------------------------------------- weights
 EXTRA = ("model.mm_projector.", "mm_projector.", "model.vision_tower.")   # what LLaVA stores beside its LLaMA
 RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")   # a table that older files also store
 
 
-def load_llama(folder):
-    """A Hugging Face folder of a LLaMA, Vicuna or LLaVA -> (LLaMA, tokenizer, extra).
+def load_llama(folder, *, base=None):
+    """The folder of a LLaMA, Vicuna or LLaVA, in Hugging Face's layout or Meta's -> (LLaMA, tokenizer, extra).
 
-    Weights are adopted from the file's memory map in the file's dtype, not copied. Sizes come from config.json, but that of
-    the vocabulary from embed_tokens, which grows when tokens are added. extra: {name: tensor} of what is LLaVA's and not
-    LLaMA's (EXTRA), named as in the file. Any other missing, additional or ill-sized tensor raises UserError."""
-    tensors = read_tensors(folder)
-    extra = {name: t for name, t in tensors.items() if name.startswith(EXTRA)}
-    tensors = {name: t for name, t in tensors.items() if name not in extra and not RECOMPUTED.fullmatch(name)}
-    embed = tensors.get("model.embed_tokens.weight")
-    if embed is None or embed.ndim != 2:
-        raise UserError(f"{folder}: no model.embed_tokens.weight of two dimensions; this is not a LLaMA")
-    dtypes = {t.dtype for t in tensors.values()}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
-        raise UserError(f"{folder}: tensors of {', '.join(sorted(map(str, dtypes)))}; needed is one of fp32, bf16, fp16")
-    config = read_config(os.path.join(folder, "config.json"), len(embed), has_head="lm_head.weight" in tensors)
-    if config.tied:
-        tensors["lm_head.weight"] = embed
+    Weights are adopted from the file's memory map in the file's dtype, not copied; what of that cannot be kept, read_meta and
+    add_base say. Sizes come from config.json or params.json, but that of the vocabulary from embed_tokens, which grows when
+    tokens are added. extra: {name: tensor} of what is LLaVA's and not LLaMA's (EXTRA), named as in the file.
+    base: the folder of the LLaMA that delta weights add to; with it `folder` must hold such, and without it must not. Any
+    other missing, additional or ill-sized tensor raises UserError."""
+    config, tensors, extra = read_llama(folder)
+    if base is not None:
+        tensors = add_base(folder, tensors, base, read_llama(base)[1])
+    elif is_delta(tensors):
+        raise UserError(f"{folder}: a delta: trained weights less those of the LLaMA that they began from; name the folder of "
+                        "that LLaMA: --base FOLDER")
     tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > len(embed):
-        raise UserError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.model, but {len(embed)} in the weights; "
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.model, but {config.vocab_size} in the weights; "
                         "they do not belong together")
+    if config.tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     with torch.device("meta"):   # only shapes: the numbers are in the file
         model = LLaMA(config)
     load_into(model, tensors, folder)
@@ -426,12 +447,48 @@ def load_llama(folder):
     return model, tokenizer, extra
 
 
+def read_llama(folder):
+    """A folder in either layout -> (LLaMAConfig, {name: tensor} as in a Hugging Face LLaMA, extra as above). Raises UserError."""
+    if is_meta(folder):
+        config, tensors, extra = *read_meta(folder), {}
+    else:
+        tensors = read_tensors(folder)
+        extra = {name: t for name, t in tensors.items() if name.startswith(EXTRA)}
+        tensors = {name: t for name, t in tensors.items() if name not in extra and not RECOMPUTED.fullmatch(name)}
+        embed = check_embedding(folder, tensors, "model.embed_tokens.weight")
+        config = read_config(os.path.join(folder, "config.json"), len(embed), has_head="lm_head.weight" in tensors)
+    dtypes = {t.dtype for t in tensors.values()}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        raise UserError(f"{folder}: tensors of {', '.join(sorted(map(str, dtypes)))}; needed is one of fp32, bf16, fp16")
+    return config, tensors, extra
+
+
+def check_embedding(source, tensors, name):
+    """The word embeddings among {name: tensor}: what every LLaMA has. Raises UserError, with a guess of what this is instead."""
+    if name not in tensors or tensors[name].ndim != 2:
+        raise UserError(f"{source}: not a LLaMA (no {name} of two dimensions); {likely_reason([], tensors, [])}")
+    return tensors[name]
+
+
+@contextlib.contextmanager
+def stated_in(path):
+    """Turns what goes wrong while a description of a model is read into one line that names its file."""
+    try:
+        yield
+    except KeyError as e:
+        raise UserError(f"{path}: states no {e}; is this the folder of a LLaMA?")
+    except (TypeError, ValueError, AttributeError, OverflowError, UserError) as e:
+        raise UserError(f"{path}: {e}")
+
+
 def read_config(path, vocab_size, has_head):
     """Hugging Face's config.json -> LLaMAConfig. Raises UserError for what is missing or changes the arithmetic."""
     c = read_json(path)
-    try:
+    with stated_in(path):
         if c.get("hidden_act", "silu") != "silu":
-            raise UserError(f"its activation is {c['hidden_act']}, a LLaMA's is silu")
+            raise UserError(f"its activation is {shown(c['hidden_act'])}, a LLaMA's is silu")
+        if c.get("sliding_window") and c.get("use_sliding_window", True):
+            raise UserError(f"its attention sees {shown(c['sliding_window'])} tokens back, as a Mistral's; a LLaMA's sees all")
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}   # transformers 5 and before
         kv_heads, head_dim = c.get("num_key_value_heads"), c.get("head_dim")
         return LLaMAConfig(
@@ -443,10 +500,126 @@ def read_config(path, vocab_size, has_head):
             norm_eps=float(c["rms_norm_eps"]),
             context_length=int(c.get("max_position_embeddings", LLaMAConfig.context_length)),
             tied=bool(c.get("tie_word_embeddings", False)) and not has_head)
-    except KeyError as e:
-        raise UserError(f"{path}: states no {e}; is this the folder of a LLaMA?")
-    except (TypeError, ValueError, AttributeError, UserError) as e:
-        raise UserError(f"{path}: {e}")
+
+
+# Meta's folder: params.json and consolidated.00.pth, .01, ...: every file holds a slice of every matrix
+META = {   # name within Meta's files: Hugging Face's, and the dimension that is sliced (None: each file has the whole)
+    "tok_embeddings": ("model.embed_tokens", 1), "norm": ("model.norm", None), "output": ("lm_head", 0),
+    "attention.wq": ("self_attn.q_proj", 0), "attention.wk": ("self_attn.k_proj", 0), "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1), "feed_forward.w1": ("mlp.gate_proj", 0), "feed_forward.w3": ("mlp.up_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1), "attention_norm": ("input_layernorm", None), "ffn_norm": ("post_attention_layernorm", None)}
+
+
+def is_meta(folder):
+    return os.path.exists(os.path.join(folder, "params.json")) and not os.path.exists(os.path.join(folder, "config.json"))
+
+
+def read_meta(folder):
+    """Meta's folder of a LLaMA 1, 2 or 3 -> (LLaMAConfig, {Hugging Face name: tensor}). Raises UserError.
+
+    A single shard stays a memory map but for the queries and keys, whose rows change places: 2 GB of a 7B. Several shards are
+    joined, a copy of all; save_llama writes what can be mapped."""
+    path = os.path.join(folder, "params.json")
+    params, tensors = read_json(path), {}
+    parts = read_consolidated(folder, params)
+    for name in parts[0]:
+        layer, part = re.fullmatch(r"(?:layers\.(\d+)\.)?(.*?)(?:\.weight)?", name, re.S).groups()
+        if name != "rope.freqs":   # a table that is recomputed
+            new, dim = META.get(part, (None, 0))
+            new = name if new is None else f"{'model.layers.' + layer + '.' if layer else ''}{new}.weight"   # load_into names a stranger
+            tensors[new] = join(folder, name, [p[name] for p in parts], dim, params["dim"])
+    config = meta_config(path, params, tensors)
+    for name, t in tensors.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")) and t.shape[1:] == (config.width,) and len(t) % config.head_dim == 0:
+            tensors[name] = halves_from_pairs(t, config.head_dim)
+    return config, tensors
+
+
+def read_consolidated(folder, params):
+    """-> the tensors of each consolidated.NN.pth, all there and with the same names. Raises UserError."""
+    numbers = sorted(int(match[1]) for match in map(re.compile(r"consolidated\.(\d\d)\.pth").fullmatch, os.listdir(folder)) if match)
+    paths = [os.path.join(folder, f"consolidated.{i:02}.pth") for i in range(max(1, len(numbers)))]
+    parts = [read_file(path) for path in paths]
+    check_embedding(paths[0], parts[0], "tok_embeddings.weight")
+    for path, part in zip(paths, parts):
+        if part.keys() != parts[0].keys():
+            raise UserError(f"{path}: its tensors are not those of {paths[0]}; do these files belong together?")
+    rows = len(parts[0].get("layers.0.attention.wq.weight", ()))
+    if not rows or not isinstance(params.get("dim"), int) or params["dim"] != rows * len(parts):
+        raise UserError(f"{folder}: {len(parts)} of its consolidated.*.pth with {rows} rows of queries each, but params.json says that "
+                        f"dim is {shown(params.get('dim'))}; is one missing?")
+    return parts
+
+
+def join(folder, name, parts, dim, width):
+    """A matrix from its slices. Word embeddings are sliced by width in LLaMA 1 and 2, by words in LLaMA 3: their shape says which."""
+    if len(parts) == 1:
+        return parts[0]
+    try:
+        if name == "tok_embeddings.weight" and parts[0].shape[1] == width:
+            dim = 0
+        if dim is not None:
+            return torch.cat(parts, dim)
+        if all(torch.equal(part, parts[0]) for part in parts):
+            return parts[0]
+    except (RuntimeError, IndexError):   # shapes that cannot be joined
+        pass
+    raise UserError(f"{folder}: {shown(name)} does not fit together from its {len(parts)} files; do these belong together?")
+
+
+def halves_from_pairs(weight, d):
+    """Rows of queries or keys (heads * d, D) in Meta's order -> in ours. Meta turns the pairs (x_2i, x_2i+1) of a head, `rotate`
+    the pairs (x_i, x_{i+d/2}): the same arithmetic once the rows of each head are sorted, even ones first."""
+    return weight.view(-1, d // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def meta_config(path, params, tensors):
+    """params.json, and the sizes that only the tensors know, -> LLaMAConfig. Raises UserError.
+
+    The length of the context stands nowhere; it is told from what does. LLaMA 1 reads 2048 tokens, 2 reads 4096, 3 (larger
+    rope_theta) 8192 and 3.1 (use_scaled_rope) 131072; CodeLlama (rope_theta 1e6) 16384. Between 1 and 2 nothing differs but
+    norm_eps, 1e-6 and 1e-5; only the 65B of LLaMA 1 has 1e-5 as well, and is known by its width without shared KV heads.
+    The stretch of rotary positions is 8 in 3.1 and, as unstated, 32 in the 1B and 3B of 3.2."""
+    with stated_in(path):
+        width, heads, kv_heads = int(params["dim"]), int(params["n_heads"]), params.get("n_kv_heads")
+        theta, eps, scaled = float(params.get("rope_theta", 1e4)), float(params["norm_eps"]), bool(params.get("use_scaled_rope"))
+        scaling = {"rope_type": "llama3", "factor": 32.0 if width in (2048, 3072) else 8.0, "low_freq_factor": 1.0,
+                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        first = eps < 5e-6 or (width == 8192 and kv_heads is None)
+        context_length = 131072 if scaled else 16384 if theta == 1e6 else 8192 if theta > 1e4 else 2048 if first else 4096
+        gate = tensors.get("model.layers.0.mlp.gate_proj.weight", torch.empty(0))
+        return LLaMAConfig(vocab_size=len(tensors["model.embed_tokens.weight"]), width=width, layers=int(params["n_layers"]), heads=heads,
+                           kv_heads=None if kv_heads is None else int(kv_heads), mlp=gate.shape[0] if gate.ndim else 0, rope_theta=theta,
+                           rope_scaling=scaling if scaled else None, norm_eps=eps, context_length=context_length)
+
+
+# Delta weights: what training changed, without the LLaMA that could not be given away. Weights = base + delta
+GROWN = ("model.embed_tokens.weight", "lm_head.weight")   # where added tokens have rows that the base lacks
+
+
+def is_delta(tensors):
+    """Whether {name: tensor} is a difference of two models: then no RMSNorm's weights, which are of the order of 1 in a model,
+    are far from 0. Looks at these alone, a few numbers of each gigabyte."""
+    sizes = [t.float().abs().mean() for name, t in tensors.items() if name.endswith("norm.weight") and t.numel() <= MAX_SIZE]
+    return bool(sizes) and bool(max(sizes) < 0.1)
+
+
+def add_base(folder, delta, base_folder, base):
+    """{name: tensor} of a delta and of its base -> their sum in the delta's dtype, a copy. Rows that only the delta has, those
+    of added tokens, are its own. Raises UserError."""
+    for source, tensors, expected in ((folder, delta, True), (base_folder, base, False)):
+        if is_delta(tensors) != expected:
+            raise UserError(f"{source}: whole weights, not a delta; leave out --base" if expected else
+                            f"{source}: a delta itself; --base is the folder of the LLaMA that the weights began from")
+    total = {}
+    for name, t in delta.items():
+        b = base.get(name, torch.empty(0))
+        if b.shape[1:] != t.shape[1:] or not (len(b) == len(t) or name in GROWN and 0 < len(b) < len(t)):
+            raise UserError(f"{folder}: {shown(name)} is {tuple(t.shape)}, in the base {base_folder} it is "
+                            f"{tuple(b.shape) if name in base else 'missing'}; is this the LLaMA that it was trained from?")
+        b = b.to(t.dtype)
+        total[name] = t + b if len(b) == len(t) else torch.cat((t[:len(b)] + b, t[len(b):]))
+    return total
 
 
 def save_llama(folder, model, tokenizer_model_path, extra={}, dtype=torch.float16, config_extra={}):

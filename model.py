@@ -290,12 +290,15 @@ def read_branch_file(path):
     for name, t in tensors.items():
         name = re.sub(r"^(module\.)?(model\.vision_tower\.|backbone\.|vision_model\.|model\.)?", "", name)
         names[re.sub(r"^(timesFPN|BTAdapter)_", "btadapter_", name)] = t
+    if any(re.match(r"btadapter_[ST]\.", name) for name in names):
+        raise UserError(f"{path}: a branch for EVA-CLIP-g, not for CLIP; only CLIP's are read")
     return names, tuned
 
 
-def load_branch(path, clip, skip_last=0, drop_path=0.0):
+def load_branch(path, clip, skip_last=0, drop_path=0.0, *, gates=None):
     """-> Branch in fp32 that fits `clip`. Gates: in the file, the file's; absent from a pretraining file, none (sums, as all
-    released evaluations use it); absent from a tuned file, zeros (tuning never saved them). Raises UserError.
+    released evaluations use it); absent from a tuned file, zeros (tuning never saved them). gates=True or False overrides
+    that: with gates, the file's or zeros; without, whatever the file has. Raises UserError.
 
     For chat (skip_last=1) the last layer of a pretraining file is left out: nothing would read it."""
     tensors, tuned = read_branch_file(path)
@@ -306,17 +309,21 @@ def load_branch(path, clip, skip_last=0, drop_path=0.0):
         raise UserError(f"{path}: a branch tuned for chat, {depth} layers; retrieval needs a branch file from pretraining")
     used = depth if tuned else depth - skip_last
     c = clip.config
-    gated = tuned or "balance1" in tensors
-    positions = tensors.get("btadapter_time_embed.weight", torch.empty(0)).shape[0]
+    if not 1 <= used <= c.vision_layers:
+        raise UserError(f"{path}: a branch of {depth} layers, {used} of them in use, does not fit a CLIP of {c.vision_layers}")
+    gated = tuned or "balance1" in tensors if gates is None else gates
+    positions, = tensors.get("btadapter_time_embed.weight", torch.empty(0)).shape[:1] or (0,)
     with torch.device("meta"):   # stochastic depth: each layer keeps its rate where the last layer is left out
         branch = Branch(c.vision_width, c.vision_heads, c.vision_mlp, used, gated, positions,
                         drop_path * max(0, used - 1) / max(1, used + skip_last - 1))
-    wanted = {name: t.float() for name, t in tensors.items() if name.startswith(("btadapter_", "balance"))
+    wanted = {name: t.float() for name, t in tensors.items() if name.startswith(("btadapter_", "balance")[:1 + gated])
               and name != "btadapter_pos_embed"   # an unused leftover in files of the predecessor
               and not re.match(rf"btadapter_[ST]_layers\.{used}\.", name)}
-    if tuned:
+    if gated and (tuned or gates):
         wanted = {"balance1": torch.zeros(c.vision_width), "balance2": torch.zeros(c.vision_width), **wanted}
-    return weightfile.load_into(branch, wanted, path)
+    width = tensors.get("btadapter_S_layers.0.layer_norm1.weight", torch.empty(0)).numel()
+    return weightfile.load_into(branch, wanted, path, reason=None if width in (0, c.vision_width) else
+                                f"it looks like a branch for a CLIP {width} wide{' (EVA-CLIP-g)' if width == 1408 else ''}; this one is {c.vision_width}")
 
 
 def branch_tensors(branch, prefix, dtype=torch.float32):
@@ -396,8 +403,8 @@ class VideoChat(nn.Module):
         super().__init__()
         self.encoder, self.mm_projector, self.llm, self.tokenizer, self.tokens = encoder, mm_projector, llm, tokenizer, tokens
         words = llm.model.embed_tokens.weight.detach()
-        extra = words.shape[0] - tokenizer.vocab_size   # LLaVA appends <im_patch>, <im_start>, <im_end>
-        rows = words[-2:] if extra == 3 else words.float().mean(0, keepdim=True).repeat(2, 1)
+        extra = words.shape[0] - tokenizer.vocab_size   # LLaVA appends <im_patch>, <im_start>, <im_end>, its v0 before them <pad>
+        rows = words[-2:] if extra in (3, 4) else words.float().mean(0, keepdim=True).repeat(2, 1)
         self.start_end = nn.Parameter(rows.to(words.dtype).clone())
 
     def encode_video(self, video):
@@ -441,7 +448,10 @@ def make_projector(tensors, visual, width, source):
         raise UserError(f"{source}: holds no mm_projector; this is a LLaMA, not a LLaVA")
     module = nn.Linear(visual, width) if "weight" in tensors else nn.Sequential(
         nn.Linear(visual, width), nn.GELU(), nn.Linear(width, width))
-    return weightfile.load_into(module, tensors, source)
+    first = tensors.get("weight", tensors.get("0.weight", torch.empty(0)))
+    return weightfile.load_into(module, tensors, source, reason=None if first.shape == (width, visual) or first.ndim != 2 else
+                                f"it looks like a projector from a CLIP {first.shape[1]} wide into a LLaMA {first.shape[0]} wide; "
+                                f"these are {visual} and {width}")
 
 
 def part(tensors, prefix):
@@ -449,30 +459,51 @@ def part(tensors, prefix):
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32):
+def projector_part(tensors):
+    """The mm_projector among {name: tensor}, under LLaVA's name or Video-ChatGPT's, the same without `model.`; {} if none."""
+    return part(tensors, "model.mm_projector.") or part(tensors, "mm_projector.")
+
+
+def start_end_rows(tensors, vocab_size):
+    """(2, D_llm) or None: the start and end row among {name: tensor}. Our own files name the two; the released ones hold all
+    word embeddings, and the two come last, behind those of the tokenizer's vocab_size tokens."""
+    rows = tensors.get("model.video_start_end.weight")
+    words = tensors.get("model.embed_tokens.weight", tensors.get("embed_tokens.weight"))
+    if rows is None and words is not None and words.ndim == 2 and len(words) >= vocab_size + 2:
+        rows = words[-2:]
+    return rows
+
+
+def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, base=None, gates=None):
     """A folder of weights -> (VideoChat, eval mode; what it is, in words). Raises UserError.
 
-    clip        CLIP: a Hugging Face folder, or OpenAI's ViT-L-14.pt under this name
-    llava       LLaVA: a Hugging Face folder with mm_projector inside
-    branch.pth  a branch, from pretraining or tuned for chat (needed for tokens="branch")
-    chat.bin    optional: what chat tuning learned (branch, mm_projector, start and end rows); tuned=False passes it by"""
+    clip              CLIP: a Hugging Face folder, or OpenAI's ViT-L-14.pt under this name
+    llava             LLaVA: a Hugging Face folder; or, with a projector elsewhere, any LLaMA in Hugging Face's or Meta's layout
+    branch.pth        a branch, from pretraining or tuned for chat (needed for tokens="branch")
+    mm_projector.bin  optional: a projector of LLaVA or Video-ChatGPT; it counts before the one inside llava
+    chat.bin          optional: what chat tuning learned (branch, mm_projector, start and end rows); it counts before all of
+                      these, and tuned=False passes it by
+    base: the folder of the LLaMA that llava adds to, where llava holds delta weights. gates: see load_branch."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder of weights; it needs clip, llava and branch.pth, see README.md")
-    llava, branch_file, chat_file = (os.path.join(folder, name) for name in ("llava", "branch.pth", "chat.bin"))
+    llava, branch_file, projector_file, chat_file = (os.path.join(folder, name) for name in ("llava", "branch.pth", "mm_projector.bin", "chat.bin"))
     clip, _ = load_clip(os.path.join(folder, "clip"))
-    llm, tokenizer, extra = load_llama(llava)
-    learned = weightfile.read_file(chat_file) if tuned and os.path.exists(chat_file) else {}
-    projector = part(learned, "model.mm_projector.") or part(extra, "model.mm_projector.")
+    llm, tokenizer, extra = load_llama(llava, base=base)
+    learned, given = (weightfile.read_file(file) if wanted and os.path.exists(file) else {} for file, wanted in ((chat_file, tuned), (projector_file, True)))
+    if given and not projector_part(given):
+        raise UserError(f"{projector_file}: holds no mm_projector; {weightfile.likely_reason([], given, [])}")
     if any("btadapter" in name for name in learned):
         branch_file = chat_file
-    branch = load_branch(branch_file, clip, skip_last=1) if tokens == "branch" else None
-    mm_projector = make_projector(projector, clip.config.vision_width, llm.config.width, chat_file if learned else llava)
+    branch = load_branch(branch_file, clip, skip_last=1, gates=gates) if tokens == "branch" else None
+    source = next((file for file, t in ((chat_file, learned), (projector_file, given)) if projector_part(t)), llava)
+    mm_projector = make_projector(projector_part(learned) or projector_part(given) or projector_part(extra), clip.config.vision_width, llm.config.width, source)
     chat = VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, tokens).requires_grad_(False)
-    # our own files name the two rows; the released ones hold all word embeddings, and the two come last
-    rows = learned.get("model.video_start_end.weight", learned.get("model.embed_tokens.weight", chat.start_end)[-2:])
-    if rows.shape != chat.start_end.shape:
-        raise UserError(f"{chat_file}: its start and end rows are {tuple(rows.shape)}, this LLaVA needs {tuple(chat.start_end.shape)}")
-    chat.start_end.data = rows
+    for file, t in ((projector_file, given), (chat_file, learned)):   # the later one counts
+        rows = start_end_rows(t, tokenizer.vocab_size)
+        if rows is not None:
+            if rows.shape != chat.start_end.shape:
+                raise UserError(f"{file}: its start and end rows are {tuple(rows.shape)}, this LLaVA needs {tuple(chat.start_end.shape)}")
+            chat.start_end.data = rows
     return chat.to(dtype).eval(), "tuned on video" if learned else "without chat.bin: an image model with the branch plugged in"
 
 

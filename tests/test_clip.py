@@ -230,7 +230,7 @@ def test_fewer_merges_give_a_smaller_vocabulary_with_the_same_first_ids(tokenize
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "#version"), (b"a b\n", "#version"), (b"#version: 0.2\na b c\n", "two symbols"),
+    (b"", "empty"), (b"a b\n", "#version"), (b"#version: 0.2\na b c\n", "two symbols"),
     (b"#version: 0.2\nab c\n", "merge 1"), (b"#version: 0.2\na b\na b\n", "merge 2"),
     (b"\xff\xfe", "cannot read"), (b"\x1f\x8b\x08\x00", "cannot read")])
 def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, content, message):
@@ -349,7 +349,7 @@ def test_position_ids_of_older_files_are_left_out_and_nothing_else(tiny, tmp_pat
     torch.save({**state, **ids}, tmp_path / "pytorch_model.bin")
     load_clip(tmp_path)
     torch.save({**state, "vision_model.position_ids": torch.arange(16)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="1 unexpected: vision_model.position_ids"):
+    with pytest.raises(UserError, match="(?s)1 unexpected.*vision_model.position_ids"):
         load_clip(tmp_path)
 
 
@@ -365,7 +365,7 @@ def test_sizes_that_config_json_leaves_out_are_those_of_vit_b_32(tmp_path):
 def refused(path, message):
     with pytest.raises(UserError, match=message) as e:
         load_clip(path)
-    assert str(path) in str(e.value) and "\n" not in str(e.value)
+    assert str(path) in str(e.value) and ("\n" not in str(e.value) or "does not fit this model" in str(e.value).splitlines()[0])
 
 
 def test_missing_and_empty_paths_are_refused(tmp_path):
@@ -384,7 +384,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     ({"model_type": "llama"}, "'llama'"), ({"vision_config": [1]}, "vision_config is not an object"),
     ({"text_config": {"hidden_act": "gelu"}}, "hidden_act 'gelu'"), ({"projection_dim": "x"}, "projection_dim is 'x'"),
     ({"projection_dim": 0}, "projection_dim is 0"), ({"vision_config": {"num_attention_heads": 7}}, "7 heads"),
-    ({"projection_dim": 21}, "does not fit.*visual_projection.weight"), ({"text_config": {"vocab_size": 9}}, "9 ids")])
+    ({"projection_dim": 21}, "(?s)does not fit.*visual_projection.weight"), ({"text_config": {"vocab_size": 9}}, "9 ids")])
 def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -408,9 +408,9 @@ def test_an_openai_archive_with_a_tensor_missing_or_unknown_is_refused(openai_mo
     tensors = openai_names(openai_model.state_dict())
     path = tmp_path / "weights.pt"
     torch.save({name: t for name, t in tensors.items() if name != "ln_final.bias"}, path)
-    refused(path, "1 missing: text_model.final_layer_norm.bias")
+    refused(path, "(?s)1 missing.*text_model.final_layer_norm.bias")
     torch.save({**tensors, "visual.attnpool.c_proj.bias": torch.zeros(3)}, path)
-    refused(path, "1 unexpected: visual.attnpool.c_proj.bias")
+    refused(path, "(?s)1 unexpected.*visual.attnpool.c_proj.bias")
     torch.save({**tensors, "visual.conv1.weight": torch.zeros(3)}, path)
     refused(path, "not a CLIP of OpenAI")
 

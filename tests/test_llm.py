@@ -505,17 +505,17 @@ def put(name, *shape, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("change, message", [
-    (drop("model.layers.1.mlp.up_proj.weight"), "1 missing: model.layers.1.mlp.up_proj.weight"),
-    (drop("lm_head.weight"), "1 missing: lm_head.weight"), (drop("model.embed_tokens.weight"), "not a LLaMA"),
-    (put("model.layers.0.self_attn.q_proj.bias", 32), "1 unexpected: .*q_proj.bias"),
-    (put("model.layers.0.self_attn.inv_freq", 4), "1 unexpected: .*inv_freq"),
-    (put("model.norm.weight", 31), r"model.norm.weight \(31,\) where \(32,\)"),
+    (drop("model.layers.1.mlp.up_proj.weight"), "1 missing.*model.layers.1.mlp.up_proj.weight"),
+    (drop("lm_head.weight"), "1 missing.*lm_head.weight"), (drop("model.embed_tokens.weight"), "not a LLaMA"),
+    (put("model.layers.0.self_attn.q_proj.bias", 32), "1 unexpected.*q_proj.bias"),
+    (put("model.layers.0.self_attn.inv_freq", 4), "1 unexpected.*inv_freq"),
+    (put("model.norm.weight", 31), r"model.norm.weight +\(31,\) +\(32,\)"),
     (put("model.norm.weight", 32, dtype=torch.float32), "float32"),
     (put("model.embed_tokens.weight", 50, 32), "60 tokens .* 50")])
 def test_tensors_that_do_not_fit_are_named(folder, change, message):
     path = folder("mha")
     edit_tensors(path, change)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"(?s){message}"):
         load_llama(path)
 
 
@@ -559,3 +559,237 @@ def test_saving_beside_a_sharded_model_is_refused(folder):
     split_into_shards(path, "sharded safetensors")
     with pytest.raises(UserError, match="shards"):
         save_llama(path, model, path / "tokenizer.model")
+
+
+# ---------------------------------------------------------------------------------------------------- Meta's folders
+SLICED = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}   # dimension along which a matrix is sliced
+NAMES = {"embed_tokens": "tok_embeddings", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1", "down_proj": "w2",
+         "up_proj": "w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "lm_head": "output", "self_attn": "attention",
+         "mlp": "feed_forward"}
+
+
+def pairs_from_halves(weight, d):
+    """Our order of a head's rows -> Meta's: row i goes to 2i, row i + d/2 to 2i + 1."""
+    order = torch.empty(len(weight), dtype=torch.int64)
+    for row in range(len(weight)):
+        head, i = divmod(row, d)
+        order[head * d + (2 * i if i < d // 2 else 2 * (i - d // 2) + 1)] = row
+    return weight[order]
+
+
+def write_meta(folder, model, shards=1, embed_dim=1, tokenizer=None, **params):
+    """Our model as Meta writes it: consolidated.NN.pth, each with a slice of every matrix, and params.json."""
+    c, files = model.config, [{} for _ in range(shards)]
+    for name, t in model.state_dict().items():
+        parts = [NAMES.get(part, part) for part in name.removeprefix("model.").split(".")]
+        if parts[-2] in ("wq", "wk"):
+            t = pairs_from_halves(t, c.head_dim)
+        dim = SLICED.get(parts[-2], embed_dim if parts[-2] == "tok_embeddings" else None)
+        for file, piece in zip(files, [t] * shards if dim is None else t.chunk(shards, dim), strict=True):
+            file[".".join(parts)] = piece.clone()
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, file in enumerate(files):
+        torch.save({**file, "rope.freqs": torch.zeros(c.head_dim // 2)}, folder / f"consolidated.{i:02}.pth")
+    params = {"dim": c.width, "n_layers": c.layers, "n_heads": c.heads, "n_kv_heads": c.kv_heads, "norm_eps": 1e-5, "vocab_size": -1,
+              "multiple_of": 256, **params}
+    (folder / "params.json").write_text(json.dumps({key: value for key, value in params.items() if value is not None}))
+    if tokenizer is not None:
+        shutil.copy(tokenizer, folder / "tokenizer.model")
+    return folder
+
+
+@pytest.mark.parametrize("shards, kv_heads, embed_dim", [(1, 4, 1), (1, 2, 1), (2, 4, 1), (2, 2, 0), (4, 4, 1), (4, 4, 0)])
+def test_a_folder_of_meta_gives_the_logits_of_the_same_model(tmp_path, small_tokenizer, shards, kv_heads, embed_dim):
+    source = tiny(kv_heads=kv_heads)
+    model, tokenizer, extra = load_llama(write_meta(tmp_path / "meta", source, shards, embed_dim, small_tokenizer))
+    ids = torch.randint(60, (2, 20))
+    with torch.no_grad():
+        assert torch.allclose(model(ids), source(ids), atol=1e-5)
+    assert tokenizer.vocab_size == 60 and not extra and model.config.kv_heads == kv_heads
+
+
+def test_turning_neighbouring_numbers_is_turning_halves_of_rows_in_another_order():
+    """Meta's own way, a pair as a complex number times exp(i angle): the same scores from weights as released."""
+    torch.manual_seed(0)
+    H, d, D, S = 3, 8, 16, 7
+    config = LLaMAConfig(width=H * d, heads=H)
+    x, wq, wk = torch.randn(S, D), torch.randn(H * d, D), torch.randn(H * d, D)
+    turn = torch.polar(torch.ones(S, d // 2), torch.arange(S)[:, None] * llm.rope_frequencies(config, "cpu"))
+    by_pairs = [torch.view_as_real(torch.view_as_complex((x @ w.T).view(S, H, d // 2, 2)) * turn[:, None]).flatten(2).transpose(0, 1) for w in (wq, wk)]
+    cos, sin = llm.rope_tables(config, 0, S, "cpu")
+    by_halves = [llm.rotate((x @ llm.halves_from_pairs(w, d).T).view(1, S, H, d).transpose(1, 2), cos, sin)[0] for w in (wq, wk)]
+    q, k = by_pairs
+    assert torch.allclose(q @ k.mT, by_halves[0] @ by_halves[1].mT, atol=1e-4)
+    assert not torch.allclose(llm.halves_from_pairs(wq, d), wq)
+
+
+def test_one_shard_of_meta_stays_a_memory_map_but_for_queries_and_keys(tmp_path, small_tokenizer, monkeypatch):
+    path, mapped = write_meta(tmp_path / "meta", tiny(), tokenizer=small_tokenizer), []
+    read_file = llm.read_file
+    monkeypatch.setattr(llm, "read_file", lambda path: mapped.append(read_file(path)) or mapped[-1])
+    model, _, _ = load_llama(path)
+    places = {t.data_ptr() for t in mapped[0].values()}
+    for name, p in model.named_parameters():
+        assert (p.data_ptr() in places) != ("q_proj" in name or "k_proj" in name), name
+
+
+@pytest.mark.parametrize("params, context_length, kind", [
+    (dict(norm_eps=1e-6, n_kv_heads=None), 2048, "default"), (dict(norm_eps=1e-5), 4096, "default"),
+    (dict(rope_theta=5e5), 8192, "default"), (dict(rope_theta=5e5, use_scaled_rope=True), 131072, "llama3"),
+    (dict(rope_theta=1e6), 16384, "default")])
+def test_the_context_of_meta_models_is_told_from_what_params_json_says(tmp_path, small_tokenizer, params, context_length, kind):
+    model, _, _ = load_llama(write_meta(tmp_path / "meta", tiny(kv_heads=4), tokenizer=small_tokenizer, **params))
+    c = model.config
+    assert (c.context_length, c.rope_kind, c.norm_eps) == (context_length, kind, params.get("norm_eps", 1e-5))
+    assert c.rope_theta == params.get("rope_theta", 1e4) and (kind == "default" or c.rope_scaling["factor"] == 8)
+
+
+@pytest.mark.parametrize("size, context_length, factor", [
+    (dict(width=8192, heads=64, kv_heads=None, scaled=False), 2048, None),    # the 65B of LLaMA 1
+    (dict(width=8192, heads=64, kv_heads=8, scaled=False), 4096, None),       # the 70B of LLaMA 2
+    (dict(width=2048, heads=32, kv_heads=8, scaled=True), 131072, 32)])       # the 1B of LLaMA 3.2
+def test_models_that_params_json_does_not_tell_apart_are_known_by_their_size(size, context_length, factor):
+    params = {"dim": size["width"], "n_layers": 2, "n_heads": size["heads"], "n_kv_heads": size["kv_heads"], "norm_eps": 1e-5,
+              "use_scaled_rope": size["scaled"]}
+    tensors = {"model.embed_tokens.weight": torch.empty(32000, 1), "model.layers.0.mlp.gate_proj.weight": torch.empty(11008, 1)}
+    config = llm.meta_config("params.json", params, tensors)
+    assert config.context_length == context_length and (config.rope_scaling or {}).get("factor") == factor
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken"])
+def test_meta_folders_come_with_a_tokenizer_of_either_kind(tmp_path, small_tokenizer, kind):
+    path = write_meta(tmp_path / "meta", tiny(vocab_size=600, kv_heads=4), tokenizer=small_tokenizer)
+    if kind == "tiktoken":
+        write_ranks(path / "tokenizer.model")
+    assert type(load_llama(path)[1]).__name__ == ("TiktokenTokenizer" if kind == "tiktoken" else "SentencePieceTokenizer")
+
+
+def test_the_tokenizer_of_llama_1_lies_one_folder_up(tmp_path, small_tokenizer):
+    path = write_meta(tmp_path / "release" / "7B", tiny(), norm_eps=1e-6)
+    with pytest.raises(UserError, match="7B/tokenizer.model"):
+        load_llama(path)
+    shutil.copy(small_tokenizer, tmp_path / "release" / "tokenizer.model")
+    assert load_llama(path)[1].vocab_size == 60
+
+
+def test_tokenizer_of_a_hugging_face_folder_is_not_looked_for_one_folder_up(folder, tmp_path):
+    path = folder("mha")
+    shutil.move(path / "tokenizer.model", tmp_path / "tokenizer.model")
+    with pytest.raises(UserError, match="mha/tokenizer.model"):
+        load_llama(path)
+
+
+def rewrite(path, change):
+    """Changes the tensors of a torch.save file."""
+    tensors = torch.load(path)
+    change(tensors)
+    torch.save(tensors, path)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda p: os.remove(p / "consolidated.01.pth"), "1 of its .*16 rows .*dim is 32.*missing"),
+    (lambda p: os.rename(p / "consolidated.01.pth", p / "consolidated.02.pth"), "consolidated.01.pth: No such file"),
+    (lambda p: rewrite(p / "consolidated.01.pth", lambda t: t.update(norm__=torch.zeros(1))), "not those of"),
+    (lambda p: rewrite(p / "consolidated.01.pth", lambda t: t["norm.weight"].zero_()), "norm.weight does not fit together"),
+    (lambda p: rewrite(p / "consolidated.01.pth", lambda t: t.update({"layers.0.attention.wo.weight": torch.zeros(7)})), "wo.weight does not fit"),
+    (lambda p: (p / "params.json").write_text("{}"), "dim is None"),
+    (lambda p: (p / "params.json").write_text('{"dim": 32, "n_heads": 4, "n_layers": 2}'), "states no 'norm_eps'"),
+    (lambda p: (p / "params.json").write_text('{"dim": 32, "n_heads": 5, "n_layers": 2, "norm_eps": 1e-5}'), "does not fit this model|6 wide"),
+    (lambda p: [rewrite(p / f"consolidated.0{i}.pth", lambda t: t.pop("tok_embeddings.weight")) for i in (0, 1)], "not a LLaMA")])
+def test_a_folder_of_meta_that_is_not_whole_is_refused(tmp_path, small_tokenizer, damage, message):
+    path = write_meta(tmp_path / "meta", tiny(kv_heads=4), 2, tokenizer=small_tokenizer)
+    damage(path)
+    with pytest.raises(UserError, match=message):
+        load_llama(path)
+
+
+def test_a_vision_llama_of_meta_is_refused_by_its_names(tmp_path, small_tokenizer):
+    path = write_meta(tmp_path / "meta", tiny(), tokenizer=small_tokenizer)
+    rewrite(path / "consolidated.00.pth", lambda t: t.update({"vision_model.conv.weight": torch.zeros(2, 2)}))
+    with pytest.raises(UserError, match="1 unexpected"):
+        load_llama(path)
+
+
+# ---------------------------------------------------------------------------------------------------- deltas
+def write_delta(folder, trained, base, tokenizer, extra={}, dtype=torch.float16):
+    """trained - base, rows of added tokens as they are: as LLaVA's and Vicuna's authors published it."""
+    sum_of, base_of = trained.state_dict(), base.state_dict()
+    delta = {name: t.clone() for name, t in sum_of.items()}
+    for name, b in base_of.items():
+        delta[name][:len(b)] -= b
+    model = LLaMA(trained.config)
+    model.load_state_dict(delta)
+    save_llama(folder, model, tokenizer, extra, dtype=dtype)
+    return folder
+
+
+def base_and_trained():
+    """A LLaMA, and what little training made of it, with three more tokens."""
+    base, trained = tiny(), tiny()
+    trained.resize_vocab(67)
+    with torch.no_grad():
+        for p in trained.parameters():
+            p += 0.01 * torch.randn_like(p)
+    return base, trained.eval()
+
+
+@pytest.mark.parametrize("layout", ["hugging face", "meta"])
+def test_delta_and_base_give_the_logits_of_the_trained_model(tmp_path, small_tokenizer, layout):
+    base, trained = base_and_trained()
+    if layout == "meta":
+        write_meta(tmp_path / "base", base, 2)
+    else:
+        save_llama(tmp_path / "base", base, small_tokenizer, dtype=torch.float32)
+    projector = {"model.mm_projector.weight": torch.randn(32, 16)}
+    path = write_delta(tmp_path / "delta", trained, base, small_tokenizer, projector, torch.float32)
+    model, _, extra = load_llama(path, base=tmp_path / "base")
+    ids = torch.randint(67, (2, 20))
+    with torch.no_grad():
+        assert torch.allclose(model(ids), trained(ids), atol=1e-4)
+    assert torch.equal(extra["model.mm_projector.weight"], projector["model.mm_projector.weight"])
+
+
+def test_a_delta_is_added_in_its_own_dtype(tmp_path, small_tokenizer):
+    base, trained = base_and_trained()
+    save_llama(tmp_path / "base", base, small_tokenizer, dtype=torch.float32)
+    path = write_delta(tmp_path / "delta", trained, base, small_tokenizer)
+    model, _, _ = load_llama(path, base=tmp_path / "base")
+    delta = read_tensors(path)["model.norm.weight"]
+    assert delta.dtype == torch.float16 and torch.equal(model.model.norm.weight, delta + base.model.norm.weight.half())
+
+
+def test_a_delta_without_its_base_is_known_by_its_content_and_refused(tmp_path, small_tokenizer):
+    base, trained = base_and_trained()
+    path = write_delta(tmp_path / "whole", trained, base, small_tokenizer)
+    with pytest.raises(UserError, match="whole: a delta.*--base"):
+        load_llama(path)
+
+
+def test_whole_weights_with_a_base_are_refused_and_so_is_a_delta_as_base(tmp_path, small_tokenizer):
+    base, trained = base_and_trained()
+    save_llama(tmp_path / "delta", base, small_tokenizer)
+    with pytest.raises(UserError, match="delta: whole weights, not a delta; leave out --base"):
+        load_llama(tmp_path / "delta", base=tmp_path / "delta")
+    path = write_delta(tmp_path / "real", trained, base, small_tokenizer)
+    with pytest.raises(UserError, match="real: a delta itself"):
+        load_llama(path, base=path)
+
+
+@pytest.mark.parametrize("sizes, message", [
+    (dict(width=16), r"embed_tokens.weight is \(67, 32\), in the base .* it is \(64, 16\)"), (dict(layers=1), "layers.1.* missing"),
+    (dict(vocab_size=70), r"\(70, 32\)"), (dict(mlp=40), "up_proj|gate_proj")])
+def test_a_base_of_another_size_is_refused(tmp_path, small_tokenizer, sizes, message):
+    base, trained = base_and_trained()
+    save_llama(tmp_path / "base", tiny(**sizes), small_tokenizer)
+    path = write_delta(tmp_path / "delta", trained, base, small_tokenizer)
+    with pytest.raises(UserError, match=message):
+        load_llama(path, base=tmp_path / "base")
+
+
+def test_a_mistral_whose_attention_slides_is_refused(folder):
+    path = folder("gqa")
+    edit_config(path, sliding_window=4096)
+    with pytest.raises(UserError, match="sees 4096 tokens back"):
+        load_llama(path)
+    edit_config(path, use_sliding_window=False)   # as Qwen's files say it
+    load_llama(path)

@@ -75,7 +75,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_by_name(tmp_path, monkeypatc
 def test_a_getattr_in_a_pickle_does_nothing(tmp_path, monkeypatch):
     """Real mmengine checkpoints hold one; it must not lead anywhere."""
     monkeypatch.chdir(tmp_path)
-    payload = b"cbuiltins\ngetattr\n(cbuiltins\ngetattr\nS'__class__'\ntR."
+    payload = b"\x80\x02cbuiltins\ngetattr\ncbuiltins\ngetattr\nX\x09\0\0\0__class__\x86R."
     with zipfile.ZipFile("w.pth", "w") as z:
         z.writestr("archive/data.pkl", payload)
     with pytest.raises(UserError, match="no tensors"):
@@ -126,7 +126,7 @@ def test_a_storage_that_claims_more_than_the_file_has_is_refused(tmp_path):
         for name in old.namelist():
             content = old.read(name)
             new.writestr(name, content[:40] if "/data/" in name else content)
-    with pytest.raises(UserError, match="does not hold"):
+    with pytest.raises(UserError, match="does not hold 300 numbers"):
         weightfile.read_file(tmp_path / "bad")
 
 
@@ -162,10 +162,57 @@ def test_a_shard_outside_its_folder_is_refused(tmp_path):
         weightfile.read_tensors(tmp_path / "model")
 
 
-def test_a_load_that_does_not_fit_names_the_offenders(tmp_path):
+def test_a_load_that_does_not_fit_is_a_line_with_the_likely_reason_and_a_table_of_the_offenders():
     module = torch.nn.Linear(2, 3)
     with pytest.raises(UserError) as e:
-        weightfile.load_into(module, {"weight": torch.zeros(3, 5), "other": torch.zeros(1)}, "file.bin")
-    assert str(e.value).startswith("file.bin: ")
-    for part in ("1 missing: bias", "1 unexpected: other", "weight (3, 5) where (3, 2) is expected"):
-        assert part in str(e.value)
+        weightfile.load_into(module, {"weight": torch.zeros(3, 5), "x.lora_A": torch.zeros(1)}, "file.bin")
+    assert str(e.value).splitlines() == [
+        "file.bin: does not fit this model: 1 missing, 1 unexpected, 1 of another size; "
+        "it looks like an adapter (LoRA), not a whole model: merge it into its model first",
+        "                   name      in the file  in the model",
+        "  missing          bias      -            (3,)",
+        "  unexpected       x.lora_A  (1,)         -",
+        "  of another size  weight    (3, 5)       (3, 2)"]
+
+
+def test_a_table_ends_after_ten_rows_and_says_how_many_more_there_are():
+    with pytest.raises(UserError, match="28 unexpected") as e:
+        weightfile.load_into(torch.nn.Identity(), {f"t{i}": torch.zeros(1) for i in range(28)}, "file.bin")
+    lines = str(e.value).splitlines()
+    assert len(lines) == 13 and lines[-1] == "  ... and 18 more"
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("model.layers.0.self_attn.q_proj.bias", "Qwen 2"), ("model.layers.0.self_attn.q_norm.weight", "Qwen 3"),
+    ("model.layers.0.mlp.experts.0.w1.weight", "mixture of experts"), ("model.layers.0.mlp.up_proj.qweight", "quantised"),
+    ("language_model.model.norm.weight", "original release"), ("transformer.h.0.ln_1.weight", "GPT"),
+    ("bert.encoder.layer.0.output.dense.weight", "text encoder"), ("down_blocks.0.resnets.0.conv1.weight", "UNet"),
+    ("layers.0.attention.wq.weight", "Meta's layout"), ("vision_model.post_layernorm.bias", "a CLIP")])
+def test_the_likely_reason_is_told_from_the_names_that_are_left_over(name, reason):
+    with pytest.raises(UserError, match=reason):
+        weightfile.load_into(torch.nn.Identity(), {name: torch.zeros(1)}, "file.bin")
+
+
+def test_a_name_from_a_file_cannot_speak_to_the_terminal():
+    with pytest.raises(UserError) as e:
+        weightfile.load_into(torch.nn.Identity(), {"a\x1b[2J\nb" + "c" * 500: torch.zeros(1)}, "file.bin")
+    assert "\x1b" not in str(e.value) and max(map(len, str(e.value).splitlines())) < 160
+
+
+@pytest.mark.parametrize("size", [(4096, 1024), (64, 64)])
+def test_a_cut_torch_file_says_how_long_it_must_have_been(tmp_path, size):
+    torch.save({"model.mm_projector.weight": torch.zeros(size), "model.mm_projector.bias": torch.zeros(size[0])}, tmp_path / "w.bin")
+    whole = os.path.getsize(tmp_path / "w.bin")
+    os.truncate(tmp_path / "w.bin", size[0] * size[1] * 4)
+    with pytest.raises(UserError, match=f"cut: {size[0] * size[1] * 4:,} bytes where about .* are expected; download it again") as e:
+        weightfile.read_file(tmp_path / "w.bin")
+    about = int(str(e.value).split("about ")[1].split()[0].replace(",", ""))
+    assert abs(about - whole) < 100
+
+
+def test_a_cut_safetensors_file_says_how_long_it_must_have_been(tmp_path):
+    weightfile.write_safetensors(tmp_path / "w", tensors())
+    whole = os.path.getsize(tmp_path / "w")
+    os.truncate(tmp_path / "w", whole - 20)
+    with pytest.raises(UserError, match=f"cut: {whole - 20} bytes where {whole} are expected"):
+        weightfile.read_file(tmp_path / "w")
