@@ -1,15 +1,18 @@
 """The branch, its losses and the video tokens, against recordings of the released implementation and against first principles."""
+import json
 import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model as nanobt
 from clip import CLIP, CLIPConfig
 from common import UserError, save_checkpoint
+from llm import load_llama, save_llama
 from model import (IGNORE_INDEX, VIDEO_INDEX, VIDEO_TOKENS, Branch, Pretraining, VideoEncoder, branch_tensors, load_branch,
-                   prompt_ids, tube_mask)
-from weightfile import read_file
+                   load_chat, prompt_ids, tube_mask)
+from weightfile import read_file, read_tensors
 
 FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures")
 CONFIG = CLIPConfig(image_size=56, patch_size=14, vision_width=64, vision_layers=6, vision_heads=2, vision_mlp=256, text_width=32,
@@ -290,11 +293,139 @@ def test_a_branch_file_that_does_not_fit_is_refused_by_name(spoil, message, tmp_
         load_branch(tmp_path / "b.pth", encoder.clip)
 
 
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("gates", [None, False, True])
+def test_gates_are_the_files_or_what_the_caller_says(in_file, tuned, gates, tmp_path):
+    encoder, _ = small_encoder(gated=in_file)
+    save_checkpoint(tmp_path / "b", branch_tensors(encoder.branch, "model.vision_tower." if tuned else "backbone."))
+    branch = load_branch(tmp_path / "b", encoder.clip, skip_last=1, gates=gates)
+    gated = (in_file or tuned) if gates is None else gates
+    assert (branch.balance1 is not None) == gated
+    if gated:
+        assert torch.equal(branch.balance2, encoder.branch.balance2 if in_file else torch.zeros(64))
+
+
+def test_a_branch_for_another_clip_says_for_which(tmp_path):
+    encoder, _ = small_encoder()
+    save_checkpoint(tmp_path / "b.pth", branch_tensors(Branch(32, 2, 64, 4), "backbone."))
+    with pytest.raises(UserError, match="a branch for a CLIP 32 wide; this one is 64"):
+        load_branch(tmp_path / "b.pth", encoder.clip)
+
+
+@pytest.mark.parametrize("name", ["BTAdapter_S.0.norm1.weight", "backbone.btadapter_T.3.temporal_fc.bias"])
+def test_a_branch_for_eva_clip_is_refused_as_that(name, tmp_path):
+    save_checkpoint(tmp_path / "b.pth", {name: torch.zeros(1408)})
+    with pytest.raises(UserError, match="EVA-CLIP-g"):
+        load_branch(tmp_path / "b.pth", recorded_clip())
+
+
 def test_parameter_counts_are_those_of_the_released_branch():
     with torch.device("meta"):
         four, three = Branch(depth=4), Branch(depth=3)
     count = lambda branch: sum(p.numel() for name, p in branch.named_parameters() if "balance" not in name)
     assert (count(four), count(three)) == (71_451_648, 53_605_376)
+
+
+# ---------------------------------------------------------------------------------------------------- folders of weights
+def llava_folder(world, folder, projector, added=0, kind="safetensors"):
+    """A folder for load_chat: the small CLIP, LLaMA and branch of the toy world, and what a release of LLaVA adds to them.
+
+    projector: {name: tensor}; added: rows of added tokens; kind: safetensors, bin or sharded bin."""
+    for name in ("clip", "branch.pth"):
+        os.symlink(world / name, folder / name)
+    llama, _, _ = load_llama(str(world / "llama"))
+    llama.float().resize_vocab(300 + added)
+    torch.manual_seed(0)
+    llama.model.embed_tokens.weight.data[300:].normal_()
+    save_llama(folder / "llava", llama, world / "tokenizer.model", projector, dtype=torch.float32)
+    if kind != "safetensors":
+        tensors = {name: t.clone() for name, t in read_tensors(folder / "llava").items()}
+        os.remove(folder / "llava" / "model.safetensors")
+        files = {"pytorch_model.bin": list(tensors)} if kind == "bin" else {f"{i}.bin": list(tensors)[i::2] for i in (0, 1)}
+        for file, names in files.items():
+            torch.save({name: tensors[name] for name in names}, folder / "llava" / file)
+        if len(files) > 1:
+            index = {"weight_map": {name: file for file, names in files.items() for name in names}}
+            (folder / "llava" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return llama
+
+
+def linear(seed=1, prefix="model.mm_projector."):
+    torch.manual_seed(seed)
+    return {f"{prefix}weight": torch.randn(32, 32), f"{prefix}bias": torch.randn(32)}
+
+
+def mlp2x(prefix="model.mm_projector."):
+    torch.manual_seed(2)
+    return {f"{prefix}{i}.{kind}": torch.randn(32, 32) if kind == "weight" else torch.randn(32) for i in (0, 2) for kind in ("weight", "bias")}
+
+
+LLAVAS = {   # release: its projector, how many tokens it adds
+    "v1": (linear, 3), "v0 with a token for padding": (linear, 4), "Lightning v1.1": (linear, 3), "1.5": (mlp2x, 0), "preview of Llama 2": (linear, 0)}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "sharded bin"])
+@pytest.mark.parametrize("release", LLAVAS)
+def test_every_llava_release_projects_as_its_own_arithmetic_says(world, tmp_path, release, kind):
+    projector, added = LLAVAS[release][0](), LLAVAS[release][1]
+    llama = llava_folder(world, tmp_path, projector, added, kind)
+    chat, _ = load_chat(tmp_path)
+    video = torch.randn(1, 2, 3, 32, 32)
+    x = VIDEO_TOKENS["branch"](chat.encoder, video)
+    w = {name.removeprefix("model.mm_projector."): t for name, t in projector.items()}
+    expected = x @ w["weight"].T + w["bias"] if "weight" in w else F.gelu(x @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]
+    words = llama.model.embed_tokens.weight
+    with torch.no_grad():
+        assert relative(chat.encode_video(video), expected) < 1e-5
+        assert torch.allclose(chat.start_end, words[-2:] if added else words.mean(0).expand(2, -1))
+        ids = torch.randint(300 + added, (1, 9))
+        assert relative(chat.llm(ids), llama(ids)) < 1e-5
+
+
+@pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector."])
+@pytest.mark.parametrize("make", [linear, mlp2x])
+def test_a_projector_file_counts_before_the_projector_inside_llava(world, tmp_path, make, prefix):
+    llava_folder(world, tmp_path, linear(seed=5))
+    torch.save(make(prefix=prefix), tmp_path / "mm_projector.bin")
+    loaded = load_chat(tmp_path)[0].mm_projector.state_dict()
+    assert all(torch.equal(t, make(prefix="")[name]) for name, t in loaded.items())
+
+
+def test_chat_bin_counts_before_a_projector_file_and_untuned_passes_it_by(world, tmp_path):
+    llava_folder(world, tmp_path, linear(seed=5))
+    torch.save(linear(seed=6), tmp_path / "mm_projector.bin")
+    torch.save({**linear(seed=7), "model.video_start_end.weight": torch.full((2, 32), 3.0)}, tmp_path / "chat.bin")
+    for tuned, seed in ((True, 7), (False, 6)):
+        chat, _ = load_chat(tmp_path, tuned=tuned)
+        assert torch.equal(chat.mm_projector.weight, linear(seed)["model.mm_projector.weight"])
+        assert torch.equal(chat.start_end, torch.full((2, 32), 3.0)) == tuned
+
+
+@pytest.mark.parametrize("added, taken", [(3, True), (6, True), (0, False)])
+def test_word_embeddings_in_a_projector_file_bring_the_start_and_end_rows_if_there_are_added_ones(world, tmp_path, added, taken):
+    llava_folder(world, tmp_path, {}, 3)
+    words = torch.randn(300 + added, 32)
+    torch.save({**linear(), "model.embed_tokens.weight": words}, tmp_path / "mm_projector.bin")
+    assert torch.equal(load_chat(tmp_path)[0].start_end, words[-2:]) == taken
+
+
+@pytest.mark.parametrize("tensors, message", [
+    ({"model.mm_projector.weight": torch.zeros(48, 16)}, "from a CLIP 16 wide into a LLaMA 48 wide; these are 32 and 32"),
+    ({"model.layers.0.mlp.up_proj.weight": torch.zeros(2, 2)}, "holds no mm_projector; it looks like a LLaMA"),
+    ({**mlp2x(), "model.mm_projector.4.weight": torch.zeros(32, 32)}, "1 unexpected"),
+    ({**linear(), "model.embed_tokens.weight": torch.zeros(303, 16)}, r"rows are \(2, 16\), this LLaVA needs \(2, 32\)")])
+def test_a_projector_file_that_does_not_fit_is_refused(world, tmp_path, tensors, message):
+    llava_folder(world, tmp_path, linear())
+    torch.save(tensors, tmp_path / "mm_projector.bin")
+    with pytest.raises(UserError, match=f"mm_projector.bin.*{message}"):
+        load_chat(tmp_path)
+
+
+def test_a_llama_without_any_projector_is_refused(world, tmp_path):
+    llava_folder(world, tmp_path, {})
+    with pytest.raises(UserError, match="a LLaMA, not a LLaVA"):
+        load_chat(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
