@@ -338,23 +338,30 @@ class Tokenizer:
 def load_clip(path):
     """A Hugging Face CLIP folder, or an archive of OpenAI such as ViT-L-14.pt -> (CLIP, Tokenizer). Raises UserError.
 
-    The model is in eval mode, asks for no gradients and keeps the dtypes of the file, whose memory it maps. The vocabulary
-    is merges.txt of the folder, or else the one that OpenAI released, which ships with this program."""
-    path, vocabulary = os.fspath(path), VOCABULARY
+    The vocabulary is merges.txt of the folder, or else the one that OpenAI released, which ships with this program."""
+    clip, path, vocabulary = load_clip_model(path), os.fspath(path), VOCABULARY
+    if os.path.exists(os.path.join(path, "merges.txt")):
+        vocabulary = os.path.join(path, "merges.txt")
+    tokenizer = Tokenizer.from_file(vocabulary)
+    if tokenizer.vocab_size != clip.config.vocab_size:
+        raise UserError(f"{path}: this CLIP knows {clip.config.vocab_size} ids, but {vocabulary} makes {tokenizer.vocab_size}")
+    return clip, tokenizer
+
+
+def load_clip_model(path):
+    """The model of load_clip without its tokenizer, which takes longer to read than the model to map: chat has no use for it.
+
+    In eval mode, asks for no gradients and keeps the dtypes of the file, whose memory it maps. Raises UserError."""
+    path = os.fspath(path)
     if os.path.isdir(path):
         config = hf_config(os.path.join(path, "config.json"))
         tensors = {name: tensor for name, tensor in weightfile.read_tensors(path).items() if name not in HF_BUFFERS}
-        if os.path.exists(os.path.join(path, "merges.txt")):
-            vocabulary = os.path.join(path, "merges.txt")
     else:
         config, tensors = from_openai(weightfile.read_file(path), path)
     check_config(config, path)
-    tokenizer = Tokenizer.from_file(vocabulary)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(f"{path}: this CLIP knows {config.vocab_size} ids, but {vocabulary} makes {tokenizer.vocab_size}")
-    with torch.device("meta"):
+    with weightfile.shapes_only():
         clip = CLIP(config).requires_grad_(False)
-    return weightfile.load_into(clip, tensors, path).eval(), tokenizer
+    return weightfile.load_into(clip, tensors, path).eval()
 
 
 def save_clip(folder, clip, tokenizer, dtype=torch.float16):

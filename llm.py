@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError, make_folder, write_atomic
-from weightfile import likely_reason, load_into, map_file, read_file, read_json, read_tensors, shown, write_safetensors
+from weightfile import likely_reason, load_into, map_file, read_file, read_json, read_tensors, shapes_only, shown, write_safetensors
 
 ROPE_SCALING = {"default": (), "linear": ("factor",),   # kinds, and what each needs to know
                 "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
@@ -440,7 +440,7 @@ def load_llama(folder, *, base=None):
                         "they do not belong together")
     if config.tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    with torch.device("meta"):   # only shapes: the numbers are in the file
+    with shapes_only():
         model = LLaMA(config)
     load_into(model, tensors, folder)
     model.tie()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import weightfile
-from clip import MLP, Attention, load_clip
+from clip import MLP, Attention, load_clip_model
 from common import UserError
 from llm import load_llama
 
@@ -313,7 +313,7 @@ def load_branch(path, clip, skip_last=0, drop_path=0.0, *, gates=None):
         raise UserError(f"{path}: a branch of {depth} layers, {used} of them in use, does not fit a CLIP of {c.vision_layers}")
     gated = tuned or "balance1" in tensors if gates is None else gates
     positions, = tensors.get("btadapter_time_embed.weight", torch.empty(0)).shape[:1] or (0,)
-    with torch.device("meta"):   # stochastic depth: each layer keeps its rate where the last layer is left out
+    with weightfile.shapes_only():   # stochastic depth: each layer keeps its rate where the last layer is left out
         branch = Branch(c.vision_width, c.vision_heads, c.vision_mlp, used, gated, positions,
                         drop_path * max(0, used - 1) / max(1, used + skip_last - 1))
     wanted = {name: t.float() for name, t in tensors.items() if name.startswith(("btadapter_", "balance")[:1 + gated])
@@ -487,7 +487,7 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, base=
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder of weights; it needs clip, llava and branch.pth, see README.md")
     llava, branch_file, projector_file, chat_file = (os.path.join(folder, name) for name in ("llava", "branch.pth", "mm_projector.bin", "chat.bin"))
-    clip, _ = load_clip(os.path.join(folder, "clip"))
+    clip = load_clip_model(os.path.join(folder, "clip"))
     llm, tokenizer, extra = load_llama(llava, base=base)
     learned, given = (weightfile.read_file(file) if wanted and os.path.exists(file) else {} for file, wanted in ((chat_file, tuned), (projector_file, True)))
     if given and not projector_part(given):

@@ -9,6 +9,7 @@ refuses everything else by name. Tensors are views into a private memory map, so
 A file may be hostile. Whatever it claims is checked against what it has before memory is taken for it, names that it
 brings are shown without control characters, and only regular files are opened: a pipe would wait for ever.
 """
+import contextlib
 import json
 import mmap
 import os
@@ -17,6 +18,7 @@ import stat
 import struct
 
 import torch
+import torch.overrides
 
 from common import UserError, write_atomic
 
@@ -470,6 +472,20 @@ def flatten(value, path):
 
 
 # ---------------------------------------------------------------------------------------------------- into a module
+class NoInit(torch.overrides.TorchFunctionMode):
+    """Passes by the random numbers that a new module begins with."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if getattr(function, "__module__", "") == "torch.nn.init" else function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def shapes_only():
+    """Modules made inside have names and shapes and no numbers: those come from a file, by load_into. Half the time of making
+    them would go into random numbers that nobody sees."""
+    with torch.device("meta"), NoInit():
+        yield
+
+
 SHOWN_ROWS = 10
 LIKELY = {   # what a name that is left over says about the file that it comes from
     r"lora_[AB]": "an adapter (LoRA), not a whole model: merge it into its model first",
