@@ -438,6 +438,9 @@ def load_llama(folder, *, base=None):
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.model, but {config.vocab_size} in the weights; "
                         "they do not belong together")
+    layers = len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")})
+    if layers != config.layers:   # before anything is built: a description can claim a billion
+        raise UserError(f"{folder}: described as {config.layers:,} layers, but its weights have {layers:,}; is a file of it missing?")
     if config.tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     with shapes_only():

@@ -490,8 +490,9 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, base=
     clip = load_clip_model(os.path.join(folder, "clip"))
     llm, tokenizer, extra = load_llama(llava, base=base)
     learned, given = (weightfile.read_file(file) if wanted and os.path.exists(file) else {} for file, wanted in ((chat_file, tuned), (projector_file, True)))
-    if given and not projector_part(given):
-        raise UserError(f"{projector_file}: holds no mm_projector; {weightfile.likely_reason([], given, [])}")
+    for file, t in ((chat_file, learned), (projector_file, given)):
+        if t and not projector_part(t):
+            raise UserError(f"{file}: holds no mm_projector; {weightfile.likely_reason([], t, [])}")
     if any("btadapter" in name for name in learned):
         branch_file = chat_file
     branch = load_branch(branch_file, clip, skip_last=1, gates=gates) if tokens == "branch" else None

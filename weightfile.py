@@ -164,7 +164,7 @@ def without_doubles(pairs):
 def whole(numbers, count=None):
     """A list of (`count`) numbers from 0 on, as it is. Raises ValueError for anything else, True and 1.0 included."""
     if not isinstance(numbers, list) or len(numbers) > 64 or count not in (None, len(numbers)) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"{shown(numbers)} should be whole numbers")
+        raise ValueError(f"whole numbers are needed, not {shown(numbers)}")
     return numbers
 
 
@@ -491,8 +491,8 @@ LIKELY = {   # what a name that is left over says about the file that it comes f
     r"lora_[AB]": "an adapter (LoRA), not a whole model: merge it into its model first",
     r"\.(qweight|qzeros|absmax|g_idx)$": "quantised by another program: take the release in fp16 or bf16",
     r"^(model\.)?language_model\.|^multi_modal_projector": "a LLaVA rewritten for transformers: take the original release",
-    r"self_attn\.[qkv]_proj\.bias$": "a model like Qwen 2, whose attention has biases; a LLaMA's has none",
-    r"self_attn\.[qk]_norm|feedforward_layernorm": "a model like Qwen 3 or Gemma, which normalises where a LLaMA does not",
+    r"^model\.layers\.\d+\.self_attn\.[qkv]_proj\.bias$": "a model like Qwen 2, whose attention has biases; a LLaMA's has none",
+    r"^model\.layers\.\d+\.(self_attn\.[qk]_norm|\w+_feedforward_layernorm)": "a model like Qwen 3 or Gemma, which normalises where a LLaMA does not",
     r"\.experts\.|block_sparse_moe": "a mixture of experts, not a LLaMA",
     r"down_blocks|diffusion_model": "a diffusion model's UNet",
     r"^(transformer\.h|gpt_neox|h)\.\d": "a GPT of another family",

@@ -521,7 +521,7 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(hidden_size=None), "hidden_size"), (dict(hidden_size="wide"), "config.json"), (dict(hidden_act="gelu"), "gelu"),
-    (dict(num_attention_heads=0), "at least 1"), (dict(num_hidden_layers=3), "missing"),
+    (dict(num_attention_heads=0), "at least 1"), (dict(num_hidden_layers=3), "3 layers, but its weights have 2"),
     (dict(num_key_value_heads=2), "of another size"),
     (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"), (dict(rope_parameters="yarn"), "config.json")])
 def test_a_config_that_does_not_fit_is_refused(folder, changes, message):
