@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import quant
 from common import UserError, make_folder, write_atomic
 from weightfile import likely_reason, load_into, map_file, read_file, read_json, read_tensors, shapes_only, shown, write_safetensors
 
@@ -420,14 +421,14 @@ EXTRA = ("model.mm_projector.", "mm_projector.", "model.vision_tower.")   # what
 RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")   # a table that older files also store
 
 
-def load_llama(folder, *, base=None):
+def load_llama(folder, quantize=None, *, base=None):
     """The folder of a LLaMA, Vicuna or LLaVA, in Hugging Face's layout or Meta's -> (LLaMA, tokenizer, extra).
 
     Weights are adopted from the file's memory map in the file's dtype, not copied; what of that cannot be kept, read_meta and
     add_base say. Sizes come from config.json or params.json, but that of the vocabulary from embed_tokens, which grows when
     tokens are added. extra: {name: tensor} of what is LLaVA's and not LLaMA's (EXTRA), named as in the file.
     base: the folder of the LLaMA that delta weights add to; with it `folder` must hold such, and without it must not. Any
-    other missing, additional or ill-sized tensor raises UserError."""
+    other missing, additional or ill-sized tensor raises UserError. quantize: a key of quant.SCHEMES, for inference only."""
     config, tensors, extra = read_llama(folder)
     if base is not None:
         tensors = add_base(folder, tensors, base, read_llama(base)[1])
@@ -447,6 +448,8 @@ def load_llama(folder, *, base=None):
         model = LLaMA(config)
     load_into(model, tensors, folder)
     model.tie()
+    if quantize is not None:
+        model = quant.quantized(model, quantize, [file for source in (folder, base) if source for file in quant.weight_files(source)], folder)
     return model, tokenizer, extra
 
 

@@ -474,7 +474,7 @@ def start_end_rows(tensors, vocab_size):
     return rows
 
 
-def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, base=None, gates=None):
+def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, quantize=None, *, base=None, gates=None):
     """A folder of weights -> (VideoChat, eval mode; what it is, in words). Raises UserError.
 
     clip              CLIP: a Hugging Face folder, or OpenAI's ViT-L-14.pt under this name
@@ -483,12 +483,13 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, base=
     mm_projector.bin  optional: a projector of LLaVA or Video-ChatGPT; it counts before the one inside llava
     chat.bin          optional: what chat tuning learned (branch, mm_projector, start and end rows); it counts before all of
                       these, and tuned=False passes it by
-    base: the folder of the LLaMA that llava adds to, where llava holds delta weights. gates: see load_branch."""
+    base: the folder of the LLaMA that llava adds to, where llava holds delta weights. gates: see load_branch.
+    quantize: a key of quant.SCHEMES for the language model, or None; dtype is that of all else."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder of weights; it needs clip, llava and branch.pth, see README.md")
     llava, branch_file, projector_file, chat_file = (os.path.join(folder, name) for name in ("llava", "branch.pth", "mm_projector.bin", "chat.bin"))
     clip = load_clip_model(os.path.join(folder, "clip"))
-    llm, tokenizer, extra = load_llama(llava, base=base)
+    llm, tokenizer, extra = load_llama(llava, quantize, base=base)
     learned, given = (weightfile.read_file(file) if wanted and os.path.exists(file) else {} for file, wanted in ((chat_file, tuned), (projector_file, True)))
     for file, t in ((chat_file, learned), (projector_file, given)):
         if t and not projector_part(t):

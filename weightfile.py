@@ -181,8 +181,10 @@ def view(buffer, dtype, offset, count):
     return torch.frombuffer(buffer, dtype=dtype, offset=offset, count=count) if count else torch.empty(0, dtype=dtype)
 
 
-def write_safetensors(path, tensors, metadata=None):
-    """{name: tensor} -> one file, atomically: either the old file is there or the whole new one."""
+def write_safetensors(path, tensors, metadata=None, values=None):
+    """{name: tensor} -> one file, atomically: either the old file is there or the whole new one.
+
+    values: the same tensors in the same order, made one by one as they are written; `tensors` then only says what they will be."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, offset = {"__metadata__": metadata or {}}, 0
     for name, t in tensors.items():
@@ -193,7 +195,7 @@ def write_safetensors(path, tensors, metadata=None):
 
     def write(f):
         f.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():
+        for t in tensors.values() if values is None else values:
             f.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     write_atomic(path, write)
 
