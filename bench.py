@@ -2,6 +2,7 @@
 
     python bench.py frames    # frames of a video, beside decord, OpenCV and PyAV; resizing, beside Pillow   -> a table
     python bench.py flat      # 101 frames of a minute, of ten minutes and of an hour   -> a table, docs/frames_flat.png
+    python bench.py line      # a chat about 5 seconds, a minute, ten minutes, an hour   -> two tables, docs/chat_flat.png
     python bench.py pretrain  # a step of pretraining at the size of ViT-L/14, with and without masks   -> a table
 
 decord and OpenCV are used if --peer_python can import them (pip install decord opencv-python-headless), else left out. The
@@ -18,6 +19,9 @@ is not counted compares the pictures: who shows others than ours is pointed at.
 
 pretrain takes two clips of 8 frames and random weights, as tensors: nothing is decoded. The physical limit is the machine's own
 product of matrices, in the size and precision of CLIP's first MLP layer, measured in the same process.
+
+line asks chat.py one question about longer and longer videos, --num_frames of each, and nothing is taken from its cache. Time to the
+first token counts from the end of the imports: weights, video, prompt. The second table is arithmetic.
 """
 import dataclasses
 import fractions
@@ -26,6 +30,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -43,11 +48,14 @@ import common
 
 @dataclasses.dataclass
 class Config:
-    stage: str                              # what to measure: frames, flat or pretrain
+    stage: str                              # what to measure: frames, flat, line or pretrain
     data: str = "out/bench"                 # where the clips are, or will be
     runs: int = 5                           # measurements of each; the medians are shown
     peer_python: str = sys.executable       # the interpreter that can import decord and cv2
     picture: str = "docs/frames_flat.png"   # what flat draws
+    weights: str = "weights/tiny"           # of line: a folder for chat.py
+    num_frames: int = 101                   # of line: frames of each video
+    line_picture: str = "docs/chat_flat.png"   # what line draws
 
 
 # ---------------------------------------------------------------------------------------------------- clips
@@ -383,6 +391,45 @@ def flat(cfg, cases=None):
     common.bars(cfg.picture, f"CPU seconds for {cases[0].count} frames of a video, without imports", bars, " s")
 
 
+# ---------------------------------------------------------------------------------------------------- a chat about an hour
+LINE = [dataclasses.replace(SHORT_GOP, seconds=5), *(case.clip for case in FLAT)]
+PER_FRAME = 256           # tokens, of a design that hands every frame's patches to the language model
+KV_BYTES = 2 * 32 * 4096 * 2   # a token's keys and values in a LLaMA-7B: 32 layers, 4096 wide, fp16
+
+
+def one_question(cfg, path):
+    """A chat in a process of its own -> (video tokens, seconds to the first token without imports, peak MB)."""
+    command = [sys.executable, "chat.py", path, "--weights", os.path.abspath(cfg.weights), "--num_frames", str(cfg.num_frames), "-q",
+               "What happens?", "--max_new_tokens", "1", "--no-cache", "--verbose"]
+    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, cwd=HERE)
+    code, _, peak = json.loads(done.stdout.splitlines()[-1])
+    if code:
+        raise common.UserError(f"chat.py failed: {(done.stderr.splitlines() or [f'exit code {code}'])[-1]}")
+    imports, total = map(float, re.search(r"\(import ([\d.]+) s.* in all ([\d.]+) s\)", done.stderr).groups())
+    return int(re.search(r"(\d+) video tokens", done.stderr)[1]), total - imports, peak / MEGABYTE
+
+
+def line(cfg, clips=None):
+    """The same question about longer and longer videos: what does the length cost?"""
+    common.at_least(cfg, runs=1, num_frames=1)
+    rows, clips = [], clips or LINE
+    for clip in clips:
+        path = make(cfg.data, clip)
+        runs = [one_question(cfg, path) for _ in range(cfg.runs + 1)][1:]   # the first one finds no file in memory
+        rows.append((clip.seconds * clip.copies, *map(statistics.median, zip(*runs))))
+        say(f"{clip.title}: {rows[-1][2]:.2f} s to the first token")
+    print(f"{platform.platform()}, {os.cpu_count()} cores; {cfg.weights}, {cfg.num_frames} frames of each video; medians of {cfg.runs}.\n")
+    print("| video | video tokens | s to the first token | to the shortest | peak MB | to the shortest |\n|" + "---|" * 6)
+    for (length, tokens, seconds, peak), clip in zip(rows, clips):
+        print(f"| {clip.title} | {tokens:.0f} | {seconds:.2f} | {seconds / rows[0][2]:.2f} | {peak:.0f} | {peak / rows[0][3]:.2f} |")
+    print(f"\n| length | at a frame a second and {PER_FRAME} tokens a frame | KV cache of a 7B | here | KV cache of a 7B |\n|" + "---|" * 5)
+    for length, tokens, *_ in rows:
+        print(f"| {length} s | {length * PER_FRAME:,} | {length * PER_FRAME * KV_BYTES / 1e9:,.2f} GB | {tokens:.0f} | {tokens * KV_BYTES / 1e9:,.3f} GB |")
+    common.make_folder(os.path.dirname(cfg.line_picture) or ".")
+    common.plot(cfg.line_picture, [(f"{title}, by the length of the video in minutes", {"chat.py": [(row[0] / 60, row[i]) for row in rows]})
+                                   for i, title in ((1, "video tokens"), (2, "seconds to the first token"), (3, "peak MB"))], height=220)
+
+
 # ---------------------------------------------------------------------------------------------------- pretraining
 def training_steps(precision, mask_ratio, checkpointed, count):   # sent to a process of its own, too
     import time
@@ -457,7 +504,7 @@ def pretrain(cfg):
               f"{wall / medians[precision, 0.0, False][0]:.2f} | {speed:.0f} | {limit:.0f} | {speed / limit:.2f} | {peak:.0f} |")
 
 
-STAGES = {"frames": frames, "flat": flat, "pretrain": pretrain}
+STAGES = {"frames": frames, "flat": flat, "line": line, "pretrain": pretrain}
 
 
 def main(cfg):

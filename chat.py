@@ -3,52 +3,69 @@
     python chat.py                                        # the sample clip and the tiny weights that come with the program
     python chat.py -q "Which way does the shape move?"    # one question, one line of answer
     python chat.py video.mp4 --weights weights/7b < questions.txt > answers.txt
+    python chat.py video.mp4 --weights weights/7b --quantize int4 --json < questions.txt > answers.jsonl
 
 On a terminal it is a conversation: answers appear as they come, later questions know the earlier ones, Ctrl-C stops an
 answer, Ctrl-D leaves, /help lists what else there is. With -q, or with questions on standard input (one a line, blank lines
 skipped), every question is a conversation of its own, and its answer is one line: white space inside it, line breaks too,
-becomes one space. Answers go to standard output, everything else to standard error. Exit codes: 0, 2 for bad input, 130 for
-Ctrl-C.
+becomes one space; with --json it is one JSON object. Answers go to standard output, everything else to standard error. Exit
+codes: 0, 2 for bad input, 130 for Ctrl-C.
 
-The model sees the video once, as a few frames; its video tokens then stand in the prompt of every question. --verbose says
-where the time to the first answer goes: with the tiny weights nearly all of it is importing torch.
+The model sees the video once, as a few frames; its video tokens then stand in the prompt of every question. They are kept on
+disk, so the next chat about this video begins at once. --verbose says where the time to the first answer goes: with the tiny
+weights nearly all of it is importing torch.
 """
 import sys
 import time
 
 STARTED = time.perf_counter()   # before torch is imported; what Python itself took to start is not in it
 try:
+    import concurrent.futures
     import contextlib
     import dataclasses
+    import functools
+    import json
+    import math
     import os
     import re
+    import threading
 
     import torch
-    import torch.nn.functional as F
 
     import common
     import data
+    import features
+    import memory
+    import terminal
     from common import UserError
     from llm import KVCache, generate, stream_text
-    from model import SYSTEMS, VIDEO_INDEX, VIDEO_TOKENS, load_chat, prompt_ids
+    from model import SYSTEMS, VIDEO_INDEX, VIDEO_TOKENS, load_chat, prompt_ids, read_sizes
+    from terminal import say
 except KeyboardInterrupt:   # the imports are most of the start: who changes their mind meanwhile needs no traceback
     print("chat.py: interrupted", file=sys.stderr)
     sys.exit(130)
 IMPORT_SECONDS = time.perf_counter() - STARTED
 
 HERE = os.path.dirname(os.path.abspath(__file__))        # what is shipped lies beside this file
-CELL = 18                                                # width of a frame in characters on a terminal
 PNG = b"\x89PNG\r\n\x1a\n"                               # the first bytes of a PNG file
 SMALL = 30_000_000                                       # parameters; below, threads wait for each other more than they work
+LONGEST = 8192                                           # tokens of a conversation, also where a LLaMA reads more: its cache must fit
 ROOM = 64                                                # tokens that an answer should have room for before old turns must go
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command, in the text of a model
-HELP = """\
-/frames        the frames that the model saw
-/frames PNG    the same, as a picture file
-/video PATH    another video, a new conversation
-/reset         a new conversation
-/quit          leave; so does Ctrl-D
-Ctrl-C         stop an answer"""
+SETTINGS = ("temperature", "top_p", "max_new_tokens", "seed")   # can change between two answers
+CONVERSATION = "nanoBT conversation"                     # how a saved one says what it is
+HELP = '''\
+"""              begins and ends a question of several lines
+/frames          the frames that the model saw
+/frames PNG      the same, as a picture file
+/video PATH      another video, a new conversation
+/reset           a new conversation
+/set             what can be changed for the next answers
+/set NAME VALUE  changes it
+/stats           what the last answer took
+/save FILE       the conversation, as JSON
+/quit            leave; so does Ctrl-D
+Ctrl-C           stop an answer'''
 
 
 @dataclasses.dataclass
@@ -56,6 +73,7 @@ class Config:
     video: str = os.path.join(HERE, "assets", "sample.mp4")   # a video file
     question: str | None = None      # ask only this, and leave
     weights: str = os.path.join(HERE, "weights", "tiny")      # folder with clip, llava, branch.pth and maybe chat.bin
+    base: str | None = None          # folder of the LLaMA that `llava` in the weights is only the difference to
     tokens: str = "branch"           # what the LLaMA sees of the video: branch, mean or st_pool
     tuned: bool = True               # use chat.bin, what was tuned on video; without it: the zero-shot setting
     system: str = "vicuna_v1"        # the sentence before the first question, vicuna_v1 or none: as the weights were tuned
@@ -65,6 +83,11 @@ class Config:
     max_new_tokens: int = 256        # an answer's length at most
     seed: int = 0                    # every answer starts from it: the same question in the same place, the same answer
     device: str = "auto"             # cpu, cuda or auto
+    dtype: str = "auto"              # fp32, bf16 or fp16; auto: fp16 on a GPU, on a CPU bf16 from 1e9 parameters on and fp32 below
+    quantize: str = "auto"           # int8, int4 or none for the LLaMA; auto: int8 on a CPU from 1e9 parameters on
+    cache: bool = True               # keep what the model saw of a video on disk, for the next chat about it
+    cache_dir: str | None = None     # where; None: $XDG_CACHE_HOME/nanobt or ~/.cache/nanobt
+    json: bool = False               # one JSON object a question on standard output, for -q and piped questions
     verbose: bool = False            # say where the time to the first answer went
 
 
@@ -77,8 +100,11 @@ def usual_frames(image_size):
     return 100 if image_size >= 224 else 8
 
 
-def say(text):
-    print(text, file=sys.stderr, flush=True)
+def check_settings(cfg):
+    """Raises UserError for what /set may change and nothing can be sampled with."""
+    if not (0 <= cfg.temperature < math.inf and 0 < cfg.top_p <= 1 and cfg.max_new_tokens >= 1 and 0 <= cfg.seed < 2 ** 63):
+        given = ", ".join(f"--{name} {getattr(cfg, name)}" for name in SETTINGS)
+        raise UserError(f"{given}: needed are 0 or more, more than 0 and at most 1, 1 or more, and 0 to 2^63 - 1")
 
 
 def put(text):
@@ -93,6 +119,42 @@ def put(text):
 
 
 # ---------------------------------------------------------------------------------------------------- a video, a conversation
+@contextlib.contextmanager
+def decoding(path, num_frames, size):
+    """Decodes a video in a thread, which libav lets run beside the caller: `with decoding(...) as pictures: ...; pictures()`.
+
+    pictures() waits for what the model will see (T, 3, size, size), small pictures (T, 3, h, w), both uint8, and T times, or
+    raises VideoError. Who leaves the block earlier, with an error or Ctrl-C, does not wait for more than one frame."""
+    left = threading.Event()
+
+    def keep(picture):
+        if left.is_set():
+            raise concurrent.futures.CancelledError
+        return data.squash(picture[None], size)[0], data.thumbnail(picture)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        decoded = pool.submit(data.sample_frames, path, num_frames, "uniform", keep=keep)
+
+        def pictures():
+            kept, times = decoded.result()
+            return *map(torch.stack, zip(*kept)), times
+        try:
+            yield pictures
+        finally:
+            left.set()
+
+
+@dataclasses.dataclass
+class Cost:
+    """What an answer took."""
+    cached: int                        # tokens of its prompt that were known from the turns before
+    new: int                           # tokens of its prompt that were not
+    first_token: float | None = None   # seconds until the first token of the answer
+    seconds: float = 0.0               # until the last one
+    tokens: int = 0                    # of the answer
+    cut: str | None = None             # what ended it, if not the model: "context" or "max_new_tokens"
+
+
 class Session:
     """The model, the video before it and the conversation so far. Raises UserError.
 
@@ -100,39 +162,82 @@ class Session:
     video_tokens (K, D_llm): what it remembers of it. turns: [(question, answer)].
     kv_cache, heard: what the LLaMA has worked through, and its ids, VIDEO_INDEX for each row of the video: a prompt that
     begins alike is worked through only from where it differs, so a second question costs its own words.
-    spent: {what was waited for since --verbose last reported: seconds}."""
+    spent: {what was waited for since --verbose last reported: seconds}. cost: of the last answer, None before it."""
     def __init__(self, cfg):
-        self.cfg, self.spent = cfg, {"import": IMPORT_SECONDS}
+        self.cfg, self.cost = cfg, None
+        self.spent = {"import": IMPORT_SECONDS, "weights": 0.0, "video": 0.0}
         self.device = common.start_distributed(cfg.device).device
-        data.probe(cfg.video)   # first: nobody should wait for gigabytes of weights to hear that a video is broken
-        with self.timed("weights"):
-            dtype = torch.float16 if self.device.type == "cuda" else torch.float32   # CPUs are not faster in half precision
-            self.chat, self.kind = load_chat(cfg.weights, cfg.tokens, cfg.tuned, dtype)
-            self.chat.to(self.device)
-            if sum(p.numel() for p in self.chat.parameters()) < SMALL:
-                torch.set_num_threads(1)
-            config = self.chat.llm.config
-            self.kv_cache = KVCache(config, 1, config.context_length, self.device, dtype)
-        with self.timed("video"):
-            self.open(cfg.video)
+        self.open(cfg.video, meanwhile=self.load)
 
     @contextlib.contextmanager
     def timed(self, part):
         start = time.perf_counter()
         yield
-        self.spent[part] = time.perf_counter() - start
+        self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - start
 
-    def open(self, path):
-        """Shows a video to the model; a new conversation begins. Raises VideoError, and then everything is as it was."""
-        size = self.chat.encoder.clip.config.image_size
-        num_frames = usual_frames(size) if self.cfg.num_frames is None else self.cfg.num_frames
-        duration = data.probe(path).duration
-        kept, times = data.sample_frames(path, num_frames, "uniform", keep=lambda p: (data.squash(p[None], size)[0], data.thumbnail(p)))
-        seen, pictures = map(torch.stack, zip(*kept))   # (T, 3, size, size), (T, 3, h, w)
-        with torch.inference_mode():
-            video_tokens = self.chat.encode_video(data.normalise(seen)[None].to(self.device))[0]   # (K, D_llm)
-        self.path, self.duration, self.frames, self.times, self.video_tokens = path, duration, pictures, times, video_tokens
+    @functools.cached_property
+    def sizes(self):
+        """(CLIPConfig, LLaMAConfig) of the weights, from headers alone: enough to look at a video, and to know what fits."""
+        return read_sizes(self.cfg.weights)
+
+    @property
+    def num_frames(self):
+        return usual_frames(self.sizes[0].image_size) if self.cfg.num_frames is None else self.cfg.num_frames
+
+    def load(self):
+        cfg, (clip, llama) = self.cfg, self.sizes
+        context = min(llama.context_length, LONGEST)
+        dtype, scheme = memory.choose(cfg.dtype, cfg.quantize, self.device, llama)
+        need = functools.partial(memory.needs, clip, llama, self.num_frames, context, dtype, cfg.base is not None)
+        if not memory.check(cfg.weights, need, scheme, self.device) and cfg.verbose:
+            say("(this system does not say how much memory is free, so whether the weights fit was not checked)")
+        with self.timed("weights"):
+            self.chat, self.kind = load_chat(cfg.weights, cfg.tokens, cfg.tuned, dtype, quantize=scheme, base=cfg.base)
+            self.chat.to(self.device)
+        if sum(p.numel() for p in self.chat.parameters()) < SMALL:
+            torch.set_num_threads(1)
+        self.kv_cache = KVCache(llama, 1, context, self.device, dtype)
+
+    def open(self, path, meanwhile=lambda: None):
+        """Shows a video to the model, and does `meanwhile` while it is decoded; a new conversation begins. Raises VideoError,
+        and then everything is as it was.
+
+        What is known from an earlier chat is taken from the cache. An error of the video comes before anything else is done:
+        nobody should wait for gigabytes of weights to hear that a video is broken."""
+        cfg, seen = self.cfg, None
+        entry = features.entry(cfg.cache_dir or features.default_folder(), path, self.how(), cfg.weights) if cfg.cache else None
+        with self.timed("video"), self.unharmed():
+            seen = features.recall(entry) if entry else None
+        if seen is None:
+            duration = data.probe(path).duration
+            with decoding(path, self.num_frames, self.sizes[0].image_size) as pictures:
+                meanwhile()
+                with self.timed("video"):
+                    pixels, frames, times = pictures()
+                    with torch.inference_mode():
+                        video_tokens = self.chat.encode_video(data.normalise(pixels)[None].to(self.device))[0]   # (K, D_llm)
+            seen = features.Seen(duration, times, frames, video_tokens)
+            with self.unharmed():
+                if entry:
+                    features.keep(entry, seen)
+        else:
+            meanwhile()
+        self.path, self.duration, self.frames, self.times = path, seen.duration, seen.frames, seen.times
+        self.video_tokens = seen.video_tokens.to(self.device)
         self.forget()
+
+    def how(self):
+        """All that decides what the model sees of a video, but the video and the weights."""
+        cfg = self.cfg
+        return ["uniform", cfg.num_frames, cfg.tokens, cfg.tuned, cfg.dtype, cfg.quantize, self.device.type]
+
+    @contextlib.contextmanager
+    def unharmed(self):
+        """The cache saves time, and nothing else: where it fails, that is said, and all goes on without it."""
+        try:
+            yield
+        except UserError as e:
+            say(f"({e}; going on without it)")
 
     def forget(self):
         """Begins a new conversation."""
@@ -148,7 +253,7 @@ class Session:
         What was said becomes a turn of the conversation, also where Ctrl-C or an error breaks it off. Where the conversation
         leaves no room for an answer, its oldest turns are forgotten. Raises UserError where the question alone leaves none."""
         began, cfg, chat = time.perf_counter(), self.cfg, self.chat
-        context, tokens, said, turns = chat.llm.config.context_length, [], "", self.turns
+        context, tokens, said, turns = self.kv_cache.max_len, [], "", self.turns
         question = question.encode(errors="replace").decode()   # no lone surrogates: they stand for input that is not UTF-8
         while True:
             ids, _ = prompt_ids(chat.tokenizer, [*turns, (question, None)], cfg.system)
@@ -168,17 +273,18 @@ class Session:
         heard = ids[:at] + [VIDEO_INDEX] * (len(self.video_tokens) + 2) + ids[at + 1:]   # S ids
         same = min(len(os.path.commonprefix([heard, self.heard])), len(heard) - 1)
         self.kv_cache.truncate(same)
+        cost = self.cost = Cost(same, len(heard) - same)
 
         def remembered(new):
             for token in new:
                 tokens.append(token)
+                cost.tokens, cost.seconds = len(tokens), time.perf_counter() - began
+                cost.first_token = cost.first_token or round(cost.seconds, 6)
                 yield token
         new = generate(chat.llm, embeds=embeds[:, same:], max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
                        top_p=cfg.top_p, seed=cfg.seed, stop_ids=chat.tokenizer.stop_ids, kv_cache=self.kv_cache)
         try:
             for piece in stream_text(chat.tokenizer, remembered(new)):
-                if not said:
-                    self.spent["first token"] = time.perf_counter() - began
                 said += piece
                 show(CONTROL.sub("\ufffd", piece))
         finally:
@@ -187,95 +293,121 @@ class Session:
                 self.turns.append((question, said.strip()))
             show("\n")
         if len(tokens) == room:
+            cost.cut = "context"
             say(f"(cut: question and answer fill the {context} tokens that this model reads)")
         elif len(tokens) == cfg.max_new_tokens:
+            cost.cut = "max_new_tokens"
             say(f"(cut after {cfg.max_new_tokens} tokens, see --max_new_tokens)")
         if cfg.verbose:
-            parts = [f"{part} {seconds:.2f} s" for part, seconds in self.spent.items()]
-            say(f"({', '.join(parts)}; in all {sum(self.spent.values()):.2f} s)")
+            spent = self.spent | {"first token": cost.first_token or 0.0}
+            say(f"({', '.join(f'{part} {seconds:.2f} s' for part, seconds in spent.items())}; in all {sum(spent.values()):.2f} s)")
             self.spent.clear()
 
 
 def answer_line(session, question):
-    """A question in a conversation of its own -> its answer as one line on standard output."""
+    """A question in a conversation of its own -> its answer as one line on standard output, or one JSON object."""
     pieces, session.turns = [], []
     session.ask(question, pieces.append)
-    put(" ".join("".join(pieces).split()) + "\n")
+    answer, cost = "".join(pieces), session.cost
+    if session.cfg.json:
+        put(json.dumps({"question": question, "answer": answer.strip(), "seconds_to_first_token": cost.first_token,
+                        "tokens": cost.tokens, "cached": cost.cached, "cut": cost.cut}) + "\n")
+    else:
+        put(" ".join(answer.split()) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------- pictures of what it saw
-def shrink(frames, height, width):
-    """(T, 3, H, W) uint8 -> (T, 3, height, width) uint8: every new pixel is the mean of those that it covers."""
-    return torch.cat([F.interpolate(f[None].float(), (height, width), mode="area").round().byte() for f in frames])
-
-
-def half_blocks(picture):
-    """(3, h, w) uint8 with even h -> h / 2 strings for a terminal with 24-bit colours, each w characters wide.
-
-    Each is U+2580, the upper half of a character's cell in the colour of one pixel, on a ground in that of the one below."""
-    rows, cell = picture.permute(1, 2, 0).tolist(), "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"   # h rows of w pixels (r, g, b)
-    return ["".join(cell.format(*upper, *lower) for upper, lower in zip(*pair)) + "\x1b[0m"
-            for pair in zip(rows[::2], rows[1::2])]
-
-
-def frame_lines(frames, times, columns, colour):
-    """Frames (T, 3, H, W) uint8 and their times -> lines for a terminal, none wider than `columns`: a table of pictures,
-    each with its number and its seconds below; without colour only these."""
-    H, W = frames.shape[2:]
-    cell = min(CELL, columns)
-    scale = min(cell / W, 2 * cell / H)   # upright pictures are at most twice as high as wide
-    height, width = 2 * max(1, round(scale * H / 2)), max(1, round(scale * W))
-    pictures = [half_blocks(f) if colour else [] for f in shrink(frames, height, width)]
-    labels = [f"{i}: {t:.2f} s"[:cell] for i, t in enumerate(times)]
-    lines, across, gap = [], (columns + 2) // (cell + 2), " " * (cell + 2 - width)
-    for i in range(0, len(times), across):
-        lines += [gap.join(row) for row in zip(*pictures[i:i + across])]   # a line of each picture, side by side
-        lines.append("  ".join(label.ljust(cell) for label in labels[i:i + across]).rstrip())
-    return lines
-
-
-def show_frames(session):
-    """/frames on standard error: in colour where that is a terminal that has some."""
-    terminal = sys.stderr.isatty()
-    columns = (os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 0) or 80   # 0: it does not know
-    colour = terminal and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-    say("\n".join(frame_lines(session.frames, session.times, columns, colour)))
+# ---------------------------------------------------------------------------------------------------- commands
+def replaceable(path, kind, is_one):
+    """Raises UserError where there is something at `path` that is_one(first MB of it) does not know as a `kind`."""
+    if os.path.lexists(path):
+        try:
+            with data.open_regular(path) as f:
+                known = is_one(f.read(1 << 20))
+        except data.VideoError:
+            known = False
+        if not known:
+            raise UserError(f"{path}: there is something that is not a {kind}; choose another name")
 
 
 def save_frames(session, path):
     """/frames PNG. Raises UserError; replaces nothing but a PNG."""
-    if os.path.lexists(path):
-        try:
-            with data.open_regular(path) as f:
-                is_png = f.read(len(PNG)) == PNG
-        except data.VideoError:
-            is_png = False
-        if not is_png:
-            raise UserError(f"{path}: there is something that is not a PNG; choose another name")
+    replaceable(path, "PNG", lambda start: start.startswith(PNG))
     data.contact_sheet(session.frames, session.times, path)
     say(f"wrote {path}")
 
 
-# ---------------------------------------------------------------------------------------------------- on a terminal
+def save_conversation(session, path):
+    """/save FILE. Raises UserError; replaces nothing but what it has written before."""
+    first = json.dumps({"kind": CONVERSATION})[:-1]   # where a file of its own begins
+    replaceable(path, "saved conversation", lambda start: start.decode(errors="replace").startswith(first))
+    cfg = session.cfg
+    settings = {name: getattr(cfg, name) for name in ("tokens", "tuned", "system", "dtype", "quantize", *SETTINGS)}
+    conversation = {
+        "kind": CONVERSATION, "video": os.path.abspath(session.path), "duration": session.duration, "times": session.times,
+        "weights": os.path.abspath(cfg.weights), "settings": settings,
+        "turns": [{"question": question, "answer": answer} for question, answer in session.turns]}
+    common.write_atomic(path, lambda f: f.write(json.dumps(conversation).encode() + b"\n"))
+    say(f"wrote {path}")
+
+
+def change(session, name, value):
+    """/set NAME VALUE. Raises UserError, and then everything is as it was."""
+    if name not in SETTINGS:
+        raise UserError(f"/set {name}: can be changed are {', '.join(SETTINGS)}")
+    try:
+        cfg = dataclasses.replace(session.cfg, **{name: type(getattr(session.cfg, name))(value)})
+    except ValueError:
+        kind = "whole number" if isinstance(getattr(session.cfg, name), int) else "number"
+        raise UserError(f"/set {name} {value}: not a {kind}")
+    check_settings(cfg)
+    session.cfg = cfg
+
+
+def show_settings(session):
+    say("\n".join(f"{name} {getattr(session.cfg, name)}" for name in SETTINGS))
+
+
+def show_stats(session):
+    """/stats: what the video and the last answer took."""
+    cost, resident = session.cost, memory.resident(session.device)
+    lines = [f"video: {len(session.video_tokens)} tokens from {len(session.times)} frames"]
+    if cost:
+        lines.append(f"prompt: {cost.cached} tokens known, {cost.new} new")
+    if cost and cost.tokens > 1:
+        rate = (cost.tokens - 1) / max(cost.seconds - cost.first_token, 1e-9)
+        lines.append(f"answer: {cost.tokens} tokens, the first after {cost.first_token:.2f} s, then {rate:.1f} a second")
+    kept = session.kv_cache.length * sum(t[:, :, :1].nbytes for t in (*session.kv_cache.k, *session.kv_cache.v))
+    lines.append(f"memory: {resident / 1e9:.2f} GB, of it {kept / 1e9:.3f} GB KV cache for {session.kv_cache.length} tokens")
+    say("\n".join(lines))
+
+
 def obey(session, line):
     """A line that begins with "/". -> False where it asks to leave. Raises UserError."""
     command, _, rest = line.partition(" ")
-    path = os.path.expanduser(rest.strip())
-    match command, bool(path):
-        case "/quit", False:
+    words, path = rest.split(), os.path.expanduser(rest.strip())
+    match command, len(words):
+        case "/quit", 0:
             return False
-        case "/help", False:
+        case "/help", 0:
             say(HELP)
-        case "/reset", False:
+        case "/reset", 0:
             session.forget()
             say("a new conversation")
-        case "/frames", False:
-            show_frames(session)
-        case "/frames", True:
+        case "/frames", 0:
+            terminal.show_frames(session.frames, session.times)
+        case "/frames", _:
             save_frames(session, path)
-        case "/video", True:
+        case "/video", n if n:
             session.open(path)
             say(session.describe())
+        case "/set", 0:
+            show_settings(session)
+        case "/set", 2:
+            change(session, *words)
+        case "/stats", 0:
+            show_stats(session)
+        case "/save", n if n:
+            save_conversation(session, path)
         case _:
             raise UserError(f"{line}: not a command; /help lists them")
     return True
@@ -283,13 +415,11 @@ def obey(session, line):
 
 def converse(session):
     """Questions and commands from a terminal, until it says to leave. No mistake in a line ends the program."""
-    with contextlib.suppress(ImportError):   # absent on some systems
-        import readline   # noqa: F401  its import alone gives input() a history and keys to edit a line
     while True:
         try:
-            if not sys.stdout.isatty():   # then input() would mix its prompt with the answers
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = input("> " if sys.stdout.isatty() else "").strip()
+            line = question = terminal.read_line("> ")
+            if line.startswith(terminal.QUOTES):
+                question = terminal.rest_of(line)
         except EOFError:
             return say("")
         except KeyboardInterrupt:
@@ -299,8 +429,8 @@ def converse(session):
             if line.startswith("/"):
                 if not obey(session, line):
                     return
-            elif line:
-                session.ask(line, put)
+            elif question:
+                session.ask(question, put)
         except KeyboardInterrupt:
             say("(stopped)")
         except UserError as e:
@@ -309,13 +439,16 @@ def converse(session):
 
 # ---------------------------------------------------------------------------------------------------- main
 def main(cfg):
-    for flag, value, known in (("tokens", cfg.tokens, VIDEO_TOKENS), ("system", cfg.system, SYSTEMS)):
-        if value not in known:
-            raise UserError(f"--{flag} {value}: choose one of {', '.join(known)}")
-    if cfg.max_new_tokens < 1 or not 0 <= cfg.seed < 2 ** 63:
-        raise UserError(f"--max_new_tokens {cfg.max_new_tokens}, --seed {cfg.seed}: needed are 1 or more, and 0 to 2^63 - 1")
+    for flag, known in (("tokens", VIDEO_TOKENS), ("system", SYSTEMS), ("dtype", memory.DTYPES), ("quantize", memory.SCHEMES)):
+        if getattr(cfg, flag) not in known:
+            raise UserError(f"--{flag} {getattr(cfg, flag)}: choose one of {', '.join(known)}")
+    check_settings(cfg)
+    if cfg.num_frames is not None:
+        common.at_least(cfg, num_frames=1)
     if cfg.question is not None and not cfg.question.strip():
         raise UserError("--question: it is empty")
+    if cfg.json and cfg.question is None and sys.stdin.isatty():
+        raise UserError("--json: is for -q and for questions on standard input; in a conversation, /save FILE writes JSON")
     sys.stdout.reconfigure(errors="replace")   # an answer may hold characters that a terminal's encoding lacks
     session = Session(cfg)
     say(f"video {session.describe()}; weights {cfg.weights} ({session.kind})")
@@ -324,7 +457,8 @@ def main(cfg):
     sys.stdin.reconfigure(errors="surrogateescape")   # names of files need not be UTF-8
     if sys.stdin.isatty():
         say("Ask about the video; /help lists commands, Ctrl-D leaves.")
-        return converse(session)
+        with terminal.history(terminal.history_file()):
+            return converse(session)
     for line in sys.stdin:
         if line.strip():
             answer_line(session, line.strip())

@@ -364,6 +364,13 @@ def load_clip_model(path):
     return weightfile.load_into(clip, tensors, path).eval()
 
 
+def read_clip_config(path):
+    """The sizes of what load_clip would read, as CLIPConfig. Raises UserError."""
+    config = hf_config(os.path.join(path, "config.json")) if os.path.isdir(path) else from_openai(weightfile.read_file(path), path)[0]
+    check_config(config, path)
+    return config
+
+
 def save_clip(folder, clip, tokenizer, dtype=torch.float16):
     """Writes a Hugging Face CLIP folder: config.json, model.safetensors, merges.txt, vocab.json. Raises UserError."""
     sections = {"vision_config": {"model_type": "clip_vision_model", **HF_FIXED},

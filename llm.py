@@ -449,7 +449,7 @@ def load_llama(folder, quantize=None, *, base=None):
     load_into(model, tensors, folder)
     model.tie()
     if quantize is not None:
-        model = quant.quantized(model, quantize, [file for source in (folder, base) if source for file in quant.weight_files(source)], folder)
+        model = quant.quantized(model, quantize, quant.weight_files(folder, *([base] if base else [])), folder)
     return model, tokenizer, extra
 
 
@@ -467,6 +467,19 @@ def read_llama(folder):
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         raise UserError(f"{folder}: tensors of {', '.join(sorted(map(str, dtypes)))}; needed is one of fp32, bf16, fp16")
     return config, tensors, extra
+
+
+def read_llama_config(folder):
+    """The sizes of what load_llama would read, as LLaMAConfig: nothing is joined, moved or read but headers. Raises UserError."""
+    if not is_meta(folder):
+        return read_llama(folder)[0]
+    path = os.path.join(folder, "params.json")
+    params = read_json(path)
+    parts = read_consolidated(folder, params)
+    sliced = (("tok_embeddings.weight", "model.embed_tokens.weight", 1), ("layers.0.feed_forward.w1.weight", "model.layers.0.mlp.gate_proj.weight", 0))
+    with stated_in(path):
+        return meta_config(path, params, {new: join(folder, name, [part[name].to("meta") for part in parts], dim, params["dim"])
+                                          for name, new, dim in sliced})
 
 
 def check_embedding(source, tensors, name):

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import weightfile
-from clip import MLP, Attention, load_clip_model
+from clip import MLP, Attention, load_clip_model, read_clip_config
 from common import UserError
-from llm import load_llama
+from llm import load_llama, read_llama_config
 
 OUT_NORM, MIDDLE_NORM = 1e4, 1e2   # the gates' fixed multipliers: they turn a tiny learning rate into a quick decision
 
@@ -474,6 +474,19 @@ def start_end_rows(tensors, vocab_size):
     return rows
 
 
+def chat_parts(folder):
+    """-> the paths of what load_chat looks for in a folder of weights. Raises UserError."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder of weights; it needs clip, llava and branch.pth, see README.md")
+    return [os.path.join(folder, name) for name in ("clip", "llava", "branch.pth", "mm_projector.bin", "chat.bin")]
+
+
+def read_sizes(folder):
+    """-> (CLIPConfig, LLaMAConfig) of what load_chat would make of a folder, from headers alone. Raises UserError."""
+    clip, llava, *_ = chat_parts(folder)
+    return read_clip_config(clip), read_llama_config(llava)
+
+
 def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, quantize=None, *, base=None, gates=None):
     """A folder of weights -> (VideoChat, eval mode; what it is, in words). Raises UserError.
 
@@ -485,10 +498,8 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, quantize
                       these, and tuned=False passes it by
     base: the folder of the LLaMA that llava adds to, where llava holds delta weights. gates: see load_branch.
     quantize: a key of quant.SCHEMES for the language model, or None; dtype is that of all else."""
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder of weights; it needs clip, llava and branch.pth, see README.md")
-    llava, branch_file, projector_file, chat_file = (os.path.join(folder, name) for name in ("llava", "branch.pth", "mm_projector.bin", "chat.bin"))
-    clip = load_clip_model(os.path.join(folder, "clip"))
+    clip_path, llava, branch_file, projector_file, chat_file = chat_parts(folder)
+    clip = load_clip_model(clip_path)
     llm, tokenizer, extra = load_llama(llava, quantize, base=base)
     learned, given = (weightfile.read_file(file) if wanted and os.path.exists(file) else {} for file, wanted in ((chat_file, tuned), (projector_file, True)))
     for file, t in ((chat_file, learned), (projector_file, given)):

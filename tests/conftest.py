@@ -3,6 +3,7 @@ import os
 import sys
 
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
 
@@ -10,11 +11,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(1)   # small models: threads would only wait for each other
 
+import chat   # noqa: E402
 import common   # noqa: E402
 import shapes   # noqa: E402
 from clip import CLIP, CLIPConfig, Tokenizer, load_clip, save_clip   # noqa: E402
 from llm import LLaMA, LLaMAConfig, save_llama   # noqa: E402
 from model import Branch, branch_tensors   # noqa: E402
+from small import CORPUS, write_branch, write_clip, write_llava, write_video   # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +47,40 @@ def world(tmp_path_factory):
                str(folder / "tokenizer.model"))
     common.save_checkpoint(folder / "branch.pth", {"state_dict": branch_tensors(Branch.beside(load_clip(str(folder / "clip"))[0], 2), "backbone.")})
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_kept_at_home(tmp_path_factory):
+    """The cache and the history of chat.py, here and in processes that tests start, are in a folder of the tests."""
+    for variable in ("XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        os.environ[variable] = str(tmp_path_factory.mktemp(variable.lower()))
+
+
+# ---------------------------------------------------------------------------------------------------- for chats
+@pytest.fixture(scope="session")
+def tokenizer_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(path).removesuffix(".model"), vocab_size=60, minloglevel=2,
+        model_type="bpe", remove_extra_whitespaces=False, normalization_rule_name="identity")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory, tokenizer_model):
+    """A folder of weights in the layout of the released ones: random, and small."""
+    folder = tmp_path_factory.mktemp("weights")
+    write_clip(folder / "clip")
+    write_llava(folder / "llava", tokenizer_model)
+    write_branch(folder / "branch.pth")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("video") / "bar.mp4")
+
+
+@pytest.fixture
+def session(weights, video):
+    return chat.Session(chat.Config(video, weights=weights, max_new_tokens=12))

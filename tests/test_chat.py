@@ -1,110 +1,28 @@
 """chat.py, driven as people and scripts drive it: on a pseudo-terminal, through pipes, and with all that can be wrong."""
-import fcntl
-import fractions
 import io
 import json
 import os
-import pty
 import re
-import select
 import shutil
-import struct
 import subprocess
 import sys
-import termios
+import threading
+import types
 
-import av
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from PIL import Image
 
 import chat
 import common
+import data
 import shapes
-from clip import CLIP, CLIPConfig, Tokenizer, save_clip
 from common import UserError, save_checkpoint
-from llm import LLaMA, LLaMAConfig, load_tokenizer, save_llama
 from model import Branch, branch_tensors
+from small import write_branch, write_clip, write_llava, write_video
 
-CORPUS = ["USER: which way does the red circle move? ASSISTANT: left, then up.", "what goes right? a blue square."] * 20
 SECONDS = 60   # until a program that says nothing is given up: a guard, not a measurement
-
-
-# ---------------------------------------------------------------------------------------------------- weights and videos
-def write_clip(folder, width=32):
-    torch.manual_seed(0)
-    save_clip(folder, CLIP(CLIPConfig(
-        image_size=32, patch_size=16, vision_width=width, vision_layers=3, vision_heads=2, vision_mlp=64, text_width=16,
-        text_layers=1, text_heads=2, text_mlp=16, vocab_size=514, context_length=8, projection_dim=16)), Tokenizer([]))
-
-
-def write_llava(folder, tokenizer_model, visual=32, context=4096):
-    """A LLaVA of random weights that is never at a loss: it always says something one can see, and never ends."""
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(os.path.dirname(tokenizer_model))
-    llm = LLaMA(LLaMAConfig(vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=2, mlp=48, context_length=context))
-    with torch.no_grad():
-        llm.lm_head.weight.normal_()
-        for token in range(tokenizer.vocab_size):
-            if token < 3 or not tokenizer.decode([token]).strip():
-                llm.lm_head.weight[token] = 0   # others have a logit above 0
-    save_llama(folder, llm, tokenizer_model, {"model.mm_projector.weight": torch.randn(32, visual) / 8,
-                                              "model.mm_projector.bias": torch.zeros(32)})
-
-
-def write_branch(path, width=32):
-    torch.manual_seed(0)
-    save_checkpoint(path, {"state_dict": branch_tensors(Branch(width, 2, 64, 2), "backbone.")})
-
-
-@pytest.fixture(scope="session")
-def tokenizer_model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("words") / "tokenizer.model"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_prefix=str(path).removesuffix(".model"), vocab_size=60, minloglevel=2,
-        model_type="bpe", remove_extra_whitespaces=False, normalization_rule_name="identity")
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory, tokenizer_model):
-    """A folder of weights in the layout of the released ones: random, and small."""
-    folder = tmp_path_factory.mktemp("weights")
-    write_clip(folder / "clip")
-    write_llava(folder / "llava", tokenizer_model)
-    write_branch(folder / "branch.pth")
-    return str(folder)
-
-
-def write_video(path, width=64, height=48, seconds=2, sound_only=False):
-    """A white bar that moves from left to right; or only silence."""
-    with av.open(str(path), "w") as out:
-        if sound_only:
-            stream = out.add_stream("aac", rate=48000)
-            silence = np.zeros((1, 1024), np.float32)
-            frames = [av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono") for _ in range(9)]
-        else:
-            stream = out.add_stream("libx264", rate=10, options={"threads": "1"})
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            pictures = np.zeros((10 * seconds, height, width, 3), np.uint8)
-            for i, picture in enumerate(pictures):
-                picture[:, i * width // len(pictures):][:, :8] = 255
-            frames = [av.VideoFrame.from_ndarray(picture) for picture in pictures]
-        for i, frame in enumerate(frames):
-            if sound_only:
-                frame.rate, frame.pts = 48000, 1024 * i
-            else:
-                frame.pts, frame.time_base = i, fractions.Fraction(1, 10)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def video(tmp_path_factory):
-    return write_video(tmp_path_factory.mktemp("video") / "bar.mp4")
 
 
 @pytest.fixture
@@ -182,11 +100,30 @@ def test_the_answer_depends_on_the_video(weights, video, tmp_path):
 
 def test_white_space_in_an_answer_becomes_one_space(capsys):
     class Talker:
+        cfg, cost = chat.Config(), None
+
         def ask(self, question, show):
             for piece in (" one\n", "\n two\t", "three\u2028four", "\n"):
                 show(piece)
     chat.answer_line(Talker(), "?")
     assert capsys.readouterr().out == "one two three four\n"
+
+
+def test_json_is_one_object_a_question(call, weights, video):
+    options = (video, "--weights", weights, "--max_new_tokens", 9)
+    code, out, _ = call(*options, "--json", stdin="what moves?\nwhich way?\n")
+    first, second = map(json.loads, out.splitlines())
+    assert code == 0 and [first["question"], second["question"]] == ["what moves?", "which way?"]
+    assert first["answer"].split() == call(*options, "-q", "what moves?")[1].split()
+    assert set(first) == {"question", "answer", "seconds_to_first_token", "tokens", "cached", "cut"}
+    assert (first["tokens"], first["cached"], first["cut"]) == (9, 0, "max_new_tokens") and first["seconds_to_first_token"] > 0
+    assert second["cached"] > 0   # the sentence before the question
+
+
+def test_json_is_refused_where_someone_talks(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
+    with pytest.raises(UserError, match="^--json: is for -q and for questions on standard input"):
+        chat.main(chat.Config(json=True))
 
 
 def test_a_question_that_is_not_utf8_is_asked_all_the_same(call, weights, video):
@@ -248,15 +185,16 @@ def test_num_frames_is_8_for_small_pictures_and_100_from_224_pixels_on_unless_it
 
 @pytest.mark.parametrize("flags, words", [
     (["--tokens", "magic"], ["--tokens magic", "branch, mean, st_pool"]), (["--system", "x"], ["--system x", "vicuna_v1"]),
-    (["--num_frames", "0"], ["0 frames"]), (["--max_new_tokens", "0"], ["--max_new_tokens 0"]),
-    (["--seed", "-1"], ["--seed -1"]), (["--temperature", "-1"], ["temperature -1"]), (["-q", " "], ["--question"])])
+    (["--num_frames", "0"], ["--num_frames 0", "at least 1"]), (["--max_new_tokens", "0"], ["--max_new_tokens 0"]),
+    (["--seed", "-1"], ["--seed -1"]), (["--temperature", "-1"], ["--temperature -1"]), (["--dtype", "int3"], ["--dtype int3", "bf16"]),
+    (["--quantize", "int2"], ["--quantize int2", "int8"]), (["-q", " "], ["--question"])])
 def test_a_setting_that_cannot_be_is_refused(call, weights, video, flags, words):
     code, out, err = call(video, "--weights", weights, "-q", "what?", *flags)
     assert refused((code, out, err.splitlines(keepends=True)[-1]), *words)
 
 
 def test_ctrl_c_while_loading_exits_with_130(call, weights, video, monkeypatch):
-    monkeypatch.setattr(chat, "load_chat", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(chat, "load_chat", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert call(video, "--weights", weights, "-q", "what?") == (130, "", "chat.py: interrupted\n")
 
 
@@ -267,11 +205,6 @@ def test_ctrl_c_while_importing_exits_with_130(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- a conversation
-@pytest.fixture
-def session(weights, video):
-    return chat.Session(chat.Config(video, weights=weights, max_new_tokens=12))
-
-
 def test_an_answer_that_is_stopped_stays_in_the_conversation_as_far_as_it_got(session):
     shown = []
 
@@ -385,57 +318,7 @@ def test_large_frames_are_kept_small(weights, tmp_path):
     assert session.frames.shape == (8, 3, 135, 240) and session.frames.dtype == torch.uint8
 
 
-# ---------------------------------------------------------------------------------------------------- frames on a terminal
-def plain(text):
-    """What one reads of text on a terminal: no escape sequences, and of a line that was begun anew only the last version."""
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n")
-    return re.sub(r"[^\n]*\r", "", text)
-
-
-@pytest.mark.parametrize("shape", [(48, 64), (64, 64), (64, 20), (400, 2), (2, 400)], ids=str)
-@pytest.mark.parametrize("columns", [10, 40, 80, 200])
-def test_no_line_of_frames_is_wider_than_the_terminal(columns, shape):
-    frames, times = torch.zeros(7, 3, *shape, dtype=torch.uint8), [0.25 * i for i in range(7)]
-    for colour in (True, False):
-        lines = chat.frame_lines(frames, times, columns, colour)
-        assert max(map(len, map(plain, lines))) <= columns
-        if columns >= 40:
-            assert all(f"{i}: {t:.2f} s" in plain("\n".join(lines)) for i, t in enumerate(times))
-
-
-def test_80_columns_hold_four_pictures_and_40_hold_two():
-    frames = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
-    for columns, across in ((80, 4), (40, 2)):
-        lines = chat.frame_lines(frames, [0.0] * 8, columns, True)
-        assert plain(lines[0]).count("\u2580") == 18 * across and len(lines) == 8 // across * (9 + 1)
-
-
-def test_a_half_block_has_the_upper_pixel_as_its_colour_and_the_lower_as_its_ground():
-    picture = torch.tensor([[[1, 4]], [[2, 5]], [[3, 6]]], dtype=torch.uint8).transpose(1, 2)   # (3, 2, 1)
-    assert chat.half_blocks(picture) == ["\x1b[38;2;1;2;3;48;2;4;5;6m\u2580\x1b[0m"]
-
-
-@pytest.mark.parametrize("variable", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
-def test_without_colour_the_frames_are_only_times(session, monkeypatch, variable, capsys):
-    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
-    chat.show_frames(session)
-    assert "\u2580" in capsys.readouterr().err
-    for name, value in variable.items():
-        monkeypatch.setenv(name, value)
-    chat.show_frames(session)
-    err = capsys.readouterr().err
-    assert "\x1b" not in err and "\u2580" not in err and "7: 1.80 s" in err
-
-
-def test_where_stderr_is_no_terminal_the_frames_are_only_times(session, capsys):
-    chat.show_frames(session)
-    assert "\x1b" not in (err := capsys.readouterr().err) and "0: 0.10 s" in err
-
-
+# ---------------------------------------------------------------------------------------------------- commands
 def test_frames_are_saved_and_replace_a_png_but_nothing_else(session, tmp_path):
     path = tmp_path / "frames.png"
     for _ in range(2):
@@ -452,106 +335,50 @@ def test_frames_are_saved_and_replace_a_png_but_nothing_else(session, tmp_path):
         chat.obey(session, f"/frames {tmp_path}/nowhere/frames.png")
 
 
-# ---------------------------------------------------------------------------------------------------- as a person does
-class Terminal:
-    """chat.py on a pseudo-terminal. `text` is all that came out of it, without escape sequences."""
-    def __init__(self, *arguments, columns):
-        command = [sys.executable, os.path.abspath(chat.__file__), *map(str, arguments)]
-        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
-        environment |= {"TERM": "xterm-256color", "INPUTRC": os.devnull, "PYTHONUTF8": "1", "LC_ALL": "C.UTF-8",
-                        "OMP_NUM_THREADS": "1"}   # small models: threads would only wait for each other
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.execve(sys.executable, command, environment)
-        self.raw = b""
-        self.resize(columns)
-
-    def resize(self, columns):
-        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-
-    @property
-    def text(self):
-        return plain(self.raw.decode(errors="replace"))
-
-    def read(self):
-        """Waits for more. False once the program has gone."""
-        assert select.select([self.fd], [], [], SECONDS)[0], f"nothing more comes after: {self.text[-2000:]}"
-        try:
-            new = os.read(self.fd, 65536)
-        except OSError:   # how Linux says that the other side is closed
-            new = b""
-        self.raw += new
-        return bool(new)
-
-    def until(self, condition):
-        while not condition():
-            assert self.read(), f"ended too early: {self.text[-2000:]}"
-
-    def prompt(self):
-        """-> what has been printed since the last call, once the program waits for a line."""
-        self.until(lambda: self.text.endswith("\n> ") or self.text == "> ")
-        out, self.raw = self.text.removesuffix("> "), b""
-        return out
-
-    def type(self, line):
-        os.write(self.fd, line.encode() + b"\r")
-
-    def do(self, line):
-        """Types a line -> what it prints until the next prompt, without the echo."""
-        self.type(line)
-        self.until(lambda: "\n" in self.text)   # after a resize the prompt is drawn once more before the echo
-        return self.prompt().split("\n", 1)[1]
-
-    def leave(self, key):
-        os.write(self.fd, key)
-        while self.read():
-            pass
-        status = os.waitpid(self.pid, 0)[1]
-        os.close(self.fd)
-        return os.waitstatus_to_exitcode(status)
+def test_a_conversation_is_saved_as_json_and_replaces_only_such_a_file(session, tmp_path):
+    path = tmp_path / "talk.json"
+    for turns in (1, 2):
+        session.ask("what moves?", silent)
+        assert chat.obey(session, f"/save {path}")
+        saved = json.loads(path.read_text())
+        assert [(turn["question"], turn["answer"]) for turn in saved["turns"]] == session.turns and len(saved["turns"]) == turns
+    assert (saved["video"], saved["times"], saved["settings"]["max_new_tokens"]) == (session.path, session.times, 12)
+    (tmp_path / "thesis.json").write_text('{"title": "On chat"}')
+    (tmp_path / "empty.json").touch()
+    for name in ("thesis.json", "empty.json", ""):
+        with pytest.raises(UserError, match="not a saved conversation"):
+            chat.obey(session, f"/save {tmp_path / name}")
+    assert (tmp_path / "thesis.json").read_text() == '{"title": "On chat"}'
 
 
-def test_a_conversation_on_a_terminal(weights, video, tmp_path):
-    other, bad = write_video(tmp_path / "other.mp4", 48, 64, 1), tmp_path / "bad.mp4"
-    bad.write_text("not a video")
-    terminal = Terminal(video, "--weights", weights, "--max_new_tokens", 1000, columns=80)
-    welcome = terminal.prompt()
-    assert video in welcome and weights in welcome and "/help" in welcome
+def test_set_changes_the_next_answer(session):
+    assert chat.obey(session, "/set max_new_tokens 3")
+    session.ask("what?", silent)
+    assert session.cost.tokens == 3 and session.cost.cut == "max_new_tokens"
 
-    terminal.type("what moves?")   # and does not want to hear all of it
-    terminal.until(lambda: len(terminal.text) > len("what moves?\n") + 3)
-    os.write(terminal.fd, b"\x03")
-    stopped = terminal.prompt()
-    assert stopped.endswith("\n(stopped)\n") and "cut after" not in stopped
-    for question in ("which way?", "and then?"):
-        answer = terminal.do(question)
-        assert answer.endswith("\n(cut after 1000 tokens, see --max_new_tokens)\n") and len(answer) > 1000
 
-    assert all(command in terminal.do("/help") for command in ("/frames", "/video", "/reset", "/quit", "Ctrl-C"))
-    wide = terminal.do("/frames")
-    terminal.resize(40)
-    narrow = terminal.do("/frames")
-    times = [(str(i), f"{int(2.5 * i + 1.25) / 10:.2f}") for i in range(8)]   # the middles of 8 stretches, at 10 frames a second
-    for columns, pictures in ((80, wide), (40, narrow)):
-        lines = pictures.split("\n")
-        assert "\u2580" in lines[0] and columns // 2 < max(map(len, lines)) <= columns
-        assert re.findall(r"(\d): (\d\.\d\d) s", pictures) == times
-    assert terminal.do(f"/frames {tmp_path}/frames.png") == f"wrote {tmp_path}/frames.png\n"
-    assert Image.open(tmp_path / "frames.png").format == "PNG"
+@pytest.mark.parametrize("words, complaint", [
+    ("temperature hot", "not a number"), ("seed 1.5", "not a whole number"), ("temperature nan", "0 or more"), ("top_p 0", "more than 0"),
+    ("max_new_tokens 0", "1 or more"), ("seed -1", "0 to 2"), ("weights other", "can be changed are temperature, top_p")])
+def test_a_setting_that_cannot_be_is_refused_and_changes_nothing(session, words, complaint):
+    before = session.cfg
+    with pytest.raises(UserError, match=complaint):
+        chat.obey(session, f"/set {words}")
+    assert session.cfg == before
 
-    for path in (bad, tmp_path / "nowhere.mp4", tmp_path):
-        complaint = terminal.do(f"/video {path}")
-        assert str(path) in complaint.replace("\n", "") and complaint.count("\n") == 1
-    assert terminal.do("/frames") == narrow   # still those of the old video
-    assert other in terminal.do(f"/video {other}")
-    assert terminal.do("/frames") != narrow
 
-    assert terminal.do("/reset") == "a new conversation\n"
-    assert terminal.do("/dance") == "/dance: not a command; /help lists them\n"
-    assert terminal.do("") == ""
-    os.write(terminal.fd, b"\x03")
-    assert "Ctrl-D or /quit leaves" in terminal.prompt()
-    assert terminal.leave(b"\x04") == 0
+def test_stats_before_a_question_tell_of_the_video_alone(session, capsys):
+    chat.obey(session, "/stats")
+    assert re.fullmatch(r"video: 5 tokens from 8 frames\nmemory: .* GB, of it 0.000 GB KV cache for 0 tokens\n", capsys.readouterr().err)
+
+
+def test_stats_count_a_stopped_answer_too(session, capsys):
+    def stop(piece):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        session.ask("what?", stop)
+    chat.obey(session, "/stats")
+    assert "prompt: 0 tokens known" in capsys.readouterr().err
 
 
 def test_quit_leaves(session):
@@ -622,6 +449,36 @@ def test_a_bad_video_is_reported_before_weights_are_read(call, tmp_path):
     assert refused(call(tmp_path / "missing.mp4", "--weights", tmp_path / "none", "-q", "what?"), "missing.mp4")
 
 
+def test_a_video_is_probed_once(weights, tmp_path, monkeypatch):
+    probed, probe = [], data.probe
+    monkeypatch.setattr(data, "probe", lambda path: probed.append(path) or probe(path))
+    chat.Session(chat.Config(path := write_video(tmp_path / "new.mp4"), weights=weights))
+    assert probed == [path]
+
+
+def test_a_video_is_decoded_while_weights_are_read(weights, tmp_path, monkeypatch):
+    """Reading weights waits here until the video is decoded: one after the other, neither would end."""
+    decoded, sample_frames, load_chat = threading.Event(), data.sample_frames, chat.load_chat
+    monkeypatch.setattr(data, "sample_frames", lambda *given, **more: [sample_frames(*given, **more), decoded.set()][0])
+    monkeypatch.setattr(chat, "load_chat", lambda *given, **more: load_chat(*given, **more) if decoded.wait(SECONDS) else None)
+    chat.Session(chat.Config(write_video(tmp_path / "new.mp4"), weights=weights))
+
+
+def test_who_leaves_while_a_video_is_decoded_does_not_wait_for_its_end(tmp_path, monkeypatch):
+    begun, decoded, before = threading.Event(), [], threading.active_count()
+
+    def endless(path, num_frames, mode, keep):
+        while True:
+            decoded.append(keep(torch.zeros(3, 4, 4, dtype=torch.uint8)))
+            begun.set()
+    monkeypatch.setattr(data, "sample_frames", endless)
+    with pytest.raises(KeyboardInterrupt):
+        with chat.decoding("video.mp4", 8, 4):
+            begun.wait(SECONDS)
+            raise KeyboardInterrupt
+    assert decoded and threading.active_count() == before
+
+
 # ---------------------------------------------------------------------------------------------------- bad weights
 class Bomb:
     """What a pickle of it does on loading is to create a file."""
@@ -670,7 +527,10 @@ def test_bad_weights_are_one_line_and_exit_code_2(call, weights, video, tokenize
     folder = shutil.copytree(weights, tmp_path / "w")
     make(folder, tokenizer_model)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert refused(call(video, "--weights", folder, "-q", "what?"), folder, *words)
+    code, out, err = call(video, "--weights", folder, "-q", "what?")
+    line, *table = err.splitlines(keepends=True)
+    assert refused((code, out, line), folder, *words)
+    assert all(row.startswith("  ") for row in table) and bool(table) == ("does not fit" in line)   # what of it does not
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}   # also: no file `it-ran`
 
 

@@ -1,0 +1,105 @@
+"""What the model saw of a video, kept on disk: a second chat about it neither decodes the video nor runs CLIP.
+
+An entry is one safetensors file: the video tokens, the times of the frames, small pictures of them. Its name is a hash of all
+that the tokens follow from: which file (path, size, time of change), how it was looked at, and by which weights. So nothing has
+to be thrown away when something changes; it is just not found again, and the oldest entries make room for new ones.
+"""
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import re
+import zlib
+
+import torch
+
+from common import UserError
+from weightfile import read_file, read_metadata, write_safetensors
+
+FORMAT = 1                                                      # of an entry; another one is another name
+MAX_ENTRIES, MAX_BYTES = 256, 1 << 30                           # 100 frames with the tokens of a 7B take about 12 MB
+NAME = re.compile(r"[0-9a-f]{32}\.safetensors(\.\d+\.tmp)?")    # an entry, or what write_atomic leaves where it is killed
+
+
+@dataclasses.dataclass
+class Seen:
+    """What the model saw of a video, and what it will remember of it."""
+    duration: float              # seconds
+    times: list                  # T floats: seconds at which the frames appear
+    frames: torch.Tensor         # (T, 3, h, w) uint8, at most data.THUMBNAIL wide
+    video_tokens: torch.Tensor   # (K, D_llm)
+
+
+def default_folder():
+    """$XDG_CACHE_HOME/nanobt, or ~/.cache/nanobt where that is not set to an absolute path, as its specification says."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "nanobt")
+
+
+def fingerprint(weights):
+    """Name, size and time of change of every file in a folder of weights and in its folders: two levels are all there is.
+
+    But for quantised copies, which appear later and follow from the others."""
+    names = [name for pattern in ("*", "*/*") for name in glob.glob(pattern, root_dir=weights)
+             if os.path.isfile(os.path.join(weights, name)) and not os.path.basename(name).startswith("quantised_")]
+    return [(name, status.st_size, status.st_mtime_ns) for name in sorted(names) for status in [os.stat(os.path.join(weights, name))]]
+
+
+def entry(folder, video, how, weights):
+    """-> the path of the entry for a video that is looked at in some way (`how`, whatever JSON can hold) by a folder of weights.
+
+    None where there is no such video: whoever opens it says what is wrong."""
+    try:
+        status = os.stat(video)
+    except (OSError, ValueError):
+        return None
+    key = json.dumps([FORMAT, os.path.realpath(video), status.st_size, status.st_mtime_ns, how, os.path.realpath(weights), fingerprint(weights)])
+    return os.path.join(folder, hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32] + ".safetensors")
+
+
+def checksum(tensors):
+    """CRC-32 of the numbers: a file can be damaged without being cut."""
+    crc = 0
+    for t in tensors:
+        crc = zlib.crc32(t.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
+    return str(crc)
+
+
+def recall(path):
+    """-> Seen, mapped from an entry; None where there is none. Raises UserError for one that is damaged."""
+    if not os.path.exists(path):
+        return None
+    tensors, metadata = read_file(path), read_metadata(path)
+    if metadata.get("crc32") != checksum(tensors.values()) or not {"times", "frames", "video_tokens"} <= tensors.keys():
+        raise UserError(f"{path}: this entry of the cache is damaged")
+    with contextlib.suppress(OSError):   # a folder that is read-only, or another process that has just removed it
+        os.utime(path)                   # used now: others are older
+    return Seen(float(metadata["duration"]), tensors["times"].tolist(), tensors["frames"], tensors["video_tokens"])
+
+
+def keep(path, seen):
+    """Seen -> an entry, atomically; the oldest go where there are too many. Raises UserError where the folder cannot be written."""
+    folder = os.path.dirname(path)
+    tensors = {"times": torch.tensor(seen.times, dtype=torch.float64), "frames": seen.frames, "video_tokens": seen.video_tokens.cpu()}
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)   # pictures of videos are nobody else's business
+        write_safetensors(path, tensors, {"duration": repr(seen.duration), "crc32": checksum(tensors.values())})
+        prune(folder)
+    except OSError as e:
+        raise UserError(f"{e.filename or folder}: {e.strerror}")
+
+
+def prune(folder):
+    """Removes the oldest entries beyond MAX_ENTRIES or MAX_BYTES. Other files are left alone, and so is the newest entry."""
+    entries, total = [], 0
+    for file in os.scandir(folder):
+        if NAME.fullmatch(file.name):
+            with contextlib.suppress(FileNotFoundError):   # another process does the same
+                entries.append((file.stat().st_mtime_ns, file.stat().st_size, file.path))
+    for i, (_, size, path) in enumerate(sorted(entries, reverse=True)):
+        total += size
+        if i and (i >= MAX_ENTRIES or total > MAX_BYTES):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)

@@ -1,0 +1,118 @@
+"""What a chat needs of memory, what this machine has, and what would fit: known before gigabytes are read."""
+import os
+
+import torch
+
+from common import UserError
+from quant import memory_need
+
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCHEMES = {"auto": None, "none": None, "int8": "int8", "int4": "int4"}
+LARGE = 1e9   # parameters of a LLaMA; from there on, what it reads for every token decides how fast it is
+GROUPS = "/sys/fs/cgroup"
+
+
+def choose(dtype, quantize, device, llama):
+    """--dtype, --quantize and a LLaMAConfig -> (torch.dtype, scheme or None).
+
+    auto: a GPU has units for fp16, and room. On a CPU a token costs the time in which the weights are read, so a large LLaMA
+    is read as int8, and the rest of such a model is bf16; a small one is quickest in fp32, which CPUs compute in anyway."""
+    large = memory_need(llama, None, torch.bfloat16)["weights"] > 2 * LARGE
+    if dtype == "auto":
+        dtype = "fp16" if device.type == "cuda" else "bf16" if large else "fp32"
+    if quantize == "auto":
+        quantize = "int8" if large and device.type == "cpu" else "none"
+    return DTYPES[dtype], SCHEMES[quantize]
+
+
+def needs(clip, llama, num_frames, context, dtype, added, scheme):
+    """{part: bytes} of a CLIPConfig and a LLaMAConfig; the last part is rough. added: the LLaMA is a delta on a base, and is summed
+    up in memory before it is quantised."""
+    language, c = memory_need(llama, scheme, dtype, context), clip
+    need = {"LLaMA": language["weights"], "KV cache": language["kv_cache"]}
+    if added and scheme:
+        need["base and delta"] = memory_need(llama, None, dtype)["weights"]
+    # attention has four square matrices, an MLP two
+    weights = (c.vision_layers * (4 * c.vision_width ** 2 + 2 * c.vision_width * c.vision_mlp)
+               + c.text_layers * (4 * c.text_width ** 2 + 2 * c.text_width * c.text_mlp) + c.vocab_size * c.text_width)
+    # the most at once: a layer's MLP holds about three times its hidden width for every patch of every frame, the branch's
+    # inputs and the stream of the layer six times the width
+    patches = min(num_frames, 128) * ((c.image_size // c.patch_size) ** 2 + 1)
+    need["CLIP and the video"] = (weights + patches * (3 * c.vision_mlp + 6 * c.vision_width)) * dtype.itemsize
+    return need
+
+
+def check(folder, need, scheme, device):
+    """-> True where need(scheme), {part: bytes}, is there; False where the system does not say what it has. Raises UserError with
+    the schemes that would fit.
+
+    A KV cache takes memory on a CPU only as a conversation grows; it is counted as full, so that none ends in the middle."""
+    free, total = available(device), {s: sum(need(s).values()) for s in (scheme, "int8", "int4")}
+    if free is None:
+        return False
+    if total[scheme] > free:
+        parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in need(scheme).items())
+        fits = " and ".join(f"--quantize {s} needs {gigabytes(size)}" for s, size in total.items() if size <= free)
+        raise UserError(f"{folder}: needs {gigabytes(total[scheme])} of memory ({parts}), and {gigabytes(free)} can be had; "
+                        + (fits or "no quantisation would fit; take a smaller model or another machine"))
+    return True
+
+
+def gigabytes(size):
+    return f"{size / 1e9:.1f} GB"
+
+
+# ---------------------------------------------------------------------------------------------------- what there is
+def available(device):
+    """Bytes that this process could still take without anything being swapped out; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        free = next(int(line.split()[1]) * 1024 for line in read("/proc/meminfo").splitlines() if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):   # not Linux: at least not more than there is
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):
+            return None
+    groups = read("/proc/self/cgroup") if os.path.exists("/proc/self/cgroup") else ""
+    return min([free, *room_in_groups(groups.splitlines(), GROUPS)])
+
+
+def room_in_groups(lines, root):
+    """Bytes left under each memory limit of the control groups around a process: containers have one.
+
+    lines: of /proc/self/cgroup, `number:controllers:path`, without controllers in version 2. What files hold in memory counts
+    against a limit but makes room when it is needed."""
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            top, names, prefix = root, ("memory.max", "memory.current"), ""
+        elif "memory" in controllers.split(","):
+            top, names, prefix = os.path.join(root, "memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
+        else:
+            continue
+        folder = top + group.rstrip("/")
+        while folder.startswith(top):   # the group, and those around it
+            try:
+                limit, used = (int(read(os.path.join(folder, name))) for name in names)
+                held = dict(line.split() for line in read(os.path.join(folder, "memory.stat")).splitlines())
+                yield limit - used + sum(int(held.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            except (OSError, ValueError):   # not to be seen from inside a container; or "max", which is no limit
+                pass
+            folder = os.path.dirname(folder)
+
+
+def read(path):
+    with open(path) as f:
+        return f.read()
+
+
+def resident(device):
+    """Bytes of memory that this process has: on a GPU those of its tensors, else all pages (where that cannot be seen: the most it had)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(read("/proc/self/statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource   # here: not every system has it
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss   # not Linux; macOS counts bytes
