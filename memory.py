@@ -16,12 +16,15 @@ def choose(dtype, quantize, device, llama):
     """--dtype, --quantize and a LLaMAConfig -> (torch.dtype, scheme or None).
 
     auto: a GPU has units for fp16, and room. On a CPU a token costs the time in which the weights are read, so a large LLaMA
-    is read as int8, and the rest of such a model is bf16; a small one is quickest in fp32, which CPUs compute in anyway."""
+    is read as int8, and the rest of such a model is bf16; a small one is quickest in fp32, which CPUs compute in anyway.
+    Without quantisation, quant's "bf16" is how a CPU multiplies by bf16 weights quickest."""
     large = memory_need(llama, None, torch.bfloat16)["weights"] > 2 * LARGE
     if dtype == "auto":
         dtype = "fp16" if device.type == "cuda" else "bf16" if large else "fp32"
     if quantize == "auto":
         quantize = "int8" if large and device.type == "cpu" else "none"
+    if quantize == "none" and dtype == "bf16" and device.type == "cpu":
+        return DTYPES[dtype], "bf16"
     return DTYPES[dtype], SCHEMES[quantize]
 
 
@@ -30,7 +33,7 @@ def needs(clip, llama, num_frames, context, dtype, added, scheme):
     up in memory before it is quantised."""
     language, c = memory_need(llama, scheme, dtype, context), clip
     need = {"LLaMA": language["weights"], "KV cache": language["kv_cache"]}
-    if added and scheme:
+    if added and scheme in ("int8", "int4"):
         need["base and delta"] = memory_need(llama, None, dtype)["weights"]
     # attention has four square matrices, an MLP two
     weights = (c.vision_layers * (4 * c.vision_width ** 2 + 2 * c.vision_width * c.vision_mlp)

@@ -25,6 +25,7 @@ def test_auto_is_quick_where_it_runs(llama, device, chosen):
 
 def test_what_is_asked_for_is_chosen():
     assert memory.choose("fp32", "none", CPU, SEVEN) == (torch.float32, None)
+    assert memory.choose("bf16", "none", CPU, SEVEN) == (torch.bfloat16, "bf16")   # nothing is rounded
     assert memory.choose("bf16", "int4", GPU, SMALL) == (torch.bfloat16, "int4")
 
 
