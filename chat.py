@@ -187,7 +187,7 @@ class Session:
     def load(self):
         cfg, (clip, llama) = self.cfg, self.sizes
         context = min(llama.context_length, LONGEST)
-        dtype, scheme = memory.choose(cfg.dtype, cfg.quantize, self.device, llama)
+        dtype, scheme, self.precision = memory.choose(cfg.dtype, cfg.quantize, self.device, llama)
         need = functools.partial(memory.needs, clip, llama, self.num_frames, context, dtype, cfg.base is not None)
         if not memory.check(cfg.weights, need, scheme, self.device) and cfg.verbose:
             say("(this system does not say how much memory is free, so whether the weights fit was not checked)")
@@ -451,7 +451,7 @@ def main(cfg):
         raise UserError("--json: is for -q and for questions on standard input; in a conversation, /save FILE writes JSON")
     sys.stdout.reconfigure(errors="replace")   # an answer may hold characters that a terminal's encoding lacks
     session = Session(cfg)
-    say(f"video {session.describe()}; weights {cfg.weights} ({session.kind})")
+    say(f"video {session.describe()}; weights {cfg.weights} ({session.kind}), {session.precision}")
     if cfg.question is not None:
         return answer_line(session, cfg.question)
     sys.stdin.reconfigure(errors="surrogateescape")   # names of files need not be UTF-8

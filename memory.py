@@ -13,7 +13,7 @@ GROUPS = "/sys/fs/cgroup"
 
 
 def choose(dtype, quantize, device, llama):
-    """--dtype, --quantize and a LLaMAConfig -> (torch.dtype, scheme or None).
+    """--dtype, --quantize and a LLaMAConfig -> (torch.dtype, scheme or None, both in words).
 
     auto: a GPU has units for fp16, and room. On a CPU a token costs the time in which the weights are read, so a large LLaMA
     is read as int8, and the rest of such a model is bf16; a small one is quickest in fp32, which CPUs compute in anyway.
@@ -23,25 +23,23 @@ def choose(dtype, quantize, device, llama):
         dtype = "fp16" if device.type == "cuda" else "bf16" if large else "fp32"
     if quantize == "auto":
         quantize = "int8" if large and device.type == "cpu" else "none"
-    if quantize == "none" and dtype == "bf16" and device.type == "cpu":
-        return DTYPES[dtype], "bf16"
-    return DTYPES[dtype], SCHEMES[quantize]
+    quickest = "bf16" if dtype == "bf16" and device.type == "cpu" else None
+    return DTYPES[dtype], SCHEMES[quantize] or quickest, dtype if quantize == "none" else f"{quantize} and {dtype}"
 
 
 def needs(clip, llama, num_frames, context, dtype, added, scheme):
-    """{part: bytes} of a CLIPConfig and a LLaMAConfig; the last part is rough. added: the LLaMA is a delta on a base, and is summed
-    up in memory before it is quantised."""
+    """{part: bytes} of a CLIPConfig and a LLaMAConfig, roughly. added: the LLaMA is a delta on a base, and is summed up in memory
+    before it is quantised."""
     language, c = memory_need(llama, scheme, dtype, context), clip
-    need = {"LLaMA": language["weights"], "KV cache": language["kv_cache"]}
+    need = {"LLaMA": language["weights"]}
     if added and scheme in ("int8", "int4"):
         need["base and delta"] = memory_need(llama, None, dtype)["weights"]
     # attention has four square matrices, an MLP two
-    weights = (c.vision_layers * (4 * c.vision_width ** 2 + 2 * c.vision_width * c.vision_mlp)
-               + c.text_layers * (4 * c.text_width ** 2 + 2 * c.text_width * c.text_mlp) + c.vocab_size * c.text_width)
-    # the most at once: a layer's MLP holds about three times its hidden width for every patch of every frame, the branch's
-    # inputs and the stream of the layer six times the width
+    need["CLIP"] = dtype.itemsize * (c.vision_layers * (4 * c.vision_width ** 2 + 2 * c.vision_width * c.vision_mlp)
+                                     + c.text_layers * (4 * c.text_width ** 2 + 2 * c.text_width * c.text_mlp) + c.vocab_size * c.text_width)
+    # what CLIP and branch hold at once for a patch of a frame: measured, 31 numbers times their width in fp32, 40 in bf16 (24 frames, 768 wide)
     patches = min(num_frames, 128) * ((c.image_size // c.patch_size) ** 2 + 1)
-    need["CLIP and the video"] = (weights + patches * (3 * c.vision_mlp + 6 * c.vision_width)) * dtype.itemsize
+    need["video (later KV cache)"] = max(patches * 36 * c.vision_width * dtype.itemsize, language["kv_cache"])
     return need
 
 
@@ -49,7 +47,8 @@ def check(folder, need, scheme, device):
     """-> True where need(scheme), {part: bytes}, is there; False where the system does not say what it has. Raises UserError with
     the schemes that would fit.
 
-    A KV cache takes memory on a CPU only as a conversation grows; it is counted as full, so that none ends in the middle."""
+    A KV cache takes memory on a CPU only as a conversation grows; it is counted as full, so that none ends in the middle. What a video
+    takes while it is looked at is free again by then."""
     free, total = available(device), {s: sum(need(s).values()) for s in (scheme, "int8", "int4")}
     if free is None:
         return False

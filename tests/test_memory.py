@@ -17,22 +17,25 @@ G = 10 ** 9
 
 
 @pytest.mark.parametrize("llama, device, chosen", [
-    (SMALL, CPU, (torch.float32, None)), (SEVEN, CPU, (torch.bfloat16, "int8")),
-    (SMALL, GPU, (torch.float16, None)), (SEVEN, GPU, (torch.float16, None))], ids=["small", "7B", "small on a GPU", "7B on a GPU"])
+    (SMALL, CPU, (torch.float32, None, "fp32")), (SEVEN, CPU, (torch.bfloat16, "int8", "int8 and bf16")),
+    (SMALL, GPU, (torch.float16, None, "fp16")), (SEVEN, GPU, (torch.float16, None, "fp16"))], ids=["small", "7B", "small on a GPU", "7B on a GPU"])
 def test_auto_is_quick_where_it_runs(llama, device, chosen):
     assert memory.choose("auto", "auto", device, llama) == chosen
 
 
 def test_what_is_asked_for_is_chosen():
-    assert memory.choose("fp32", "none", CPU, SEVEN) == (torch.float32, None)
-    assert memory.choose("bf16", "none", CPU, SEVEN) == (torch.bfloat16, "bf16")   # nothing is rounded
-    assert memory.choose("bf16", "int4", GPU, SMALL) == (torch.bfloat16, "int4")
+    assert memory.choose("fp32", "none", CPU, SEVEN) == (torch.float32, None, "fp32")
+    assert memory.choose("bf16", "none", CPU, SEVEN) == (torch.bfloat16, "bf16", "bf16")   # nothing is rounded
+    assert memory.choose("bf16", "int4", GPU, SMALL) == (torch.bfloat16, "int4", "int4 and bf16")
 
 
 def test_a_7b_needs_what_is_known_of_it():
     need = memory.needs(CLIPConfig(), SEVEN, 100, 2048, torch.bfloat16, False, None)
     assert need["LLaMA"] == pytest.approx(13.5e9, rel=0.01)                         # 6.74e9 parameters
-    assert need["KV cache"] == 2 * 32 * 4096 * 2 * 2048                             # keys and values, layers, width, bytes, tokens
+    assert need["CLIP"] == pytest.approx(0.86e9, rel=0.02)                          # 428e6 parameters
+    few = memory.needs(CLIPConfig(), SEVEN, 8, 2048, torch.bfloat16, False, None)
+    assert few["video (later KV cache)"] == 2 * 32 * 4096 * 2 * 2048              # keys and values, layers, width, bytes, tokens
+    assert need["video (later KV cache)"] == pytest.approx(1.9e9, rel=0.01)       # 100 frames of 257 patches
     quantised = [memory.needs(CLIPConfig(), SEVEN, 100, 2048, torch.bfloat16, False, scheme)["LLaMA"] for scheme in ("int8", "int4")]
     assert 6.5e9 < quantised[0] < 8e9 and 3.3e9 < quantised[1] < 4.5e9
 
@@ -46,7 +49,7 @@ def test_clip_is_counted_as_it_is_within_two_percent():
     config = CLIPConfig()
     with torch.device("meta"):
         parameters = sum(p.numel() for p in CLIP(config).parameters())
-    counted = memory.needs(config, SMALL, 0, 1, torch.float32, False, None)["CLIP and the video"] / 4
+    counted = memory.needs(config, SMALL, 0, 1, torch.float32, False, None)["CLIP"] / 4
     assert counted == pytest.approx(parameters, rel=0.02)
 
 
