@@ -497,7 +497,8 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, quantize
     chat.bin          optional: what chat tuning learned (branch, mm_projector, start and end rows); it counts before all of
                       these, and tuned=False passes it by
     base: the folder of the LLaMA that llava adds to, where llava holds delta weights. gates: see load_branch.
-    quantize: a key of quant.SCHEMES for the language model, or None; dtype is that of all else."""
+    quantize: a key of quant.SCHEMES for the language model, or None; dtype is that of all else, None for what the files have,
+    without a copy."""
     clip_path, llava, branch_file, projector_file, chat_file = chat_parts(folder)
     clip = load_clip_model(clip_path)
     llm, tokenizer, extra = load_llama(llava, quantize, base=base)
@@ -517,7 +518,7 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, quantize
             if rows.shape != chat.start_end.shape:
                 raise UserError(f"{file}: its start and end rows are {tuple(rows.shape)}, this LLaVA needs {tuple(chat.start_end.shape)}")
             chat.start_end.data = rows
-    return chat.to(dtype).eval(), "tuned on video" if learned else "without chat.bin: an image model with the branch plugged in"
+    return chat.to(dtype=dtype).eval(), "tuned on video" if learned else "without chat.bin: an image model with the branch plugged in"
 
 
 def chat_tensors(chat, dtype):

@@ -50,14 +50,21 @@ def read_tensors(path):
     raise UserError(f"{path}: no model.safetensors or pytorch_model.bin (nor an index of shards) in this folder")
 
 
-def read_shards(folder, index):
-    """The files that an index names, which must lie in its own folder -> {name: tensor}. Raises UserError."""
-    shards, tensors = read_json(index).get("weight_map"), {}
+def read_index(index):
+    """What an index of shards says -> {name of a tensor: file, always in its own folder}. Raises UserError."""
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise UserError(f"{index}: its weight_map does not map names to files")
     for shard in sorted(set(shards.values())):
         if re.search(r"[/\\\0]", shard) or shard in ("", ".", ".."):
             raise UserError(f"{index}: names the shard {shown(shard)!r} outside its own folder; do not use this file")
+    return shards
+
+
+def read_shards(folder, index):
+    """The files that an index names -> {name: tensor}. Raises UserError."""
+    shards, tensors = read_index(index), {}
+    for shard in sorted(set(shards.values())):
         part = read_file(os.path.join(folder, shard))
         for name in part:
             if name in tensors or shards.get(name, shard) != shard:

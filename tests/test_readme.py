@@ -15,12 +15,13 @@ import data
 import eval_retrieval
 import pretrain
 import shapes
+import weights
 from common import parse
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = {"chat.py": (chat, chat.FLAGS), "chat_tune.py": (chat_tune, {}), "pretrain.py": (pretrain, {}),
            "eval_retrieval.py": (eval_retrieval, eval_retrieval.FLAGS), "shapes.py": (shapes, dict(positional=["stage"])),
-           "data.py": (data, dict(positional=["video"])), "bench.py": (bench, dict(positional=["stage"])), "ablate.py": (ablate, dict(positional=["stage"]))}
+           "data.py": (data, dict(positional=["video"])), "bench.py": (bench, dict(positional=["stage"])), "ablate.py": (ablate, dict(positional=["stage"])), "weights.py": (weights, weights.FLAGS)}
 
 
 def commands():
