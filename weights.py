@@ -6,8 +6,8 @@
     python weights.py need llava       # memory to chat with it in bf16, int8 and int4
 
 A file appears under its final name when all of it is there and nothing in it is known to be wrong; until then it is NAME.part,
-with NAME.part.json beside it that says what it is a part of. `check` loads the parts as chat.py does, but
-without copying them: less than a second for 13 GB. With --hash it reads every byte. Its exit code is 0 for a complete set, else 2.
+with NAME.part.json beside it that says what it is a part of. `check` loads the parts as chat.py does, but without copying them:
+less than a second for 13 GB. With --hash it reads every byte. Its exit code is 0 for a complete set, else 2.
 """
 import dataclasses
 import hashlib
@@ -52,6 +52,12 @@ class File(NamedTuple):
     size: int | None = None      # bytes
     sha256: str | None = None
     about: float | None = None   # where the exact number is not known: the size as its page rounds it, to three digits
+
+    def words(self):
+        return f"{self.size:,} bytes" if self.size else f"about {self.about:,.0f} bytes"
+
+    def may_have(self, size):
+        return self.size in (None, size) and self.about in (None, float(f"{size:.3g}"))
 
 
 class Release(NamedTuple):
@@ -133,7 +139,7 @@ RELEASED = {
          "pytorch_model-00002-of-00002.bin": File(None, "c0eb94eb3fa578a4c63567f2eca6b0acf6a44a891c257aca0df88ffa891de72e", 3.54e9)},
         chat=(CLIPConfig(image_size=336), LLaMAConfig(vocab_size=32000, context_length=4096), 2)),
     "vicuna": Release(
-        "Vicuna-7B v1.1, a language model alone", "chat, together with an mm_projector.bin that was trained for it", "non-commercial",
+        "Vicuna-7B v1.1, a language model alone", "chat, together with an mm_projector.bin that was trained for it", "unknown; the page of v1.3 says non-commercial",
         *hub("lmsys/vicuna-7b-v1.1", "728928c0e101b2eb4950409dc6e7148919a5e2c9"), "llava/",
         {"config.json": File(582), "tokenizer.model": File(about=500e3), "pytorch_model.bin.index.json": File(about=26.8e3),
          "pytorch_model-00001-of-00002.bin": File(None, "5ed572be140240b212049a3e791271eed8a04c40bc732c91a4da4b1469db23b1", 9.98e9),
@@ -147,9 +153,8 @@ RELEASED = {
 def list_released(cfg):
     for name, r in RELEASED.items():
         print(f"{name}: {r.what}\n    for      {r.purpose}\n    licence  {r.licence}\n    from     {r.page}")
-        for file, (size, sha256, about) in r.files.items():
-            renamed = "" if r.to.endswith("/") else f" -> {r.to}"
-            print(f"    {file}{renamed}  {f'{size:,}' if size else f'about {about:,.0f}'} bytes  sha256 {sha256 or 'unknown'}")
+        for file, facts in r.files.items():
+            print(f"    {file}{'' if r.to.endswith('/') else f' -> {r.to}'}  {facts.words()}  sha256 {facts.sha256 or 'unknown'}")
         for line in (r.note, r.ask):
             if line:
                 print(f"    note     {line}")
@@ -158,13 +163,6 @@ def list_released(cfg):
 def target(release, file):
     """Where a file of a release goes, relative to the folder of weights."""
     return release.to + file if release.to.endswith("/") else release.to
-
-
-def released(name):
-    """A row of the table. Raises UserError."""
-    if name not in RELEASED:
-        raise UserError(f"{name or 'no name'}: not in the list of released weights; choose one of {', '.join(RELEASED)}")
-    return RELEASED[name]
 
 
 # ---------------------------------------------------------------------------------------------------- fetching
@@ -203,7 +201,9 @@ def check_address(address, origin):
 def get(cfg):
     """Fetches the files of one release. What is there and right is left alone."""
     common.at_least(cfg, timeout=0.01, tries=1)
-    release = released(cfg.what)
+    if cfg.what not in RELEASED:
+        raise UserError(f"{cfg.what or 'no name'}: not in the list of released weights; choose one of {', '.join(RELEASED)}")
+    release = RELEASED[cfg.what]
     if release.ask:
         raise UserError(f"{cfg.what}: {release.licence}; {release.ask}. See {release.page}")
     print(f"{cfg.what}: {release.what}; licence: {release.licence}; {release.page}", file=sys.stderr)
@@ -255,8 +255,8 @@ def check_file(path, file, advice):
     if not os.path.isfile(path):
         raise UserError(f"{path}: not a file; {advice}")
     size = size_of(path)
-    if file.size not in (None, size) or file.about not in (None, float(f"{size:.3g}")):
-        raise UserError(f"{path}: {size:,} bytes, but the released file has {f'{file.size:,}' if file.size else f'about {file.about:,.0f}'}; {advice}")
+    if not file.may_have(size):
+        raise UserError(f"{path}: {size:,} bytes, but the released file has {file.words()}; {advice}")
     if file.sha256 and (found := sha256(path)) != file.sha256:
         raise UserError(f"{path}: its sha256 is {found}, but that of the released file is {file.sha256}; {advice}")
 
@@ -318,8 +318,8 @@ def receive(address, part, file, timeout):
     with response:
         start, size = measure(response, have if "Range" in headers else None, note, part)
         size = file.size if size is None else size
-        if file.size not in (None, size):
-            raise UserError(f"{address}: the server has {size:,} bytes, but the released file has {file.size:,}; what is there has changed")
+        if size is not None and not file.may_have(size):
+            raise UserError(f"{address}: the server has {size:,} bytes, but the released file has {file.words()}; what is there has changed")
         etag, linked = response.headers.get("ETag") or "", linked.strip('"').lower()
         note = {"address": address, "size": size, "etag": etag if etag.startswith('"') else None,   # a weak one promises no bytes
                 "sha256": linked if re.fullmatch("[0-9a-f]{64}", linked) else None}

@@ -296,7 +296,7 @@ def test_no_network_is_one_line(get, monkeypatch):
 
 
 def test_another_size_than_the_released_one_is_refused_before_a_byte_is_written(get):
-    with pytest.raises(UserError, match="the server has 3,000,000 bytes, but the released file has 5"):
+    with pytest.raises(UserError, match="the server has 3,000,000 bytes, but the released file has 5 bytes"):
         get(honest(), file=File(5))
     assert names(get.folder) == []
 
@@ -345,9 +345,12 @@ def test_what_is_there_and_right_is_not_fetched_and_what_is_wrong_is_not_touched
         assert (get.folder / "a.bin").read_bytes() == wrong and get.seen == []
 
 
-def test_a_file_of_another_release_is_noticed_by_its_rounded_size(get):
+def test_where_only_a_rounded_size_is_known_that_is_held_against(get):
+    with pytest.raises(UserError, match="the server has 3,000,000 bytes, but the released file has about 2,990,000 bytes"):
+        get(honest(), file=File(about=2.99e6))
+    assert names(get.folder) == []
     get(honest(), file=File(about=3.00e6))
-    with pytest.raises(UserError, match="3,000,000 bytes, but the released file has about 2,990,000; move it away"):
+    with pytest.raises(UserError, match="3,000,000 bytes, but the released file has about 2,990,000 bytes; move it away"):
         get(honest(), file=File(about=2.99e6))
 
 
@@ -388,6 +391,7 @@ def test_the_table_stays_on_https_and_inside_its_folder():
         for file, (size, digest, about) in release.files.items():
             where = os.path.normpath(weights.target(release, file))
             assert release.address.startswith("https://") and not where.startswith((".", "/")) and where.split("/")[0] in weights.ENTRIES
+            assert size or about and about == float(f"{about:.3g}")
             assert digest is None or re.fullmatch("[0-9a-f]{64}", digest)
 
 
