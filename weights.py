@@ -104,10 +104,10 @@ RELEASED = {
         *BT_ADAPTER, "branch.pth",
         {"pretrain_btadapter_weight.pth":
          File(2_000_725_111, "254cf9cb7328f89c973647374c5445d098bb481d51d94b7fb8fb9a25bced77d7")}),
-    "chat": Release(
-        "BT-Adapter's branch as tuned for chat: three layers, no gates", "chat", "Apache-2.0", *BT_ADAPTER, "chat.bin",
+    "branch-chat": Release(
+        "BT-Adapter's branch as tuned for chat: three layers, no gates", "chat, in the place of branch", "Apache-2.0", *BT_ADAPTER, "branch.pth",
         {"sft_btadapter_weight.bin": File(214_451_963, "e544bc6d72f61a8c9537924771378aed84b5604ec40afe29255c93b1ffb48c19")},
-        note="the file that was tuned with it is projector"),
+        note="it was tuned together with projector"),
     "projector": Release(
         "BT-Adapter's projector as tuned for chat", "chat", "Apache-2.0", *BT_ADAPTER, "mm_projector.bin",
         {"sft_mm_projector.bin": File(16_777_216, "c598105aa725ba0f2229b682744809e9cddae3af8b6291054c8e48f373c92dec")},
