@@ -31,7 +31,7 @@ import common
 import data
 from clip import load_clip
 from llm import load_llama, save_llama, tokenizer_path
-from model import IGNORE_INDEX, VIDEO_TOKENS, VideoChat, VideoEncoder, chat_tensors, load_branch, make_projector, part, prompt_ids
+from model import IGNORE_INDEX, VIDEO_TOKENS, VideoChat, VideoEncoder, chat_tensors, load_branch, make_projector, projector_part, prompt_ids
 
 
 @dataclasses.dataclass
@@ -111,7 +111,7 @@ def build(cfg):
     words = llm.model.embed_tokens.weight.shape[0]
     if words - tokenizer.vocab_size not in (0, 3):
         raise common.UserError(f"{cfg.llm}: {words} word embeddings for {tokenizer.vocab_size} tokens; needed are as many, or LLaVA's 3 more")
-    visual, width, projector = clip.config.vision_width, llm.config.width, part(extra, "model.mm_projector.")
+    visual, width, projector = clip.config.vision_width, llm.config.width, projector_part(extra)
     # the first stage starts the projector anew; the others go on with the one that the weights hold
     mm_projector = nn.Linear(visual, width) if cfg.stage == "projector" else make_projector(projector, visual, width, cfg.llm)
     branch = load_branch(cfg.branch, clip, skip_last=1, drop_path=cfg.drop_path) if cfg.tokens == "branch" else None

@@ -322,8 +322,8 @@ def load_branch(path, clip, skip_last=0, drop_path=0.0, *, gates=None):
     if gated and (tuned or gates):
         wanted = {"balance1": torch.zeros(c.vision_width), "balance2": torch.zeros(c.vision_width), **wanted}
     width = tensors.get("btadapter_S_layers.0.layer_norm1.weight", torch.empty(0)).numel()
-    return weightfile.load_into(branch, wanted, path, reason=None if width in (0, c.vision_width) else
-                                f"it looks like a branch for a CLIP {width} wide{' (EVA-CLIP-g)' if width == 1408 else ''}; this one is {c.vision_width}")
+    return weightfile.load_into(branch, wanted, path, reason=None if width in (0, c.vision_width) else (
+        f"it looks like a branch for a CLIP {width} wide{' (EVA-CLIP-g)' if width == 1408 else ''}; this one is {c.vision_width}"))
 
 
 def branch_tensors(branch, prefix, dtype=torch.float32):
@@ -502,7 +502,8 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, quantize
     clip_path, llava, branch_file, projector_file, chat_file = chat_parts(folder)
     clip = load_clip_model(clip_path)
     llm, tokenizer, extra = load_llama(llava, quantize, base=base)
-    learned, given = (weightfile.read_file(file) if wanted and os.path.exists(file) else {} for file, wanted in ((chat_file, tuned), (projector_file, True)))
+    learned = weightfile.read_file(chat_file) if tuned and os.path.exists(chat_file) else {}
+    given = weightfile.read_file(projector_file) if os.path.exists(projector_file) else {}
     for file, t in ((chat_file, learned), (projector_file, given)):
         if t and not projector_part(t):
             raise UserError(f"{file}: holds no mm_projector; {weightfile.likely_reason([], t, [])}")
@@ -510,7 +511,8 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, quantize
         branch_file = chat_file
     branch = load_branch(branch_file, clip, skip_last=1, gates=gates) if tokens == "branch" else None
     source = next((file for file, t in ((chat_file, learned), (projector_file, given)) if projector_part(t)), llava)
-    mm_projector = make_projector(projector_part(learned) or projector_part(given) or projector_part(extra), clip.config.vision_width, llm.config.width, source)
+    projector = projector_part(learned) or projector_part(given) or projector_part(extra)
+    mm_projector = make_projector(projector, clip.config.vision_width, llm.config.width, source)
     chat = VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, tokens).requires_grad_(False)
     for file, t in ((projector_file, given), (chat_file, learned)):   # the later one counts
         rows = start_end_rows(t, tokenizer.vocab_size)

@@ -170,7 +170,8 @@ def without_doubles(pairs):
 
 def whole(numbers, count=None):
     """A list of (`count`) numbers from 0 on, as it is. Raises ValueError for anything else, True and 1.0 included."""
-    if not isinstance(numbers, list) or len(numbers) > 64 or count not in (None, len(numbers)) or not all(type(n) is int and n >= 0 for n in numbers):
+    good = isinstance(numbers, list) and len(numbers) <= 64 and all(type(n) is int and n >= 0 for n in numbers)
+    if not good or count not in (None, len(numbers)):
         raise ValueError(f"whole numbers are needed, not {shown(numbers)}")
     return numbers
 
@@ -412,7 +413,8 @@ def zip_entries(path, buffer):
         name, extra = buffer[name_at:extra_at].decode("utf-8", "replace").split("/", 1)[-1], buffer[extra_at:extra_at + lengths[1]]
         size, packed_size, head = zip64_sizes(extra, size, packed_size, head)
         start = head + 30 + sum(struct.unpack_from("<26xHH", buffer, head))   # behind the name and padding of a header of its own
-        if mark != b"PK\x01\x02" or buffer[head:head + 4] != b"PK\x03\x04" or name in entries or start + packed_size > len(buffer):
+        true_marks = mark == b"PK\x01\x02" and buffer[head:head + 4] == b"PK\x03\x04"
+        if not true_marks or name in entries or start + packed_size > len(buffer):
             raise ValueError(f"the entry {shown(name)!r} is not what its directory says")
         entries[name], at = (start, size, method != 0 or size != packed_size), next_at
         spans.append((start, start + packed_size))
@@ -539,10 +541,12 @@ def load_into(module, tensors, source, optional=(), *, reason=None):
     kinds = {"missing": missing, "unexpected": unexpected, "of another size": shapes, "of another kind of number": numbers}
     if any(kinds.values()):
         counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items() if names)
-        rows = [(kind, shown(k), *(describe(of.get(k), kind) for of in (tensors, wanted))) for kind, names in kinds.items() for k in names[:SHOWN_ROWS]]
+        rows = [(kind, shown(k), describe(tensors.get(k), kind), describe(wanted.get(k), kind))
+                for kind, names in kinds.items() for k in names[:SHOWN_ROWS]]
         hidden = sum(map(len, kinds.values())) - len(rows[:SHOWN_ROWS])
+        head = [("", "name", "in the file", "in the model")]
         raise UserError(f"{source}: does not fit this model: {counts}; {reason or likely_reason(missing, unexpected, shapes)}\n"
-                        + table([("", "name", "in the file", "in the model"), *rows[:SHOWN_ROWS]]) + (f"\n  ... and {hidden:,} more" if hidden else ""))
+                        f"{table(head + rows[:SHOWN_ROWS])}" + (f"\n  ... and {hidden:,} more" if hidden else ""))
     module.load_state_dict({**wanted, **tensors}, assign=True)
     return module
 
