@@ -4,6 +4,9 @@
     python bench.py flat      # 101 frames of a minute, of ten minutes and of an hour   -> a table, docs/frames_flat.png
     python bench.py line      # a chat about 5 seconds, a minute, ten minutes, an hour   -> two tables, docs/chat_flat.png
     python bench.py pretrain  # a step of pretraining at the size of ViT-L/14, with and without masks   -> a table
+    python bench.py load      # how soon ViT-L/14 and a LLaMA-7B are ready, and what memory that takes   -> a table
+    python bench.py chat      # prompts and answers of a 7B, beside transformers and llama.cpp   -> a table
+    python bench.py quality   # what rounding to int8 and int4 costs: a trained tiny LLaVA, CLIP, layers of a 7B   -> a table
 
 decord and OpenCV are used if --peer_python can import them (pip install decord opencv-python-headless), else left out. The
 clips are made at the first start, in a few minutes: 2.7 GB in out/bench, of which the hour takes 1.8.
@@ -22,6 +25,10 @@ product of matrices, in the size and precision of CLIP's first MLP layer, measur
 
 line asks chat.py one question about longer and longer videos, --num_frames of each, and nothing is taken from its cache. Time to the
 first token counts from the end of the imports: weights, video, prompt. The second table is arithmetic.
+
+load and chat take weights of the full size with random numbers, made at the first start: 28 GB in out/bench (the 7B in bf16, int8, int4, and
+as Q4_0 for llama.cpp); `--layers 2` is a quick look. transformers and llama-cpp-python are used if --peer_python can import them. The
+limits are measured in the same run: how fast so many threads read memory, and how fast they multiply 300 rows by a layer of the 7B.
 """
 import dataclasses
 import fractions
@@ -33,6 +40,7 @@ import platform
 import re
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -40,18 +48,25 @@ from typing import Callable
 
 import av
 import numpy as np
+import torch
 from av.video.reformatter import Colorspace
 from PIL import Image
 
+import clip
 import common
+import llm
+import quant
 
 
 @dataclasses.dataclass
 class Config:
-    stage: str                              # what to measure: frames, flat, line or pretrain
-    data: str = "out/bench"                 # where the clips are, or will be
+    stage: str                              # what to measure: frames, flat, line, pretrain, load, chat or quality
+    data: str = "out/bench"                 # where the clips and weights are, or will be
     runs: int = 5                           # measurements of each; the medians are shown
-    peer_python: str = sys.executable       # the interpreter that can import decord and cv2
+    peer_python: str = sys.executable       # the interpreter that can import decord, cv2, transformers and llama_cpp
+    layers: int = 32                        # of the 7B; fewer for a quick look, the work of a layer stays the same
+    prompt: int = 300                       # tokens of a prompt
+    tokens: int = 16                        # tokens of an answer
     picture: str = "docs/frames_flat.png"   # what flat draws
     weights: str = "weights/tiny"           # of line: a folder for chat.py
     num_frames: int = 101                   # of line: frames of each video
@@ -305,6 +320,20 @@ def launch(cfg, contestant, path, case, save=""):
     return Usage(process, after[0] - before[0], after[2] - before[2], peak / MEGABYTE, (peak - before[1]) / MEGABYTE)
 
 
+def call(python, what, *functions, arguments):
+    """Runs the last of `functions` in a process of its own, to which their texts are sent -> what it returns, through JSON, and its peak MB.
+
+    `what` it is, in words, for the error."""
+    program = "\n".join(["import json, sys", *map(inspect.getsource, functions), f"print(json.dumps({functions[-1].__name__}(*json.loads(sys.argv[1]))))"])
+    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, shutil.which(python), "-c", program, json.dumps(arguments)],
+                          capture_output=True, text=True, cwd=HERE)
+    *printed, last = done.stdout.splitlines()
+    code, _, peak = json.loads(last)
+    if code:
+        raise common.UserError(f"{what} failed: {(done.stderr.splitlines() or [f'exit code {code}'])[-1]}")
+    return json.loads(printed[-1]), peak / MEGABYTE
+
+
 def present(cfg, cases):
     """Says on standard output who takes part -> the names of the contestants that are installed."""
     common.at_least(cfg, runs=1)
@@ -482,20 +511,14 @@ def trunk_flops(frames=16, layers=24, tokens=257, width=1024):
 def pretrain(cfg):
     """A step with the tube mask and without, for each precision."""
     present(cfg, [])
-    program = "import json, sys\n" + inspect.getsource(training_steps) + "\nprint(json.dumps(training_steps(*json.loads(sys.argv[1]))))"
     cases = {(precision, ratio, checkpointed): [] for precision in ("fp32", "bf16") for ratio, checkpointed in ((0.7, False), (0.0, False), (0.7, True))}
     for run in range(cfg.runs):
         for case in cases:
             say(f"{case}, {run + 1} of {cfg.runs}")
-            done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, sys.executable, "-c", program, json.dumps([*case, 3])],
-                                  capture_output=True, text=True, cwd=HERE)
-            *printed, last = done.stdout.splitlines()
-            if json.loads(last)[0]:
-                raise common.UserError(f"a step of {case} failed: {(done.stderr.splitlines() or ['no reason given'])[-1]}")
-            steps, limit = json.loads(printed[-1])
+            (steps, limit), peak = call(sys.executable, f"a step of {case}", training_steps, arguments=[*case, 3])
             for parts in steps:
                 wall, cpu = zip(*parts)
-                cases[case].append([sum(wall), sum(cpu), *wall, trunk_flops() / wall[0] / 1e9, limit / 1e9, json.loads(last)[2] / MEGABYTE])
+                cases[case].append([sum(wall), sum(cpu), *wall, trunk_flops() / wall[0] / 1e9, limit / 1e9, peak])
     medians = {case: [statistics.median(column) for column in zip(*rows)] for case, rows in cases.items()}
     print("| precision | mask | branch checkpointed | s a step | CPU s | s in frozen CLIP | s in the branch | s in AdamW | to no mask | CLIP, GFLOP/s "
           "| matrix product, GFLOP/s | CLIP / product | peak MB |\n|" + "---|" * 13)
@@ -504,7 +527,390 @@ def pretrain(cfg):
               f"{wall / medians[precision, 0.0, False][0]:.2f} | {speed:.0f} | {limit:.0f} | {speed / limit:.2f} | {peak:.0f} |")
 
 
-STAGES = {"frames": frames, "flat": flat, "line": line, "pretrain": pretrain}
+# ---------------------------------------------------------------------------------------------------- weights of the full size
+def random_tensors(shapes, dtype):
+    """{name: shape} -> {name: tensor}: parts of one block of random numbers, so that 13 GB are made in the time of writing them."""
+    room = 1 << 20   # each begins somewhere else: gate and up must not be the same matrix
+    block = torch.randn(max(shape.numel() for shape in shapes.values()) + room, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    starts = {name: i * 7_919 % room for i, name in enumerate(shapes)}
+    parts = {name: block[starts[name]:starts[name] + shape.numel()].view(shape) for name, shape in shapes.items()}
+    return {name: t + 1 if "norm" in name or "ln_" in name else t for name, t in parts.items()}
+
+
+def make_llama(cfg, config):
+    """A Hugging Face folder of a LLaMA in bf16, with the tokenizer of the tiny one -> its path."""
+    folder = os.path.abspath(os.path.join(cfg.data, f"llama_{config.layers}_layers_of_{config.width}"))
+    if not os.path.exists(os.path.join(folder, "config.json")):   # the last file that save_llama writes
+        say(f"making {folder}")
+        with torch.device("meta"):
+            model = llm.LLaMA(config)
+        model.load_state_dict(random_tensors({name: t.shape for name, t in model.state_dict().items()}, torch.bfloat16), assign=True)
+        llm.save_llama(folder, model, os.path.join(HERE, "weights", "tiny", "llava", "tokenizer.model"), dtype=torch.bfloat16)
+    return folder
+
+
+def make_openai_clip(cfg, config):
+    """A CLIP in fp16 as OpenAI released it, nested modules in a TorchScript archive -> its path."""
+    path = os.path.abspath(os.path.join(cfg.data, f"clip_{config.vision_layers}_layers_of_{config.vision_width}.pt"))
+    if not os.path.exists(path):
+        say(f"making {path}")
+        theirs = {ours: name for name, ours in clip.OPENAI.items()}
+
+        def renamed(name):
+            if layer := re.fullmatch(r"(.*\.layers)\.(\d+)\.(.*)", name):
+                return f"{theirs[layer[1]]}.{layer[2]}.{renamed(layer[3])}"
+            part, _, kind = name.rpartition(".")
+            return theirs[name] if name in theirs else f"attn.in_proj_{kind}" if part.endswith("q_proj") else f"{theirs[part]}.{kind}"
+        with torch.device("meta"):
+            towers = clip.CLIP(config)
+        shapes = {}
+        for name, t in towers.state_dict().items():
+            if not re.search(r"\.[kv]_proj\.", name):   # they are in one tensor with q
+                rows = 3 if ".q_proj." in name else 1
+                shapes[renamed(name)] = t.T.shape if name.endswith("_projection.weight") else torch.Size([rows * n if i == 0 else n for i, n in enumerate(t.shape)])
+        root = torch.nn.Module()
+        for name, t in random_tensors(shapes, torch.float16).items():
+            module, (*parents, leaf) = root, name.split(".")
+            for parent in parents:
+                if parent not in module._modules:
+                    module.add_module(parent, torch.nn.Module())
+                module = module._modules[parent]
+            module.register_parameter(leaf, torch.nn.Parameter(t, requires_grad=False))
+        common.make_folder(cfg.data)
+        common.write_atomic(path, lambda f: torch.jit.save(torch.jit.script(root), f))
+    return path
+
+
+def make_gguf(cfg, config):
+    """The same shapes for llama.cpp, all matrices in Q4_0: 32 weights share an fp16 scale, 18 bytes. -> its path.
+
+    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: magic, version, counts; settings; names, shapes and places; then the tensors."""
+    path, D = os.path.abspath(os.path.join(cfg.data, f"llama_{config.layers}_layers_of_{config.width}.gguf")), config.width
+    if os.path.exists(path):
+        return path
+    say(f"making {path}")
+
+    def text(string):
+        return struct.pack("<Q", len(string.encode())) + string.encode()
+
+    def number(name, value, kind="I"):
+        return text(name) + struct.pack("<I" + kind, {"I": 4, "f": 6}[kind], value)
+
+    def array(name, kind, items):
+        return text(name) + struct.pack("<IIQ", 9, kind, len(items)) + b"".join(items)
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *(f"w{i}" for i in range(config.vocab_size - 259))][:config.vocab_size]
+    kinds = [2, 3, 3] + 256 * [6] + (len(words) - 259) * [1]   # unknown, control, bytes, words
+    settings = [text("general.architecture") + struct.pack("<I", 8) + text("llama"), number("general.file_type", 2),
+                number("llama.context_length", config.context_length), number("llama.embedding_length", D), number("llama.block_count", config.layers),
+                number("llama.feed_forward_length", config.mlp), number("llama.attention.head_count", config.heads),
+                number("llama.attention.head_count_kv", config.kv_heads), number("llama.rope.dimension_count", config.head_dim),
+                number("llama.attention.layer_norm_rms_epsilon", config.norm_eps, "f"), number("llama.vocab_size", config.vocab_size),
+                text("tokenizer.ggml.model") + struct.pack("<I", 8) + text("llama"), array("tokenizer.ggml.tokens", 8, [text(w) for w in words]),
+                array("tokenizer.ggml.scores", 6, [struct.pack("<f", -i) for i in range(len(words))]),
+                array("tokenizer.ggml.token_type", 5, [struct.pack("<i", kind) for kind in kinds[:len(words)]]),
+                number("tokenizer.ggml.bos_token_id", 1), number("tokenizer.ggml.eos_token_id", 2)]
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    shapes = {"token_embd": (config.vocab_size, D)}
+    for i in range(config.layers):
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in {
+            "attn_norm": (D,), "attn_q": (q, D), "attn_k": (kv, D), "attn_v": (kv, D), "attn_output": (D, q), "ffn_norm": (D,),
+            "ffn_gate": (config.mlp, D), "ffn_up": (config.mlp, D), "ffn_down": (D, config.mlp)}.items()}
+    shapes |= {"output_norm": (D,), "output": (config.vocab_size, D)}
+    header, sizes = b"", []
+    for name, shape in shapes.items():
+        matrix = len(shape) == 2
+        header += text(name + ".weight") + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *reversed(shape))
+        header += struct.pack("<IQ", 2 if matrix else 0, sum(sizes))   # Q4_0, fp32
+        sizes.append(-(-(math.prod(shape) // 32 * 18 if matrix else 4 * D) // 32) * 32)   # each tensor begins at a multiple of 32 bytes
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(settings)) + b"".join(settings) + header
+    blocks = np.random.default_rng(0).integers(0, 256, (max(sizes) // 18 + 1, 18), np.uint8)
+    blocks[:, :2] = np.frombuffer(np.float16(0.004).tobytes(), np.uint8)   # 0.004 * (-8 .. 7): numbers of about 0.02
+
+    def write(f):
+        f.write(header + b"\0" * (-len(header) % 32))
+        for shape, size in zip(shapes.values(), sizes):
+            f.write((blocks.ravel() if len(shape) == 2 else np.ones(size // 4, np.float32).view(np.uint8))[:size].data)
+    common.make_folder(cfg.data)
+    common.write_atomic(path, write)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+def loading(kind, path, scheme):   # sent to a process of its own, too
+    import time
+
+    import torch
+
+    import clip
+    import llm
+
+    def memory():   # MB that are this process's alone, and MB of them that are no file's
+        with open("/proc/self/smaps_rollup") as f:
+            rows = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in f if line.endswith("kB\n")}
+        return rows["Private_Clean"] + rows["Private_Dirty"], rows["Anonymous"]
+    before, began = memory(), time.perf_counter()
+    model = clip.load_clip(path)[0] if kind == "clip" else llm.load_llama(path, scheme)[0]
+    ready, after = time.perf_counter() - began, memory()
+    with torch.inference_mode():
+        if kind == "llama":
+            model(torch.ones(1, 1, dtype=torch.long))
+    return [ready, after[0] - before[0], after[1] - before[1], time.perf_counter() - began]
+
+
+def load(cfg, config=None, clip_config=None):
+    """Time and memory from a file to a model that could begin, after one round that is not counted: it writes the quantised files."""
+    if sys.platform != "linux":
+        raise common.UserError("load: reads a process's memory from /proc, which only Linux has")
+    present(cfg, [])
+    config, clip_config = config or llm.LLaMAConfig(layers=cfg.layers), clip_config or clip.CLIPConfig()
+    archive, folder = make_openai_clip(cfg, clip_config), make_llama(cfg, config)
+    cases = {"CLIP, OpenAI's archive": ("clip", archive, None), **{f"LLaMA, {scheme or 'as in the file'}": ("llama", folder, scheme)
+                                                                  for scheme in (None, *quant.SCHEMES)}}
+    rows = {name: [] for name in cases}
+    for run in range(cfg.runs + 1):
+        for name, arguments in cases.items():
+            measured, _ = call(sys.executable, f"loading {name}", loading, arguments=arguments)
+            say(f"{name}: ready in {measured[0]:.3f} s" + (", not counted" if run == 0 else f", {run} of {cfg.runs}"))
+            rows[name] += [measured] if run else []
+    print("| what | MB of the file | s until ready | private MB | of it no file's | s until first logits |\n" + "|---" * 6 + "|")
+    for name, (kind, path, scheme) in cases.items():
+        file = path if kind == "clip" else os.path.join(path, f"quantised_{scheme}.safetensors" if scheme in ("int8", "int4") else "model.safetensors")
+        ready, private, own, first = (statistics.median(column) for column in zip(*rows[name]))
+        print(f"| {name} | {os.path.getsize(file) / 2 ** 20:.0f} | {ready:.3f} | {private:.1f} | {own:.1f} | {f'{first:.2f}' if kind == 'llama' else ''} |")
+
+
+# ---------------------------------------------------------------------------------------------------- chat
+# Each contestant gives `rounds` a function step(start, n): forget all but `start` tokens, take in n more, be ready to choose the next.
+def rounds(step, prompt, tokens):
+    import statistics
+    import time
+
+    def timed(start, n):
+        began = time.perf_counter()
+        step(start, n)
+        return time.perf_counter() - began
+    timed(0, 1), timed(1, 1)   # touches all weights once: what is measured is a chat that is under way
+    result = {"prefill": timed(0, prompt), "token": statistics.median(timed(prompt + i, 1) for i in range(tokens))}
+    second, alone = (statistics.median(timed(start, 20) for _ in range(3)) for start in (prompt + tokens, 0))
+    result["turn"] = second / alone   # a second question of 20 tokens, to the same without what came before
+    with open("/proc/self/status") as f:
+        result["resident"] = next(int(line.split()[1]) / 1024 for line in f if line.startswith("VmRSS"))   # MB
+    return result
+
+
+def ours_chat(path, scheme, threads, prompt, tokens):
+    import torch
+
+    import llm
+    torch.set_num_threads(threads)
+    model = llm.load_llama(path, scheme)[0].eval()
+    weight, ids = model.model.embed_tokens.weight, torch.randint(3, 500, (1, prompt))
+    cache = llm.KVCache(model.config, 1, prompt + tokens + 32, weight.device, weight.dtype)
+
+    @torch.inference_mode()
+    def step(start, n):
+        cache.truncate(start)
+        model(ids[:, :n], kv_cache=cache, last_only=True)
+    return rounds(step, prompt, tokens)
+
+
+def transformers_chat(path, scheme, threads, prompt, tokens):
+    import torch
+    import transformers
+    torch.set_num_threads(threads)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    ids, cache = torch.randint(3, 500, (1, prompt)), transformers.DynamicCache()
+
+    @torch.inference_mode()
+    def step(start, n):
+        nonlocal cache
+        if start == 0:
+            cache = transformers.DynamicCache()
+        elif start < cache.get_seq_length():
+            cache.crop(start)
+        model(ids[:, :n], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return rounds(step, prompt, tokens)
+
+
+def llama_cpp_chat(path, scheme, threads, prompt, tokens):
+    import random
+
+    import llama_cpp
+    model = llama_cpp.Llama(path, n_ctx=prompt + tokens + 32, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    ids = [random.randrange(3, 500) for _ in range(prompt)]
+
+    def step(start, n):
+        model.n_tokens = start   # eval forgets what comes after
+        model.eval(ids[:n])
+    return rounds(step, prompt, tokens)
+
+
+def limits(threads, rows, K, N):
+    """Bytes/s that so many threads read from memory; multiplications and additions/s of `rows` rows by a matrix (N, K), fp32, bf16, int8."""
+    import time
+
+    import torch
+    torch.set_num_threads(threads)
+
+    def best(work, count):
+        times = []
+        for _ in range(count):
+            began = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - began)
+        return min(times)
+    memory = torch.ones(128 << 20)
+    result = {"read": memory.nbytes / best(memory.sum, 8)}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.int8)):
+        x, w = torch.ones(rows, K).to(dtype), torch.ones(N, K).to(dtype)
+        multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+        result[name] = 2 * rows * K * N / best(lambda: multiply(x, w.T), 3)
+    return result
+
+
+SCHEME_CHATS = {f"ours, {scheme}": scheme for scheme in quant.SCHEMES}
+PEER_CHATS = [Contestant("transformers, bf16", "transformers", transformers_chat, "transformers"),
+              Contestant("llama.cpp, Q4_0", "llama_cpp", llama_cpp_chat, "llama-cpp-python")]
+
+
+def chat(cfg, config=None):
+    """A prompt and an answer, ours and the peers, with one thread and with two."""
+    if sys.platform != "linux":
+        raise common.UserError("chat: reads a process's memory from /proc, which only Linux has")
+    common.at_least(cfg, layers=1, prompt=20, tokens=1)
+    config = config or llm.LLaMAConfig(layers=cfg.layers)
+    names, folder = present(cfg, [Case(None, 0, PEER_CHATS)]), make_llama(cfg, config)
+    files = {**{name: folder for name in SCHEME_CHATS}, "transformers, bf16": folder}
+    if "llama.cpp, Q4_0" in names:
+        files["llama.cpp, Q4_0"] = make_gguf(cfg, config)
+    bytes_read = {name: quant.memory_need(config, scheme)["weights"] - config.vocab_size * config.width * 2 for name, scheme in SCHEME_CHATS.items()}
+    bytes_read |= {"transformers, bf16": bytes_read["ours, bf16"], "llama.cpp, Q4_0": bytes_read["ours, bf16"] * 4.5 / 16}
+    D, kv = config.width, config.kv_heads * config.head_dim
+    work = 2 * cfg.prompt * config.layers * (2 * D * config.heads * config.head_dim + 2 * D * kv + 3 * D * config.mlp)   # of the projections
+    print("| who | threads | s for the prompt | to transformers | to llama.cpp | tokens/s | to transformers | to llama.cpp | share of reading memory | prompt, GFLOP/s "
+          "| share of the machine's product | second turn to its words alone | resident MB |\n" + "|---" * 13 + "|")
+    for threads in (1, 2):
+        contestants = [Contestant(name, "", ours_chat) for name in SCHEME_CHATS] + [c for c in PEER_CHATS if c.name in names]
+        rows, bounds = {c.name: [] for c in contestants}, []
+        for run in range(cfg.runs + 1):
+            bounds += [call(sys.executable, "measuring the limits", limits, arguments=[threads, cfg.prompt, D, config.mlp])[0]] if run else []
+            for c in contestants:
+                if run == 0 and not SCHEME_CHATS.get(c.name):   # the round that is not counted writes the quantised files
+                    continue
+                measured, _ = call(cfg.peer_python if c.package else sys.executable, c.name, rounds, c.function,
+                                   arguments=[files[c.name], SCHEME_CHATS.get(c.name), threads, *((cfg.prompt, cfg.tokens) if run else (20, 1))])
+                say(f"{c.name}, {threads} threads: prompt {measured['prefill']:.2f} s, token {measured['token']:.3f} s, {run} of {cfg.runs}")
+                rows[c.name] += [measured] if run else []
+        medians = {name: {key: statistics.median(row[key] for row in measured) for key in measured[0]} for name, measured in rows.items()}
+        bound = {key: statistics.median(row[key] for row in bounds) for key in bounds[0]}
+        for name, m in medians.items():
+            peers = [medians.get(c.name) for c in PEER_CHATS]
+            whole = SCHEME_CHATS.get(name) in ("int8", "int4") or name.startswith("llama.cpp")
+            cells = [f"{m['prefill']:.2f}", *(f"{m['prefill'] / p['prefill']:.2f}" if p else "" for p in peers),
+                     f"{1 / m['token']:.2f}", *(f"{p['token'] / m['token']:.2f}" if p else "" for p in peers),
+                     f"{bytes_read[name] / m['token'] / bound['read']:.2f}", f"{work / m['prefill'] / 1e9:.0f}",
+                     f"{work / m['prefill'] / (bound['int8'] if whole else max(bound['fp32'], bound['bf16'])):.2f}", f"{m['turn']:.2f}", f"{m['resident']:.0f}"]
+            print(f"| {name} | {threads} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| limits | {threads} | " + " | " * 6 + f"{bound['read'] / 1e9:.1f} GB/s | "
+              + ", ".join(f"{key} {bound[key] / 1e9:.0f}" for key in ("fp32", "bf16", "int8")) + " | | | |", flush=True)
+    print("\n" + on_gpu(cfg, config))
+
+
+def on_gpu(cfg, config):
+    """The same on a GPU, in bf16, as a sentence; or that there is none."""
+    if not torch.cuda.is_available():
+        return "On a GPU: not measured, this machine has none."
+    m, _ = call(sys.executable, "the GPU", rounds, gpu_chat, arguments=[make_llama(cfg, config), cfg.prompt, cfg.tokens])
+    read = (quant.memory_need(config)["weights"] - config.vocab_size * config.width * 2) / m["token"]
+    return (f"On {torch.cuda.get_device_name()}, bf16: {1 / m['token']:.1f} tokens/s, {read / m['read']:.2f} of the {m['read'] / 1e9:.0f} GB/s at which it reads its memory; "
+            f"a prompt of {cfg.prompt} tokens {m['prefill']:.3f} s; ViT-L/14 {100 / m['frames']:.0f} frames/s; 100 frames to the first token {m['frames'] + m['prefill']:.2f} s.")
+
+
+def gpu_chat(path, prompt, tokens):
+    import time
+
+    import torch
+
+    import clip
+    import llm
+    import model as video
+    llama = llm.load_llama(path)[0].cuda().eval()
+    ids = torch.randint(3, 500, (1, prompt), device="cuda")
+    cache = llm.KVCache(llama.config, 1, prompt + tokens + 32, "cuda", torch.bfloat16)
+
+    @torch.inference_mode()
+    def step(start, n):
+        cache.truncate(start)
+        llama(ids[:, :n], kv_cache=cache, last_only=True)
+        torch.cuda.synchronize()
+    step(0, prompt)
+    result = rounds(step, prompt, tokens)
+
+    def best(work):
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            work()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return min(times)
+    memory = torch.ones(1 << 30, device="cuda")
+    towers = clip.CLIP(clip.CLIPConfig()).bfloat16().cuda().eval()
+    encoder = video.VideoEncoder(towers, video.Branch.beside(towers).bfloat16().cuda().eval(), skip_last=1)
+    frames = torch.randn(1, 100, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        return result | {"read": memory.nbytes / best(memory.sum), "frames": best(lambda: video.branch_tokens(encoder, frames))}
+
+
+# ---------------------------------------------------------------------------------------------------- quality
+def relative(y, reference):
+    """|y - reference| / |reference|."""
+    return ((y.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+@torch.no_grad()
+def quality(cfg, config=None):
+    """What rounding costs: logits of the trained tiny LLaVA, features of the tiny CLIP, and layers of a 7B one by one."""
+    tiny = os.path.join(HERE, "weights", "tiny")
+    questions = ["What colour is the shape?", "What does the shape do?", "Which way does the shape move?", "Where is the shape at the end?"]
+    print("| what | error | " + " | ".join(quant.SCHEMES) + " |\n" + "|---" * (2 + len(quant.SCHEMES)) + "|")
+    logits, answers, features = {}, {}, {}
+    for scheme in (None, *quant.SCHEMES):
+        model, tokenizer, _ = llm.load_llama(os.path.join(tiny, "llava"))
+        towers = clip.load_clip(os.path.join(tiny, "clip"))[0].float()
+        model = model.float().eval() if scheme is None else quant.quantize(model.to(torch.bfloat16 if scheme == "bf16" else torch.float32).eval(), scheme)
+        if scheme:
+            quant.quantize(towers.vision_model.to(torch.bfloat16) if scheme == "bf16" else towers.vision_model, scheme)
+        prompts = [torch.tensor([[tokenizer.bos_id] + tokenizer.encode(f"USER: A small red circle moves left, then up. {q} ASSISTANT:")]) for q in questions]
+        rows = [model(ids)[0] for ids in prompts]
+        logits[scheme] = torch.cat([row - row.mean(-1, keepdim=True) for row in rows])   # a constant makes no difference to softmax
+        answers[scheme] = [list(llm.generate(model, ids, max_new_tokens=12, stop_ids=tokenizer.stop_ids)) for ids in prompts]
+        pixels = torch.randn(8, 3, towers.config.image_size, towers.config.image_size, generator=torch.Generator().manual_seed(0))
+        features[scheme] = towers.float().encode_image(pixels)
+
+    def row(what, error, numbers):
+        print(f"| {what} | {error} | " + " | ".join(numbers) + " |", flush=True)
+    row("tiny LLaVA", "logits", [f"{relative(logits[s], logits[None]):.4f}" for s in quant.SCHEMES])
+    row("tiny LLaVA", "tokens likeliest in both", [f"{(logits[s].argmax(-1) == logits[None].argmax(-1)).double().mean():.3f}" for s in quant.SCHEMES])
+    row("tiny LLaVA", "same answers", [f"{sum(map(lambda a, b: a == b, answers[s], answers[None]))} of {len(questions)}" for s in quant.SCHEMES])
+    row("tiny CLIP", "image features", [f"{relative(features[s], features[None]):.4f}" for s in quant.SCHEMES])
+    c = config or llm.LLaMAConfig()
+    for N, K in ((c.mlp, c.width), (c.width, c.mlp)):
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(K, N, bias=False)
+        linear.weight.normal_(0, 0.02)
+        linear.weight.data = linear.weight.bfloat16()
+        layers = [kind(kind.convert(linear.weight)) for kind in quant.SCHEMES.values()]
+        x = torch.randn(64, K)
+        wild = x.index_fill(1, torch.tensor([1, 7, 77]), 100.0)
+        for name, rows in (("normal rows", x), ("3 channels of 100", wild)):
+            true = rows @ linear.weight.float().T
+            for count in (1, 64):
+                row(f"layer of a 7B, {K} to {N}", f"{name}, {count} at a time",
+                    [f"{relative(torch.cat([layer(part) for part in rows[:max(8, count)].split(count)]), true[:max(8, count)]):.4f}" for layer in layers])
+
+
+STAGES = {"frames": frames, "flat": flat, "line": line, "pretrain": pretrain, "load": load, "chat": chat, "quality": quality}
 
 
 def main(cfg):

@@ -35,6 +35,7 @@ from weightfile import read_file, read_metadata, write_safetensors
 ROWS = 64         # rows of a weight that are converted at a time: as floats, 1 MB, they stay in a cache
 GROUP = 64        # neighbours that share a scale in int4
 EXTREME = 20.0    # a row whose largest value is more times its root mean square is multiplied twice; noise has 4, silu(noise) * noise 12
+FEW = 48          # rows up to which the kernel for packed int4 is faster than unpacking the weight first
 TINY = 1e-30      # the least scale: a row of zeros is divided by it
 
 
@@ -42,7 +43,7 @@ TINY = 1e-30      # the least scale: a row of zeros is divided by it
 def round_rows(x, levels=127):
     """x (M, K), any float -> q (M, K) int8 in -levels..levels, scale (M, 1) fp32, with |x - q * scale| <= scale / 2."""
     x = x.float()
-    scale = (x.abs().amax(1, keepdim=True) / levels).clamp(min=TINY)
+    scale = (torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)) / levels).clamp(min=TINY)
     return (x / scale).round().to(torch.int8), scale
 
 
@@ -138,7 +139,7 @@ class Int8Linear(FrozenLinear):
         x = x.float()
         q, scale = round_rows(x)
         y = self.whole_numbers(q, scale)
-        extreme = (scale[:, 0] * 127 > EXTREME * x.square().mean(1).sqrt()).nonzero()[:, 0]
+        extreme = (scale[:, 0] * 127 * x.shape[1] ** 0.5 > EXTREME * torch.linalg.vector_norm(x, dim=1)).nonzero()[:, 0]
         if len(extreme):
             rest = x[extreme] - q[extreme] * scale[extreme]   # at most scale / 2: once more, with steps 254 times as fine
             y[extreme] += self.whole_numbers(*round_rows(rest))
@@ -146,7 +147,7 @@ class Int8Linear(FrozenLinear):
 
     def whole_numbers(self, q, scale):
         """q (M, K) int8, scale (M, 1) -> (M, N) fp32. The sum of K products of int8 is exact in int32 up to K = 133,000."""
-        return (torch._int_mm(q, self.weight.T) * self.scale).mul_(scale)
+        return torch._int_mm(q, self.weight.T).float().mul_(self.scale).mul_(scale)
 
 
 @functools.cache
@@ -169,8 +170,8 @@ def unpack(packed, n):
 
 
 class Int4Linear(FrozenLinear):
-    """Weights in 4 bits, a scale and a middle for each group of 64 along K: 4.5 bits a weight. One row goes through torch's kernel for
-    packed weights, which is slow at many: then a part of the weight at a time becomes int8, whose error is small beside that of int4."""
+    """Weights in 4 bits, a scale and a middle for each group of 64 along K: 4.5 bits a weight. A few rows go through torch's kernel
+    for packed weights, whose time grows with their number. For many, the weight becomes int8, whose error is small beside that of int4."""
     def __init__(self, tensors, bias=None):
         super().__init__(tensors, bias)
         self.lanes = lanes()
@@ -193,7 +194,7 @@ class Int4Linear(FrozenLinear):
         return {"weight": ((N, K // 2), torch.uint8), "groups": ((K // GROUP, N, 2), torch.bfloat16)}
 
     def product(self, x):
-        if x.device.type == "cpu" and len(x) == 1:
+        if x.device.type == "cpu" and len(x) <= FEW:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.weight, GROUP, self.groups)
         parts = list(zip(self.weight.split(ROWS), self.groups.split(ROWS, dim=1)))
         if x.device.type != "cpu":
@@ -210,8 +211,8 @@ class Int4Linear(FrozenLinear):
 
     def numbers(self, packed, groups, unit=1.0):
         """packed (rows, K / 2), groups (K / GROUP, rows, 2) -> the weights (rows, K) fp32, in units of `unit` (rows, 1)."""
-        scale, middle = (groups.float().transpose(0, 1) / torch.as_tensor(unit)[..., None]).unsqueeze(2).unbind(-1)   # (rows, K / GROUP, 1)
-        q = unpack(packed, self.lanes).unflatten(1, (-1, GROUP)).float()
+        scale, middle = (groups.float().permute(2, 1, 0) / unit).unsqueeze(-1)       # (rows, K / GROUP, 1) each
+        q = unpack(packed, self.lanes).unflatten(1, (-1, GROUP)).float()             # (rows, K / GROUP, GROUP)
         return q.mul_(scale).add_(middle - 8 * scale).flatten(1)
 
 

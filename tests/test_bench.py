@@ -2,15 +2,20 @@
 import dataclasses
 import os
 import resource
+import struct
+import sys
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import bench
 from bench import Case, Clip, Config, Contestant
+from clip import CLIPConfig, load_clip
 from common import UserError
+from llm import LLaMAConfig, load_llama
 
 LONG, SHORT = Clip(128, 72, 2, 25, 0.2), Clip(128, 72, 2, 10, 0.2)
 VP9 = dataclasses.replace(SHORT, codec="libvpx-vp9")
@@ -175,6 +180,106 @@ def test_line_asks_about_longer_and_longer_videos(folder, capsys, monkeypatch):
 def test_one_question_is_a_chat_with_the_shipped_weights(folder):
     tokens, seconds, peak = bench.one_question(config(folder, weights=os.path.join(bench.HERE, "weights", "tiny"), num_frames=3), bench.make(folder, SHORT))
     assert tokens == 17 and 0 < seconds < 60 and peak > 50
+
+
+# ---------------------------------------------------------------------------------------------------- load, chat, quality
+LLAMA = LLaMAConfig(vocab_size=600, width=128, layers=2, heads=4, mlp=256, context_length=128)
+CLIP = CLIPConfig(image_size=16, patch_size=8, vision_width=64, vision_layers=2, vision_heads=1, vision_mlp=128, text_width=64, text_layers=1,
+                  text_heads=1, text_mlp=128, projection_dim=32)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def small(folder, **settings):
+    return Config("chat", data=folder, runs=1, prompt=30, tokens=2, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_the_weights_that_are_made_load_as_what_they_are(folder):
+    path = bench.make_openai_clip(small(folder), CLIP)
+    towers, _ = load_clip(path)
+    assert towers.config == CLIP and {p.dtype for p in towers.parameters()} == {torch.float16}
+    made = bench.make_llama(small(folder), LLAMA)
+    model, _, _ = load_llama(made)
+    assert dataclasses.replace(model.config, norm_eps=LLAMA.norm_eps) == LLAMA and model.lm_head.weight.dtype == torch.bfloat16
+    weights = model.model.layers[0].mlp.up_proj.weight
+    assert 0.015 < weights.float().std() < 0.025 and (model.model.norm.weight - 1).abs().max() < 0.1
+    at = os.stat(os.path.join(made, "model.safetensors")).st_mtime_ns, os.stat(path).st_mtime_ns
+    bench.make_llama(small(folder), LLAMA), bench.make_openai_clip(small(folder), CLIP)   # once is enough
+    assert at == (os.stat(os.path.join(made, "model.safetensors")).st_mtime_ns, os.stat(path).st_mtime_ns)
+
+
+def read_gguf(path):
+    """A reader of its own: (settings, {name: (shape, kind, offset)}, where the tensors begin, bytes in all)."""
+    data, at = open(path, "rb").read(), 0
+
+    def take(format):
+        nonlocal at
+        values = struct.unpack_from("<" + format, data, at)
+        at += struct.calcsize("<" + format)
+        return values[0] if len(values) == 1 else values
+
+    def string():
+        return bytes(take(f"{take('Q')}s")).decode()
+
+    def value(kind):
+        if kind == 8:
+            return string()
+        if kind == 9:
+            inner, n = take("IQ")
+            return [value(inner) for _ in range(n)]
+        return take({4: "I", 5: "i", 6: "f"}[kind])
+    magic, version, tensors, settings = take("4sIQQ")
+    assert (magic, version) == (b"GGUF", 3)
+    settings = {string(): value(take("I")) for _ in range(settings)}
+    shapes = {}
+    for _ in range(tensors):
+        name, n = string(), take("I")
+        shape = [take("Q") for _ in range(n)]
+        shapes[name] = (shape[::-1], *take("IQ"))
+    return settings, shapes, -(-at // 32) * 32, len(data)
+
+
+def test_the_file_for_llama_cpp_holds_what_its_header_says(folder):
+    settings, tensors, start, size = read_gguf(bench.make_gguf(small(folder), LLAMA))
+    assert settings["general.architecture"] == "llama" and settings["llama.block_count"] == 2 and settings["llama.attention.head_count_kv"] == 4
+    assert len(settings["tokenizer.ggml.tokens"]) == len(settings["tokenizer.ggml.scores"]) == len(settings["tokenizer.ggml.token_type"]) == 600
+    assert tensors["blk.1.ffn_down.weight"][:2] == ([128, 256], 2) and tensors["output_norm.weight"][:2] == ([128], 0)
+    ends = [offset + (np.prod(shape) // 32 * 18 if kind == 2 else 4 * shape[0]) for shape, kind, offset in tensors.values()]
+    begins = [offset for *_, offset in tensors.values()]
+    assert all(offset % 32 == 0 for offset in begins) and all(0 <= b - e < 32 for e, b in zip(ends, begins[1:])) and start + ends[-1] <= size
+    assert len(tensors) == 3 + 2 * 9
+
+
+@linux
+def test_load_tells_time_and_memory_of_each(folder, capsys):
+    bench.load(small(folder), LLAMA, CLIP)
+    columns, _, *rows = cells(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["CLIP, OpenAI's archive", "LLaMA, as in the file", "LLaMA, bf16", "LLaMA, int8", "LLaMA, int4"]
+    assert all(float(row[2]) > 0 for row in rows) and all(float(row[5]) > float(row[2]) for row in rows[1:])
+
+
+@linux
+def test_chat_measures_every_scheme_with_one_thread_and_with_two(folder, capsys):
+    bench.chat(small(folder), LLAMA)
+    printed = capsys.readouterr().out
+    columns, _, *rows = cells(printed)
+    assert [row[:2] for row in rows] == [[who, n] for n in "12" for who in ("ours, bf16", "ours, int8", "ours, int4", "limits")]
+    assert all(float(row[columns.index("tokens/s")]) > 0 for row in rows if row[0] != "limits")
+    assert "transformers, bf16: not installed (pip install transformers)" in printed or "transformers, bf16: transformers " in printed
+    assert "not measured" in printed or torch.cuda.is_available()
+
+
+def test_a_contestant_that_fails_is_one_line():
+    with pytest.raises(UserError, match="the broken one failed: ValueError: no such luck"):
+        bench.call(sys.executable, "the broken one", broken, arguments=["", 1])
+
+
+def test_quality_has_a_number_for_every_scheme(capsys):
+    bench.quality(Config("quality"), LLaMAConfig(width=128, mlp=1024, heads=4))   # layers of a 7B take a minute
+    columns, _, *rows = cells(capsys.readouterr().out)
+    assert columns == ["what", "error", "bf16", "int8", "int4"] and [row[:2] for row in rows[:2]] == [["tiny LLaVA", "logits"], ["tiny LLaVA", "tokens likeliest in both"]]
+    bf16, int8, int4 = map(float, rows[0][2:])
+    assert 0 < bf16 < 0.02 and int8 < 0.02 and int8 < int4 < 0.15
 
 
 def test_bad_input_is_one_line(folder):
