@@ -96,6 +96,7 @@ class FrozenLinear(nn.Module):
         return super()._apply(lambda t: t.to(fn(torch.empty_like(t[:0])).device), recurse)
 
 
+@functools.cache
 def fast_bf16():
     """Whether this CPU has arithmetic for bf16 (AVX512_BF16, AMX, ...) and not only room for it."""
     return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)

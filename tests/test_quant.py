@@ -82,6 +82,16 @@ def test_an_outlier_in_a_group_leaves_the_other_groups_alone():
     assert same.tolist() == [True, False, True, True]
 
 
+# ---------------------------------------------------------------------------------------------------- bf16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_give_the_same_with_and_without_arithmetic_for_them(dtype, monkeypatch):
+    m, x = linear(96, 2000, dtype), torch.randn(5, 96)
+    for fast in (True, False):
+        monkeypatch.setattr(quant, "fast_bf16", lambda: fast)
+        assert error(layer("bf16", m)(x), x @ m.weight.float().T) < (0.005 if fast else 1e-6)
+    assert layer("bf16", m).weight.data_ptr() == m.weight.data_ptr()   # no copy
+
+
 # ---------------------------------------------------------------------------------------------------- int8
 def test_int8_is_exact_in_whole_numbers():
     """What the layer computes is the product of what it rounded, to the precision of fp32, for one row as for many."""
