@@ -567,7 +567,9 @@ def make_openai_clip(cfg, config):
         for name, t in towers.state_dict().items():
             if not re.search(r"\.[kv]_proj\.", name):   # they are in one tensor with q
                 rows = 3 if ".q_proj." in name else 1
-                shapes[renamed(name)] = t.T.shape if name.endswith("_projection.weight") else torch.Size([rows * n if i == 0 else n for i, n in enumerate(t.shape)])
+                if name.endswith("_projection.weight"):
+                    t = t.T
+                shapes[renamed(name)] = torch.Size([rows * t.shape[0], *t.shape[1:]]) if t.ndim else t.shape
         root = torch.nn.Module()
         for name, t in random_tensors(shapes, torch.float16).items():
             module, (*parents, leaf) = root, name.split(".")
@@ -787,33 +789,39 @@ def chat(cfg, config=None):
     bytes_read |= {"transformers, bf16": bytes_read["ours, bf16"], "llama.cpp, Q4_0": bytes_read["ours, bf16"] * 4.5 / 16}
     D, kv = config.width, config.kv_heads * config.head_dim
     work = 2 * cfg.prompt * config.layers * (2 * D * config.heads * config.head_dim + 2 * D * kv + 3 * D * config.mlp)   # of the projections
-    print("| who | threads | s for the prompt | to transformers | to llama.cpp | tokens/s | to transformers | to llama.cpp | share of reading memory | prompt, GFLOP/s "
-          "| share of the machine's product | second turn to its words alone | resident MB |\n" + "|---" * 13 + "|")
+    columns = ["who", "threads", "s for the prompt", "to transformers", "to llama.cpp", "tokens/s", "to transformers", "to llama.cpp",
+               "share of reading memory", "prompt, GFLOP/s", "share of the machine's product", "second turn to its words alone", "resident MB"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for threads in (1, 2):
-        contestants = [Contestant(name, "", ours_chat) for name in SCHEME_CHATS] + [c for c in PEER_CHATS if c.name in names]
-        rows, bounds = {c.name: [] for c in contestants}, []
-        for run in range(cfg.runs + 1):
-            bounds += [call(sys.executable, "measuring the limits", limits, arguments=[threads, cfg.prompt, D, config.mlp])[0]] if run else []
-            for c in contestants:
-                if run == 0 and not SCHEME_CHATS.get(c.name):   # the round that is not counted writes the quantised files
-                    continue
-                measured, _ = call(cfg.peer_python if c.package else sys.executable, c.name, rounds, c.function,
-                                   arguments=[files[c.name], SCHEME_CHATS.get(c.name), threads, *((cfg.prompt, cfg.tokens) if run else (20, 1))])
-                say(f"{c.name}, {threads} threads: prompt {measured['prefill']:.2f} s, token {measured['token']:.3f} s, {run} of {cfg.runs}")
-                rows[c.name] += [measured] if run else []
-        medians = {name: {key: statistics.median(row[key] for row in measured) for key in measured[0]} for name, measured in rows.items()}
-        bound = {key: statistics.median(row[key] for row in bounds) for key in bounds[0]}
+        medians, bound = chat_round(cfg, config, names, files, threads)
+        peers = [medians.get(c.name) for c in PEER_CHATS]
         for name, m in medians.items():
-            peers = [medians.get(c.name) for c in PEER_CHATS]
             whole = SCHEME_CHATS.get(name) in ("int8", "int4") or name.startswith("llama.cpp")
+            product = bound["int8"] if whole else max(bound["fp32"], bound["bf16"])
             cells = [f"{m['prefill']:.2f}", *(f"{m['prefill'] / p['prefill']:.2f}" if p else "" for p in peers),
                      f"{1 / m['token']:.2f}", *(f"{p['token'] / m['token']:.2f}" if p else "" for p in peers),
                      f"{bytes_read[name] / m['token'] / bound['read']:.2f}", f"{work / m['prefill'] / 1e9:.0f}",
-                     f"{work / m['prefill'] / (bound['int8'] if whole else max(bound['fp32'], bound['bf16'])):.2f}", f"{m['turn']:.2f}", f"{m['resident']:.0f}"]
-            print(f"| {name} | {threads} | " + " | ".join(cells) + " |", flush=True)
-        print(f"| limits | {threads} | " + " | " * 6 + f"{bound['read'] / 1e9:.1f} GB/s | "
-              + ", ".join(f"{key} {bound[key] / 1e9:.0f}" for key in ("fp32", "bf16", "int8")) + " | | | |", flush=True)
+                     f"{work / m['prefill'] / product:.2f}", f"{m['turn']:.2f}", f"{m['resident']:.0f}"]
+            print(f"| {name} | {threads} | " + " | ".join(cells) + " |")
+        speeds = ", ".join(f"{key} {bound[key] / 1e9:.0f}" for key in ("fp32", "bf16", "int8"))
+        print(f"| limits | {threads} | " + " | " * 6 + f"{bound['read'] / 1e9:.1f} GB/s | {speeds} | | | |", flush=True)
     print("\n" + on_gpu(cfg, config))
+
+
+def chat_round(cfg, config, names, files, threads):
+    """-> {contestant: medians of what `rounds` measures}, medians of `limits`."""
+    contestants = [Contestant(name, "", ours_chat) for name in SCHEME_CHATS] + [c for c in PEER_CHATS if c.name in names]
+    rows, bounds = {c.name: [] for c in contestants}, []
+    for run in range(cfg.runs + 1):   # the first is not counted: it writes the quantised files, and a few tokens do
+        if run:
+            bounds.append(call(sys.executable, "measuring the limits", limits, arguments=[threads, cfg.prompt, config.width, config.mlp])[0])
+        for c in contestants:
+            m, _ = call(cfg.peer_python if c.package else sys.executable, c.name, rounds, c.function,
+                        arguments=[files[c.name], SCHEME_CHATS.get(c.name), threads, *((cfg.prompt, cfg.tokens) if run else (20, 1))])
+            say(f"{c.name}, {threads} threads: prompt {m['prefill']:.2f} s, token {m['token']:.3f} s, {f'{run} of {cfg.runs}' if run else 'not counted'}")
+            rows[c.name] += [m] if run else []
+    medians = {name: {key: statistics.median(row[key] for row in measured) for key in measured[0]} for name, measured in rows.items()}
+    return medians, {key: statistics.median(row[key] for row in bounds) for key in bounds[0]}
 
 
 def on_gpu(cfg, config):
@@ -822,8 +830,9 @@ def on_gpu(cfg, config):
         return "On a GPU: not measured, this machine has none."
     m, _ = call(sys.executable, "the GPU", rounds, gpu_chat, arguments=[make_llama(cfg, config), cfg.prompt, cfg.tokens])
     read = (quant.memory_need(config)["weights"] - config.vocab_size * config.width * 2) / m["token"]
-    return (f"On {torch.cuda.get_device_name()}, bf16: {1 / m['token']:.1f} tokens/s, {read / m['read']:.2f} of the {m['read'] / 1e9:.0f} GB/s at which it reads its memory; "
-            f"a prompt of {cfg.prompt} tokens {m['prefill']:.3f} s; ViT-L/14 {100 / m['frames']:.0f} frames/s; 100 frames to the first token {m['frames'] + m['prefill']:.2f} s.")
+    return (f"On {torch.cuda.get_device_name()}, bf16: {1 / m['token']:.1f} tokens/s, {read / m['read']:.2f} of the {m['read'] / 1e9:.0f} GB/s at which "
+            f"it reads its memory; a prompt of {cfg.prompt} tokens {m['prefill']:.3f} s; ViT-L/14 with the branch {100 / m['frames']:.0f} frames/s; "
+            f"100 frames to the first token {m['frames'] + m['prefill']:.2f} s.")
 
 
 def gpu_chat(path, prompt, tokens):

@@ -80,7 +80,7 @@ class FrozenLinear(nn.Module):
     def __init__(self, tensors, bias=None):
         super().__init__()
         for name, t in (tensors | {"bias": bias}).items():
-            self.register_buffer(name, t)
+            self.register_buffer(name, t if t is None else t.detach())
 
     def forward(self, x):
         """x (..., K), fp32 or half precision -> (..., N) in the same dtype."""
@@ -197,23 +197,22 @@ class Int4Linear(FrozenLinear):
     def product(self, x):
         if x.device.type == "cpu" and len(x) <= FEW:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.weight, GROUP, self.groups)
-        parts = list(zip(self.weight.split(ROWS), self.groups.split(ROWS, dim=1)))
         if x.device.type != "cpu":
-            return torch.cat([F.linear(x, self.numbers(*part).to(x.dtype)) for part in parts], dim=1)
-        scale = torch.cat([self.int8_scale(groups) for _, groups in parts])   # (N, 1)
-        q = torch.cat([self.numbers(*part, unit).round_().to(torch.int8) for part, unit in zip(parts, scale.split(ROWS))])
+            return F.linear(x, self.numbers(self.weight, self.groups).to(x.dtype))
+        scale = self.int8_scale()
+        parts = zip(self.weight.split(ROWS), self.groups.split(ROWS, dim=1), scale.split(ROWS))
+        q = torch.cat([self.numbers(*part).round_().to(torch.int8) for part in parts])
         return Int8Linear({"weight": q, "scale": scale[:, 0]}).product(x)
 
-    @staticmethod
-    def int8_scale(groups):
-        """(K / GROUP, rows, 2) -> (rows, 1) fp32: what the largest number that these groups could hold is divided by."""
-        scale, middle = groups.float().unbind(-1)
+    def int8_scale(self):
+        """(N, 1) fp32: what the largest number that a row's groups could hold is divided by."""
+        scale, middle = self.groups.float().unbind(-1)
         return ((8 * scale + middle.abs()).amax(0) / weight_levels())[:, None]
 
     def numbers(self, packed, groups, unit=1.0):
         """packed (rows, K / 2), groups (K / GROUP, rows, 2) -> the weights (rows, K) fp32, in units of `unit` (rows, 1)."""
-        scale, middle = (groups.float().permute(2, 1, 0) / unit).unsqueeze(-1)       # (rows, K / GROUP, 1) each
-        q = unpack(packed, self.lanes).unflatten(1, (-1, GROUP)).float()             # (rows, K / GROUP, GROUP)
+        scale, middle = (groups.float().permute(2, 1, 0) / unit).contiguous().unsqueeze(-1)   # (rows, K / GROUP, 1) each
+        q = unpack(packed, self.lanes).unflatten(1, (-1, GROUP)).float()                      # (rows, K / GROUP, GROUP)
         return q.mul_(scale).add_(middle - 8 * scale).flatten(1)
 
 
