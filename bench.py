@@ -651,7 +651,7 @@ def loading(kind, path, scheme):   # sent to a process of its own, too
             rows = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in f if line.endswith("kB\n")}
         return rows["Private_Clean"] + rows["Private_Dirty"], rows["Anonymous"]
     before, began = memory(), time.perf_counter()
-    model = clip.load_clip(path)[0] if kind == "clip" else llm.load_llama(path, scheme)[0]
+    model = clip.load_clip(path)[0] if kind == "clip" else llm.load_llama(path, quantize=scheme)[0]
     ready, after = time.perf_counter() - began, memory()
     with torch.inference_mode():
         if kind == "llama":
@@ -705,7 +705,7 @@ def ours_chat(path, scheme, threads, prompt, tokens):
 
     import llm
     torch.set_num_threads(threads)
-    model = llm.load_llama(path, scheme)[0].eval()
+    model = llm.load_llama(path, quantize=scheme)[0].eval()
     weight, ids = model.model.embed_tokens.weight, torch.randint(3, 500, (1, prompt))
     cache = llm.KVCache(model.config, 1, prompt + tokens + 32, weight.device, weight.dtype)
 

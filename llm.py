@@ -421,7 +421,7 @@ EXTRA = ("model.mm_projector.", "mm_projector.", "model.vision_tower.")   # what
 RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")   # a table that older files also store
 
 
-def load_llama(folder, quantize=None, *, base=None):
+def load_llama(folder, *, quantize=None, base=None):
     """The folder of a LLaMA, Vicuna or LLaVA, in Hugging Face's layout or Meta's -> (LLaMA, tokenizer, extra).
 
     Weights are adopted from the file's memory map in the file's dtype, not copied; what of that cannot be kept, read_meta and

@@ -487,7 +487,7 @@ def read_sizes(folder):
     return read_clip_config(clip), read_llama_config(llava)
 
 
-def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, quantize=None, *, base=None, gates=None):
+def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, quantize=None, base=None, gates=None):
     """A folder of weights -> (VideoChat, eval mode; what it is, in words). Raises UserError.
 
     clip              CLIP: a Hugging Face folder, or OpenAI's ViT-L-14.pt under this name
@@ -501,7 +501,7 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, quantize
     without a copy."""
     clip_path, llava, branch_file, projector_file, chat_file = chat_parts(folder)
     clip = load_clip_model(clip_path)
-    llm, tokenizer, extra = load_llama(llava, quantize, base=base)
+    llm, tokenizer, extra = load_llama(llava, quantize=quantize, base=base)
     learned = weightfile.read_file(chat_file) if tuned and os.path.exists(chat_file) else {}
     given = weightfile.read_file(projector_file) if os.path.exists(projector_file) else {}
     for file, t in ((chat_file, learned), (projector_file, given)):
