@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import zlib
 
 import torch
@@ -20,7 +21,9 @@ from weightfile import read_file, read_metadata, write_safetensors
 
 FORMAT = 1                                                      # of an entry; another one is another name
 MAX_ENTRIES, MAX_BYTES = 256, 1 << 30                           # 100 frames with the tokens of a 7B take about 12 MB
-NAME = re.compile(r"[0-9a-f]{32}\.safetensors(\.\d+\.tmp)?")    # an entry, or what write_atomic leaves where it is killed
+ENTRY = re.compile(r"[0-9a-f]{32}\.safetensors")
+LEFTOVER = re.compile(ENTRY.pattern + r"\.\d+\.tmp")            # what write_atomic leaves where it is killed, or is just writing
+HOUR = 3600                                                     # seconds; nobody writes an entry for longer
 
 
 @dataclasses.dataclass
@@ -92,14 +95,19 @@ def keep(path, seen):
 
 
 def prune(folder):
-    """Removes the oldest entries beyond MAX_ENTRIES or MAX_BYTES. Other files are left alone, and so is the newest entry."""
-    entries, total = [], 0
+    """Removes the oldest entries beyond MAX_ENTRIES or MAX_BYTES, but never the newest, and what a killed process left half written.
+    Other files are left alone."""
+    entries, gone, total = [], [], 0
     for file in os.scandir(folder):
-        if NAME.fullmatch(file.name):
-            with contextlib.suppress(FileNotFoundError):   # another process does the same
+        with contextlib.suppress(FileNotFoundError):   # here and below: another process does the same
+            if ENTRY.fullmatch(file.name):
                 entries.append((file.stat().st_mtime_ns, file.stat().st_size, file.path))
+            elif LEFTOVER.fullmatch(file.name) and time.time() - file.stat().st_mtime > HOUR:
+                gone.append(file.path)
     for i, (_, size, path) in enumerate(sorted(entries, reverse=True)):
         total += size
         if i and (i >= MAX_ENTRIES or total > MAX_BYTES):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
+            gone.append(path)
+    for path in gone:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)

@@ -124,13 +124,14 @@ def test_the_oldest_entries_go_where_they_are_too_large_but_the_newest_stays(tmp
 
 def test_files_of_others_are_left_alone_and_what_a_killed_process_left_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "MAX_ENTRIES", 1)
-    leftover = f"{0:032x}.safetensors.77.tmp"
-    for name in ("thesis.safetensors", "notes", leftover):
+    old, young = f"{0:032x}.safetensors.77.tmp", f"{0:032x}.safetensors.78.tmp"   # the latter is just being written
+    for name in ("thesis.safetensors", "notes", old):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1, 1))
-    (tmp_path / f"{1:032x}.safetensors").touch()
+    for name in (young, f"{1:032x}.safetensors"):
+        (tmp_path / name).touch()
     features.prune(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [f"{1:032x}.safetensors", "notes", "thesis.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == [young, f"{1:032x}.safetensors", "notes", "thesis.safetensors"]
 
 
 def test_an_entry_that_is_used_is_not_the_oldest(seen, tmp_path, monkeypatch):
