@@ -442,15 +442,15 @@ def line(cfg, clips=None):
     """The same question about longer and longer videos: what does the length cost?"""
     common.at_least(cfg, runs=1, num_frames=1)
     rows, clips = [], clips or LINE
-    for clip in clips:
-        path = make(cfg.data, clip)
+    for video in clips:
+        path = make(cfg.data, video)
         runs = [one_question(cfg, path) for _ in range(cfg.runs + 1)][1:]   # the first one finds no file in memory
-        rows.append((clip.seconds * clip.copies, *map(statistics.median, zip(*runs))))
-        say(f"{clip.title}: {rows[-1][2]:.2f} s to the first token")
+        rows.append((video.seconds * video.copies, *map(statistics.median, zip(*runs))))
+        say(f"{video.title}: {rows[-1][2]:.2f} s to the first token")
     print(f"{platform.platform()}, {os.cpu_count()} cores; {cfg.weights}, {cfg.num_frames} frames of each video; medians of {cfg.runs}.\n")
     print("| video | video tokens | s to the first token | to the shortest | peak MB | to the shortest |\n|" + "---|" * 6)
-    for (length, tokens, seconds, peak), clip in zip(rows, clips):
-        print(f"| {clip.title} | {tokens:.0f} | {seconds:.2f} | {seconds / rows[0][2]:.2f} | {peak:.0f} | {peak / rows[0][3]:.2f} |")
+    for (_, tokens, seconds, peak), video in zip(rows, clips):
+        print(f"| {video.title} | {tokens:.0f} | {seconds:.2f} | {seconds / rows[0][2]:.2f} | {peak:.0f} | {peak / rows[0][3]:.2f} |")
     print(f"\n| length | at a frame a second and {PER_FRAME} tokens a frame | KV cache of a 7B | here | KV cache of a 7B |\n|" + "---|" * 5)
     for length, tokens, *_ in rows:
         print(f"| {length} s | {length * PER_FRAME:,} | {length * PER_FRAME * KV_BYTES / 1e9:,.2f} GB | {tokens:.0f} | {tokens * KV_BYTES / 1e9:,.3f} GB |")
