@@ -257,7 +257,7 @@ class Session:
         question = question.encode(errors="replace").decode()   # no lone surrogates: they stand for input that is not UTF-8
         while True:
             ids, _ = prompt_ids(chat.tokenizer, [*turns, (question, None)], cfg.system)
-            room = context - len(ids) - len(self.video_tokens) - 1
+            room = context - (len(ids) - 1 + len(self.video_tokens) + len(chat.start_end))
             if room >= min(cfg.max_new_tokens, ROOM) or not turns:
                 break
             turns = turns[1:]
@@ -270,7 +270,7 @@ class Session:
         with torch.inference_mode():
             embeds = chat.splice(ids, self.video_tokens)[None]   # (1, S, D_llm)
         at = ids.index(VIDEO_INDEX)
-        heard = ids[:at] + [VIDEO_INDEX] * (len(self.video_tokens) + 2) + ids[at + 1:]   # S ids
+        heard = ids[:at] + [VIDEO_INDEX] * (len(self.video_tokens) + len(chat.start_end)) + ids[at + 1:]   # S ids
         same = min(len(os.path.commonprefix([heard, self.heard])), len(heard) - 1)
         self.kv_cache.truncate(same)
         cost = self.cost = Cost(same, len(heard) - same)

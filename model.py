@@ -398,21 +398,21 @@ class VideoChat(nn.Module):
     """Video tokens, projected into the embedding space of a LLaMA between a start and an end row, inside a prompt.
 
     tokens: a key of VIDEO_TOKENS. start_end (2, D_llm): LLaVA's trained <im_start> and <im_end> rows where the weights have
-    them, else the mean of all word embeddings."""
-    def __init__(self, encoder, mm_projector, llm, tokenizer, tokens="branch"):
+    them, else the mean of all word embeddings; (0, D_llm) for weights that were trained without (marked=False, LLaVA-1.5)."""
+    def __init__(self, encoder, mm_projector, llm, tokenizer, tokens="branch", marked=True):
         super().__init__()
         self.encoder, self.mm_projector, self.llm, self.tokenizer, self.tokens = encoder, mm_projector, llm, tokenizer, tokens
         words = llm.model.embed_tokens.weight.detach()
         extra = words.shape[0] - tokenizer.vocab_size   # LLaVA appends <im_patch>, <im_start>, <im_end>, its v0 before them <pad>
         rows = words[-2:] if extra in (3, 4) else words.float().mean(0, keepdim=True).repeat(2, 1)
-        self.start_end = nn.Parameter(rows.to(words.dtype).clone())
+        self.start_end = nn.Parameter(rows[:2 * marked].to(words.dtype).clone())
 
     def encode_video(self, video):
         """video (B, T, 3, H, W) -> video tokens (B, K, D_llm); K does not depend on T (but for st_pool)."""
         return self.mm_projector(VIDEO_TOKENS[self.tokens](self.encoder, video).to(self.start_end.dtype))
 
     def splice(self, ids, video_tokens):
-        """ids: list of int with one VIDEO_INDEX; video_tokens (K, D_llm) -> embeddings (len(ids) + K + 1, D_llm)."""
+        """ids: list of int with one VIDEO_INDEX; video_tokens (K, D_llm) -> embeddings (len(ids) - 1 + K + len(start_end), D_llm)."""
         at = ids.index(VIDEO_INDEX)
         before, after = (self.llm.model.embed_tokens(torch.tensor(part, dtype=torch.long, device=video_tokens.device))
                          for part in (ids[:at], ids[at + 1:]))
@@ -425,7 +425,7 @@ class VideoChat(nn.Module):
         for tokens, (ids, labels) in zip(self.encode_video(video), prompts, strict=True):
             at = ids.index(VIDEO_INDEX)
             rows.append(self.splice(ids, tokens)[:longest])   # (S, D_llm)
-            targets.append(torch.tensor(labels[:at] + [IGNORE_INDEX] * (len(tokens) + 2) + labels[at + 1:])[1:longest])
+            targets.append(torch.tensor(labels[:at] + [IGNORE_INDEX] * (len(tokens) + len(self.start_end)) + labels[at + 1:])[1:longest])
         embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)   # (B, S, D_llm): padded on the right, where nothing looks
         target = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
         return self.llm(embeds=embeds)[:, :-1], target.to(embeds.device)
@@ -513,12 +513,14 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, quant
     source = next((file for file, t in ((chat_file, learned), (projector_file, given)) if projector_part(t)), llava)
     projector = projector_part(learned) or projector_part(given) or projector_part(extra)
     mm_projector = make_projector(projector, clip.config.vision_width, llm.config.width, source)
-    chat = VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, tokens).requires_grad_(False)
+    settings = os.path.join(llava, "config.json")   # Meta's folders have none
+    marked = not os.path.exists(settings) or weightfile.read_json(settings).get("mm_use_im_start_end", True)
+    chat = VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, tokens, bool(marked)).requires_grad_(False)
     for file, t in ((projector_file, given), (chat_file, learned)):   # the later one counts
         rows = start_end_rows(t, tokenizer.vocab_size)
         if rows is not None:
-            if rows.shape != chat.start_end.shape:
-                raise UserError(f"{file}: its start and end rows are {tuple(rows.shape)}, this LLaVA needs {tuple(chat.start_end.shape)}")
+            if rows.shape != (2, llm.config.width):
+                raise UserError(f"{file}: its start and end rows are {tuple(rows.shape)}, this LLaVA needs (2, {llm.config.width})")
             chat.start_end.data = rows
     return chat.to(dtype=dtype).eval(), "tuned on video" if learned else "without chat.bin: an image model with the branch plugged in"
 

@@ -458,3 +458,13 @@ def test_an_answer_that_looks_like_a_prompt_is_still_learned_whole():
     answer = "USER: ASSISTANT: </s> no"
     _, labels = prompt_ids(t, [("what ?", answer)])
     assert [i for i in labels if i != IGNORE_INDEX] == t.encode(answer) + [2]
+
+
+def test_a_llava_that_was_trained_without_start_and_end_rows_gets_none(world, tmp_path):
+    llava_folder(world, tmp_path, mlp2x(), 0)
+    settings = json.loads((tmp_path / "llava" / "config.json").read_text())
+    (tmp_path / "llava" / "config.json").write_text(json.dumps({**settings, "mm_use_im_start_end": False}))   # as llava-v1.5-7b says
+    chat, _ = load_chat(tmp_path)
+    tokens, words = torch.randn(4, 32), chat.llm.model.embed_tokens.weight
+    assert chat.start_end.shape == (0, 32)
+    assert torch.equal(chat.splice([1, 5, VIDEO_INDEX, 7], tokens), torch.cat([words[[1, 5]], tokens, words[[7]]]))
