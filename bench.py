@@ -775,7 +775,7 @@ PEER_CHATS = [Contestant("transformers, bf16", "transformers", transformers_chat
               Contestant("llama.cpp, Q4_0", "llama_cpp", llama_cpp_chat, "llama-cpp-python")]
 
 
-def chat(cfg, config=None):
+def chat(cfg, config=None, threads=(1, 2)):
     """A prompt and an answer, ours and the peers, with one thread and with two."""
     if sys.platform != "linux":
         raise common.UserError("chat: reads a process's memory from /proc, which only Linux has")
@@ -792,8 +792,8 @@ def chat(cfg, config=None):
     columns = ["who", "threads", "s for the prompt", "to transformers", "to llama.cpp", "tokens/s", "to transformers", "to llama.cpp",
                "share of reading memory", "prompt, GFLOP/s", "share of the machine's product", "second turn to its words alone", "resident MB"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for threads in (1, 2):
-        medians, bound = chat_round(cfg, config, names, files, threads)
+    for n in threads:
+        medians, bound = chat_round(cfg, config, names, files, n)
         peers = [medians.get(c.name) for c in PEER_CHATS]
         for name, m in medians.items():
             whole = SCHEME_CHATS.get(name) in ("int8", "int4") or name.startswith("llama.cpp")
@@ -802,9 +802,9 @@ def chat(cfg, config=None):
                      f"{1 / m['token']:.2f}", *(f"{p['token'] / m['token']:.2f}" if p else "" for p in peers),
                      f"{bytes_read[name] / m['token'] / bound['read']:.2f}", f"{work / m['prefill'] / 1e9:.0f}",
                      f"{work / m['prefill'] / product:.2f}", f"{m['turn']:.2f}", f"{m['resident']:.0f}"]
-            print(f"| {name} | {threads} | " + " | ".join(cells) + " |")
+            print(f"| {name} | {n} | " + " | ".join(cells) + " |")
         speeds = ", ".join(f"{key} {bound[key] / 1e9:.0f}" for key in ("fp32", "bf16", "int8"))
-        print(f"| limits | {threads} | " + " | " * 6 + f"{bound['read'] / 1e9:.1f} GB/s | {speeds} | | | |", flush=True)
+        print(f"| limits | {n} | " + " | " * 6 + f"{bound['read'] / 1e9:.1f} GB/s | {speeds} | | | |", flush=True)
     print("\n" + on_gpu(cfg, config))
 
 
