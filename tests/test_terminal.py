@@ -116,6 +116,12 @@ class Terminal:
     def press(self, keys):
         os.write(self.fd, keys)
 
+    def interrupt(self):
+        """Ctrl-C, once more if nothing happens: Python misses one that comes between its prompt and its waiting for a key."""
+        self.press(b"\x03")
+        while not select.select([self.fd], [], [], 2)[0]:
+            self.press(b"\x03")
+
     def type(self, line):
         self.press(line.encode() + b"\r")
 
@@ -172,7 +178,7 @@ def talk(weights, video, tmp_path_factory):
     t.video = person.do(f"/video {other}")
     t.others = person.do("/frames")
     t.reset, t.dance, t.nothing = person.do("/reset"), person.do("/dance"), person.do("")
-    person.press(b"\x03")
+    person.interrupt()
     t.ctrl_c = person.prompt()
     t.code = person.leave(b"\x04")
     return t
