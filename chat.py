@@ -36,6 +36,7 @@ try:
     import data
     import features
     import memory
+    import quant
     import terminal
     from common import UserError
     from llm import KVCache, generate, stream_text
@@ -83,8 +84,8 @@ class Config:
     max_new_tokens: int = 256        # an answer's length at most
     seed: int = 0                    # every answer starts from it: the same question in the same place, the same answer
     device: str = "auto"             # cpu, cuda or auto
-    dtype: str = "auto"              # fp32, bf16 or fp16; auto: fp16 on a GPU, on a CPU bf16 from 1e9 parameters on and fp32 below
-    quantize: str = "auto"           # int8, int4 or none for the LLaMA; auto: int8 on a CPU from 1e9 parameters on
+    dtype: str = "auto"              # fp32, bf16 or fp16 for what is not rounded; auto: fp16 on a GPU, else what is quick and fits
+    quantize: str = "auto"           # int8, int4 or none for the LLaMA; on a CPU CLIP is int8 then; auto: int8 there from 1e9 parameters on
     cache: bool = True               # keep what the model saw of a video on disk, for the next chat about it
     cache_dir: str | None = None     # where; None: $XDG_CACHE_HOME/nanobt or ~/.cache/nanobt
     json: bool = False               # one JSON object a question on standard output, for -q and piped questions
@@ -187,12 +188,12 @@ class Session:
     def load(self):
         cfg, (clip, llama) = self.cfg, self.sizes
         context = min(llama.context_length, LONGEST)
-        dtype, scheme, self.precision = memory.choose(cfg.dtype, cfg.quantize, self.device, llama)
+        dtype, self.scheme, self.precision = memory.choose(cfg.dtype, cfg.quantize, self.device, llama)
         need = functools.partial(memory.needs, clip, llama, self.num_frames, context, dtype, cfg.base is not None)
-        if not memory.check(cfg.weights, need, scheme, self.device) and cfg.verbose:
+        if not memory.check(cfg.weights, need, self.scheme, self.device) and cfg.verbose:
             say("(this system does not say how much memory is free, so whether the weights fit was not checked)")
         with self.timed("weights"):
-            self.chat, self.kind = load_chat(cfg.weights, cfg.tokens, cfg.tuned, dtype, quantize=scheme, base=cfg.base)
+            self.chat, self.kind = load_chat(cfg.weights, cfg.tokens, cfg.tuned, dtype, quantize=self.scheme, base=cfg.base)
             self.chat.to(self.device)
         if sum(p.numel() for p in self.chat.parameters()) < SMALL:
             torch.set_num_threads(1)
@@ -214,6 +215,8 @@ class Session:
                 meanwhile()
                 with self.timed("video"):
                     pixels, frames, times = pictures()
+                    if self.scheme in ("int8", "int4") and self.device.type == "cpu":   # 100 frames are 16e12 operations, a prompt 4e12
+                        quant.quantize(self.chat.encoder.clip.vision_model, "int8")
                     with torch.inference_mode():
                         video_tokens = self.chat.encode_video(data.normalise(pixels)[None].to(self.device))[0]   # (K, D_llm)
             seen = features.Seen(duration, times, frames, video_tokens)

@@ -4,7 +4,7 @@ import os
 import torch
 
 from common import UserError
-from quant import memory_need
+from quant import fast_bf16, memory_need
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEMES = {"auto": None, "none": None, "int8": "int8", "int4": "int4"}
@@ -16,13 +16,15 @@ def choose(dtype, quantize, device, llama):
     """--dtype, --quantize and a LLaMAConfig -> (torch.dtype, scheme or None, both in words).
 
     auto: a GPU has units for fp16, and room. On a CPU a token costs the time in which the weights are read, so a large LLaMA
-    is read as int8, and the rest of such a model is bf16; a small one is quickest in fp32, which CPUs compute in anyway.
-    Without quantisation, quant's "bf16" is how a CPU multiplies by bf16 weights quickest."""
+    is read as int8. What is not rounded, attention and the branch, is quickest in fp32 on a CPU that cannot compute in bf16; but
+    whoever asks for int4, or for all of a large LLaMA as it is, needs the room that bf16 saves. Without quantisation, quant's
+    "bf16" is how a CPU multiplies by bf16 weights quickest."""
     large = memory_need(llama, None, torch.bfloat16)["weights"] > 2 * LARGE
-    if dtype == "auto":
-        dtype = "fp16" if device.type == "cuda" else "bf16" if large else "fp32"
     if quantize == "auto":
         quantize = "int8" if large and device.type == "cpu" else "none"
+    if dtype == "auto":
+        bf16 = large and (quantize != "int8" or fast_bf16())
+        dtype = "fp16" if device.type == "cuda" else "bf16" if bf16 else "fp32"
     quickest = "bf16" if dtype == "bf16" and device.type == "cpu" else None
     return DTYPES[dtype], SCHEMES[quantize] or quickest, dtype if quantize == "none" else f"{quantize} and {dtype}"
 

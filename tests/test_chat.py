@@ -187,6 +187,17 @@ def test_quantised_weights_are_written_once_and_what_was_seen_is_still_known(cal
     assert os.stat(folder / "llava" / "quantised_int8.safetensors") == written and len(os.listdir(tmp_path / "c")) == 1
 
 
+def test_where_the_llama_is_quantised_clip_looks_in_int8_and_sees_nearly_the_same(weights, video, tmp_path):
+    seen = {}
+    for scheme in ("none", "int8"):
+        config = chat.Config(video=str(video), weights=str(shutil.copytree(weights, tmp_path / scheme)), quantize=scheme, cache=False, device="cpu")
+        session = chat.Session(config)
+        seen[scheme] = session.video_tokens
+        linears = [m for m in session.chat.encoder.clip.vision_model.modules() if isinstance(m, torch.nn.Linear)]
+        assert bool(linears) == (scheme == "none")
+    assert 0 < (seen["int8"] - seen["none"]).norm() / seen["none"].norm() < 0.05
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_every_precision_answers(call, weights, video, dtype):
     code, out, _ = call(video, "--weights", weights, "-q", "what?", "--dtype", dtype, "--max_new_tokens", 3)

@@ -16,11 +16,14 @@ SEVEN, SMALL = LLaMAConfig(), LLaMAConfig(width=64, layers=2, heads=2, mlp=96, v
 G = 10 ** 9
 
 
-@pytest.mark.parametrize("llama, device, chosen", [
-    (SMALL, CPU, (torch.float32, None, "fp32")), (SEVEN, CPU, (torch.bfloat16, "int8", "int8 and bf16")),
-    (SMALL, GPU, (torch.float16, None, "fp16")), (SEVEN, GPU, (torch.float16, None, "fp16"))], ids=["small", "7B", "small on a GPU", "7B on a GPU"])
-def test_auto_is_quick_where_it_runs(llama, device, chosen):
+@pytest.mark.parametrize("llama, device, bf16, chosen", [
+    (SMALL, CPU, True, (torch.float32, None, "fp32")), (SEVEN, CPU, True, (torch.bfloat16, "int8", "int8 and bf16")),
+    (SEVEN, CPU, False, (torch.float32, "int8", "int8 and fp32")), (SMALL, GPU, True, (torch.float16, None, "fp16")),
+    (SEVEN, GPU, True, (torch.float16, None, "fp16"))], ids=["small", "7B", "7B without bf16", "small on a GPU", "7B on a GPU"])
+def test_auto_is_quick_where_it_runs(llama, device, bf16, chosen, monkeypatch):
+    monkeypatch.setattr(memory, "fast_bf16", lambda: bf16)   # whether this CPU computes in it
     assert memory.choose("auto", "auto", device, llama) == chosen
+    assert device == GPU or memory.choose("auto", "int4", device, SEVEN)[0] == torch.bfloat16   # who asks for it lacks room
 
 
 def test_what_is_asked_for_is_chosen():
