@@ -165,7 +165,7 @@ class Session:
     begins alike is worked through only from where it differs, so a second question costs its own words.
     spent: {what was waited for since --verbose last reported: seconds}. cost: of the last answer, None before it."""
     def __init__(self, cfg):
-        self.cfg, self.cost = cfg, None
+        self.cfg, self.cost, self.weights_state = cfg, None, features.state_of(cfg.weights)
         self.spent = {"import": IMPORT_SECONDS, "weights": 0.0, "video": 0.0}
         self.device = common.start_distributed(cfg.device).device
         self.open(cfg.video, meanwhile=self.load)
@@ -189,7 +189,11 @@ class Session:
         cfg, (clip, llama) = self.cfg, self.sizes
         context = min(llama.context_length, LONGEST)
         dtype, self.scheme, self.precision = memory.choose(cfg.dtype, cfg.quantize, self.device, llama)
-        need = functools.partial(memory.needs, clip, llama, self.num_frames, context, dtype, cfg.base is not None)
+        joined = cfg.base is not None or os.path.exists(os.path.join(cfg.weights, "llava", "consolidated.01.pth"))   # in memory, first
+
+        def need(scheme):   # the one chosen, or another that may fit
+            kind = dtype if scheme == self.scheme else memory.choose(cfg.dtype, scheme, self.device, llama)[0]
+            return memory.needs(clip, llama, self.num_frames, context, kind, joined, scheme)
         if not memory.check(cfg.weights, need, self.scheme, self.device) and cfg.verbose:
             say("(this system does not say how much memory is free, so whether the weights fit was not checked)")
         with self.timed("weights"):
@@ -203,10 +207,10 @@ class Session:
         """Shows a video to the model, and does `meanwhile` while it is decoded; a new conversation begins. Raises VideoError,
         and then everything is as it was.
 
-        What is known from an earlier chat is taken from the cache. An error of the video comes before anything else is done:
-        nobody should wait for gigabytes of weights to hear that a video is broken."""
+        What is known from an earlier chat is taken from the cache. That a file is no video, or that its first frame cannot be decoded,
+        is said before anything else is done: nobody should wait for gigabytes of weights to hear it."""
         cfg, seen = self.cfg, None
-        entry = features.entry(cfg.cache_dir or features.default_folder(), path, self.how(), cfg.weights) if cfg.cache else None
+        entry = features.entry(cfg.cache_dir or features.default_folder(), path, self.how(), self.weights_state) if cfg.cache else None
         with self.timed("video"), self.unharmed():
             seen = features.recall(entry) if entry else None
         if seen is None:
@@ -276,6 +280,7 @@ class Session:
         heard = ids[:at] + [VIDEO_INDEX] * (len(self.video_tokens) + len(chat.start_end)) + ids[at + 1:]   # S ids
         same = min(len(os.path.commonprefix([heard, self.heard])), len(heard) - 1)
         self.kv_cache.truncate(same)
+        self.heard = heard[:same]   # in case of Ctrl-C just here
         cost = self.cost = Cost(same, len(heard) - same)
 
         def remembered(new):

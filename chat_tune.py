@@ -31,7 +31,7 @@ import common
 import data
 from clip import load_clip
 from llm import load_llama, save_llama, tokenizer_path
-from model import IGNORE_INDEX, VIDEO_TOKENS, VideoChat, VideoEncoder, chat_tensors, load_branch, make_projector, projector_part, prompt_ids
+from model import IGNORE_INDEX, VIDEO_TOKENS, VideoChat, VideoEncoder, chat_tensors, is_marked, load_branch, make_projector, projector_part, prompt_ids
 
 
 @dataclasses.dataclass
@@ -117,7 +117,8 @@ def build(cfg):
     branch = load_branch(cfg.branch, clip, skip_last=1, drop_path=cfg.drop_path) if cfg.tokens == "branch" else None
     if branch and branch.balance2 is None:   # the layout of a tuned file cannot say "no gates"; it would come back with some
         raise common.UserError(f"{cfg.branch}: a branch without gates cannot be tuned for chat; pretrain one with --gated")
-    return VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, cfg.tokens).float()
+    marked = cfg.stage != "video" or is_marked(cfg.llm)   # the stages before it make a LLaVA, and ours has the two rows
+    return VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, cfg.tokens, marked).float()
 
 
 def save_result(cfg, chat):

@@ -41,24 +41,29 @@ def default_folder():
     return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "nanobt")
 
 
-def fingerprint(weights):
+def state_of(weights):
     """Name, size and time of change of every file in a folder of weights and in its folders: two levels are all there is.
 
-    But for quantised copies, which appear later and follow from the others."""
+    But for quantised copies, which appear later and follow from the others. To be taken before the weights are read: whoever
+    replaces them later must not have the tokens of the old ones filed under the new."""
     names = [name for pattern in ("*", "*/*") for name in glob.glob(pattern, root_dir=weights)
              if os.path.isfile(os.path.join(weights, name)) and not os.path.basename(name).startswith("quantised_")]
-    return [(name, status.st_size, status.st_mtime_ns) for name in sorted(names) for status in [os.stat(os.path.join(weights, name))]]
+    try:
+        return [os.path.realpath(weights), *((name, status.st_size, status.st_mtime_ns) for name in sorted(names)
+                                             for status in [os.stat(os.path.join(weights, name))])]
+    except OSError as e:   # gone since
+        raise UserError(f"{e.filename}: {e.strerror}")
 
 
 def entry(folder, video, how, weights):
-    """-> the path of the entry for a video that is looked at in some way (`how`, whatever JSON can hold) by a folder of weights.
+    """-> the path of the entry for a video that is looked at in some way (`how`) by weights (what state_of said); JSON can hold both.
 
     None where there is no such video: whoever opens it says what is wrong."""
     try:
         status = os.stat(video)
     except (OSError, ValueError):
         return None
-    key = json.dumps([FORMAT, os.path.realpath(video), status.st_size, status.st_mtime_ns, how, os.path.realpath(weights), fingerprint(weights)])
+    key = json.dumps([FORMAT, os.path.realpath(video), status.st_size, status.st_mtime_ns, how, weights])
     return os.path.join(folder, hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32] + ".safetensors")
 
 
@@ -75,11 +80,15 @@ def recall(path):
     if not os.path.exists(path):
         return None
     tensors, metadata = read_file(path), read_metadata(path)
-    if metadata.get("crc32") != checksum(tensors.values()) or not {"times", "frames", "video_tokens"} <= tensors.keys():
-        raise UserError(f"{path}: this entry of the cache is damaged")
+    try:
+        seen = Seen(float(metadata["duration"]), tensors["times"].tolist(), tensors["frames"], tensors["video_tokens"])
+        if metadata["crc32"] != checksum(tensors.values()) or len(seen.times) != len(seen.frames):
+            raise ValueError
+    except (KeyError, ValueError, TypeError) as e:
+        raise UserError(f"{path}: this entry of the cache is damaged") from e
     with contextlib.suppress(OSError):   # a folder that is read-only, or another process that has just removed it
         os.utime(path)                   # used now: others are older
-    return Seen(float(metadata["duration"]), tensors["times"].tolist(), tensors["frames"], tensors["video_tokens"])
+    return seen
 
 
 def keep(path, seen):

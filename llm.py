@@ -60,7 +60,8 @@ class LLaMAConfig:
             raise UserError(f"a head is {self.head_dim} wide; rotary positions turn pairs, so it must be even, and no wider than the model")
         if self.rope_scaling is not None:
             needed = ROPE_SCALING.get(self.rope_kind)
-            if needed is None or not all(is_positive(self.rope_scaling.get(key)) for key in needed):
+            if needed is None or not all(is_positive(self.rope_scaling.get(key)) for key in needed) or self.rope_kind == "llama3" and \
+                    self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
                 raise UserError(f"rope_scaling {shown(self.rope_scaling)}: known kinds and what each states are {ROPE_SCALING}")
         if not is_positive(self.rope_theta) or not is_positive(self.norm_eps):
             raise UserError(f"rope_theta {self.rope_theta}, norm_eps {self.norm_eps}: both are numbers above 0")
@@ -319,7 +320,10 @@ def stream_text(tokenizer, ids):
 class SentencePieceTokenizer:
     """The tokenizer of LLaMA 1 and 2 (Kudo and Richardson 2018, arXiv 1808.06226): a sentencepiece model file.
 
-    bos_id, eos_id: int; stop_ids: set of int, the ids that end an answer; vocab_size: int."""
+    bos_id, eos_id: int; stop_ids: set of int, the ids that end an answer; vocab_size: int; between: what a part of a prompt has to
+    begin with for a space before it."""
+    between = ""
+
     def __init__(self, path):
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=bytes(map_file(path)))
@@ -359,7 +363,9 @@ LLAMA3_NAMED = {   # of the 256; the rest is reserved
 class TiktokenTokenizer:
     """The tokenizer of LLaMA 3: a text file of byte-pair ranks, `base64 rank` a line, and 256 special tokens after the last.
 
-    bos_id, eos_id, stop_ids, vocab_size: as above; special: {"<|eot_id|>": id, ...}, all 256."""
+    bos_id, eos_id, stop_ids, vocab_size, between: as above; special: {"<|eot_id|>": id, ...}, all 256."""
+    between = " "
+
     def __init__(self, path):
         try:
             lines = (line.split() for line in bytes(map_file(path)).splitlines())
@@ -418,6 +424,8 @@ def open_tokenizer(path):
 
 # ---------------------------------------------------------------------------------------------------- weights
 EXTRA = ("model.mm_projector.", "mm_projector.", "model.vision_tower.")   # what LLaVA stores beside its LLaMA
+NOT_LLAMA = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "no_rope_layers",   # models that
+             "partial_rotary_factor")   # name their tensors as a LLaMA does, and compute otherwise
 RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")   # a table that older files also store
 
 
@@ -506,6 +514,9 @@ def read_config(path, vocab_size, has_head):
     with stated_in(path):
         if c.get("hidden_act", "silu") != "silu":
             raise UserError(f"its activation is {shown(c['hidden_act'])}, a LLaMA's is silu")
+        for key in NOT_LLAMA:
+            if c.get(key) not in (None, 1, []):
+                raise UserError(f"its {key} is {shown(c[key])}; a LLaMA has no such thing")
         if c.get("sliding_window") and c.get("use_sliding_window", True):
             raise UserError(f"its attention sees {shown(c['sliding_window'])} tokens back, as a Mistral's; a LLaMA's sees all")
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}   # transformers 5 and before
@@ -563,7 +574,7 @@ def read_consolidated(folder, params):
     for path, part in zip(paths, parts):
         if part.keys() != parts[0].keys():
             raise UserError(f"{path}: its tensors are not those of {paths[0]}; do these files belong together?")
-    rows = len(parts[0].get("layers.0.attention.wq.weight", ()))
+    rows, = parts[0].get("layers.0.attention.wq.weight", torch.empty(0)).shape[:1] or (0,)
     if not rows or not isinstance(params.get("dim"), int) or params["dim"] != rows * len(parts):
         raise UserError(f"{folder}: {len(parts)} of its consolidated.*.pth with {rows} rows of queries each, but params.json says that "
                         f"dim is {shown(params.get('dim'))}; is one missing?")
@@ -633,11 +644,12 @@ def add_base(folder, delta, base_folder, base):
     total = {}
     for name, t in delta.items():
         b = base.get(name, torch.empty(0))
-        if b.shape[1:] != t.shape[1:] or not (len(b) == len(t) or name in GROWN and 0 < len(b) < len(t)):
+        grown = name in GROWN and b.ndim == t.ndim == 2 and b.shape[1] == t.shape[1] and 0 < len(b) < len(t)
+        if b.shape != t.shape and not grown:
             raise UserError(f"{folder}: {shown(name)} is {tuple(t.shape)}, in the base {base_folder} it is "
                             f"{tuple(b.shape) if name in base else 'missing'}; is this the LLaMA that it was trained from?")
         b = b.to(t.dtype)
-        total[name] = t + b if len(b) == len(t) else torch.cat((t[:len(b)] + b, t[len(b):]))
+        total[name] = torch.cat((t[:len(b)] + b, t[len(b):])) if grown else t + b
     return total
 
 

@@ -41,7 +41,8 @@ def needs(clip, llama, num_frames, context, dtype, added, scheme):
                                      + c.text_layers * (4 * c.text_width ** 2 + 2 * c.text_width * c.text_mlp) + c.vocab_size * c.text_width)
     # what CLIP and branch hold at once for a patch of a frame: measured, 31 numbers times their width in fp32, 40 in bf16 (24 frames, 768 wide)
     patches = min(num_frames, 128) * ((c.image_size // c.patch_size) ** 2 + 1)
-    need["video (later KV cache)"] = max(patches * 36 * c.vision_width * dtype.itemsize, language["kv_cache"])
+    kept = num_frames * (6 * ((c.image_size // c.patch_size) ** 2 + 1) * c.vision_width + 6 * c.image_size ** 2)   # 3 layers' output, pixels; twice
+    need["video (later KV cache)"] = max((patches * 36 * c.vision_width + kept) * dtype.itemsize, language["kv_cache"])
     return need
 
 

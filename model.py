@@ -313,6 +313,8 @@ def load_branch(path, clip, skip_last=0, drop_path=0.0, *, gates=None):
         raise UserError(f"{path}: a branch of {depth} layers, {used} of them in use, does not fit a CLIP of {c.vision_layers}")
     gated = tuned or "balance1" in tensors if gates is None else gates
     positions, = tensors.get("btadapter_time_embed.weight", torch.empty(0)).shape[:1] or (0,)
+    if positions < 1:
+        raise UserError(f"{path}: its btadapter_time_embed.weight has no row; is this a BT-Adapter branch?")
     with weightfile.shapes_only():   # stochastic depth: each layer keeps its rate where the last layer is left out
         branch = Branch(c.vision_width, c.vision_heads, c.vision_mlp, used, gated, positions,
                         drop_path * max(0, used - 1) / max(1, used + skip_last - 1))
@@ -376,20 +378,23 @@ def prompt_ids(tokenizer, turns, system="vicuna_v1"):
     the first question, as in Video-ChatGPT's evaluation."""
     ids, labels = [], []
 
+    def encode(text):   # after the first word, with the space that a tokenizer does not put there by itself
+        return tokenizer.encode(tokenizer.between * (len(ids) > 1) + text)
+
     def add(new, learn=False):
         ids.extend(new)
         labels.extend(new if learn else [IGNORE_INDEX] * len(new))
 
     add([tokenizer.bos_id])
     if SYSTEMS[system]:
-        add(tokenizer.encode(SYSTEMS[system]))
+        add(encode(SYSTEMS[system]))
     for i, (question, answer) in enumerate(turns):
-        add(tokenizer.encode(f"USER: {question}" + ("\n" if i == 0 else "")))
+        add(encode(f"USER: {question}" + ("\n" if i == 0 else "")))
         if i == 0:
             add([VIDEO_INDEX])
-        add(tokenizer.encode("ASSISTANT:"))
+        add(encode("ASSISTANT:"))
         if answer is not None:
-            add(tokenizer.encode(answer) + [tokenizer.eos_id], learn=True)
+            add(encode(answer) + [tokenizer.eos_id], learn=True)
     return ids, labels
 
 
@@ -474,6 +479,12 @@ def start_end_rows(tensors, vocab_size):
     return rows
 
 
+def is_marked(llava):
+    """Whether a LLaVA in this folder was trained with a start and an end row around a picture: LLaVA-1.5 says that it was not."""
+    settings = os.path.join(llava, "config.json")   # Meta's folders have none
+    return not os.path.exists(settings) or bool(weightfile.read_json(settings).get("mm_use_im_start_end", True))
+
+
 def chat_parts(folder):
     """-> the paths of what load_chat looks for in a folder of weights. Raises UserError."""
     if not os.path.isdir(folder):
@@ -513,13 +524,11 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, quant
     source = next((file for file, t in ((chat_file, learned), (projector_file, given)) if projector_part(t)), llava)
     projector = projector_part(learned) or projector_part(given) or projector_part(extra)
     mm_projector = make_projector(projector, clip.config.vision_width, llm.config.width, source)
-    settings = os.path.join(llava, "config.json")   # Meta's folders have none
-    marked = not os.path.exists(settings) or weightfile.read_json(settings).get("mm_use_im_start_end", True)
-    chat = VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, tokens, bool(marked)).requires_grad_(False)
+    chat = VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, tokens, is_marked(llava)).requires_grad_(False)
     for file, t in ((projector_file, given), (chat_file, learned)):   # the later one counts
         rows = start_end_rows(t, tokenizer.vocab_size)
         if rows is not None:
-            if rows.shape != (2, llm.config.width):
+            if rows.shape not in ((2, llm.config.width), (0, llm.config.width)):
                 raise UserError(f"{file}: its start and end rows are {tuple(rows.shape)}, this LLaVA needs (2, {llm.config.width})")
             chat.start_end.data = rows
     return chat.to(dtype=dtype).eval(), "tuned on video" if learned else "without chat.bin: an image model with the branch plugged in"

@@ -13,11 +13,13 @@ the speed. To read a prompt it uses each weight for many rows: there arithmetic 
               neighbours share a scale, and a middle, because their lowest and highest are seldom opposite.
 
 "bf16" rounds nothing; it takes the faster of torch's ways to multiply, weights as they are in the file. "int8" rounds weights and
-activations, "int4" weights only. What was measured, and what was not taken, is in LOG.md; errors and speeds are in docs/numbers.md.
+activations, "int4" weights only. What was measured, and what was not taken, is in LOG.md; errors are in docs/numbers.md.
 All is for inference: rounding has no gradient. Shapes: M rows (tokens), K inputs, N outputs.
 """
+import contextlib
 import ctypes
 import functools
+import glob
 import json
 import mmap
 import os
@@ -36,6 +38,7 @@ ROWS = 64         # rows of a weight that are converted at a time: as floats, 1 
 GROUP = 64        # neighbours that share a scale in int4
 EXTREME = 20.0    # a row whose largest value is more times its root mean square is multiplied twice; noise has 4, silu(noise) * noise 12
 FEW = 48          # rows up to which the kernel for packed int4 is faster than unpacking the weight first
+FORMAT = 1        # of a file of quantised weights; after a change of what is in it, another
 TINY = 1e-30      # the least scale: a row of zeros is divided by it
 
 
@@ -107,7 +110,7 @@ class BF16Linear(FrozenLinear):
     weight at a time, where the CPU has no arithmetic for bf16 and torch's own way takes three times as long."""
     @staticmethod
     def convert(weight):
-        return {"weight": weight.detach()}
+        return {"weight": weight.detach().bfloat16() if weight.dtype == torch.float32 else weight.detach()}
 
     @staticmethod
     def shapes(N, K):
@@ -257,7 +260,7 @@ def quantized(model, scheme, source_files, folder):
         return quantize(model, scheme)
     path, found = os.path.join(folder, f"quantised_{scheme}.safetensors"), linears(model, scheme)
     shapes = {f"{name}.{key}": spec for name, m, kind in found for key, spec in kind.shapes(m.out_features, m.in_features).items()}
-    made_from = fingerprint(scheme, source_files)
+    made_from = origin(scheme, source_files)
     tensors = read_quantised(path, shapes, made_from) if os.path.exists(path) else None
     if tensors is None:
         try:
@@ -266,6 +269,8 @@ def quantized(model, scheme, source_files, folder):
             warnings.warn(f"{e}; quantising in memory, and again at the next start")
             return quantize(model, scheme)
         tensors = read_quantised(path, shapes, made_from)
+        if tensors is None:   # another process has put another one in its place
+            return quantize(model, scheme)
     for name, linear, kind in found:
         mapped = {key: tensors[f"{name}.{key}"] for key in kind.shapes(linear.out_features, linear.in_features)}
         model.set_submodule(name, kind(mapped, linear.bias))
@@ -273,15 +278,16 @@ def quantized(model, scheme, source_files, folder):
 
 
 def weight_files(*folders):
-    """The files in these folders that weights can be in, but for those that `quantized` writes."""
-    paths = [os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder))]
-    return [path for path in paths if path.endswith((".safetensors", ".bin", ".pth", ".pt")) and not os.path.basename(path).startswith("quantised_")]
+    """The files in these folders that weights can be in, but for those that `quantized` writes; and the number of heads in Meta's
+    layout, which decides how rows are sorted."""
+    paths = [os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)) if not name.startswith("quantised_")]
+    return [path for path in paths if path.endswith((".safetensors", ".bin", ".pth", ".pt", "params.json")) and os.path.isfile(path)]
 
 
-def fingerprint(scheme, source_files):
+def origin(scheme, source_files):
     """What a file of quantised weights depends on, as text: the files, this scheme's settings, and how this machine wants them."""
-    files = [(os.path.basename(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in sorted(map(os.fspath, source_files))]
-    machine = [weight_levels(), GROUP, lanes()] if scheme == "int4" else [weight_levels()]
+    files = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in sorted(map(os.fspath, source_files))]
+    machine = [FORMAT, weight_levels(), GROUP, lanes()] if scheme == "int4" else [FORMAT, weight_levels()]
     return {"scheme": scheme, "settings": json.dumps(machine), "made_from": json.dumps(files)}
 
 
@@ -305,13 +311,16 @@ def write_quantised(path, found, shapes, made_from):
         for _, linear, kind in tqdm(found, desc=f"quantising, once: {os.path.basename(path)}", delay=2, file=sys.stderr):
             yield from kind.convert(linear.weight).values()
             release(linear.weight)
+    for leftover in glob.glob(glob.escape(path) + ".*.tmp"):   # of gigabytes, by one that was killed; one that still writes does without
+        with contextlib.suppress(OSError):
+            os.remove(leftover)
     sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
     write_safetensors(path, sizes, made_from, values=layers())
 
 
 def release(t):
     """Tells Linux that the pages under a tensor are not needed soon. What is mapped from a file leaves memory, and is read again if it
-    is wanted after all; other memory is left as it is."""
+    is wanted after all; other memory goes to swap space, if there is some."""
     if sys.platform == "linux" and t.device.type == "cpu":
         start, end = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE, (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, end - start)), 21)   # MADV_PAGEOUT, of <sys/mman.h>

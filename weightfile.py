@@ -227,6 +227,8 @@ class Inert:
 def plain_dict(pairs=()):
     """What OrderedDict(pairs) is asked for: an empty one, or pairs, as Python 2 wrote them."""
     made = {}
+    if type(pairs) not in (list, tuple) or not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError("an OrderedDict of something else than pairs")
     for key, value in pairs:
         put(made, key, value)
     return made
@@ -303,11 +305,13 @@ class DataPickle:
 
     def find(self, module, name):
         """What a pickle means by module.name. Raises UserError for all that is not weight data."""
+        if not isinstance(module, str) or not isinstance(name, str):   # to look such a thing up is to hash it, however deep it is
+            raise UserError(f"{self.path}: this pickle asks for something whose name is no text, which is not weight data; refused")
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return rebuild_tensor
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        if isinstance(module, str) and module.split(".")[0] == "__torch__":
+        if module.split(".")[0] == "__torch__":
             return Inert
         if (module, name) in KNOWN:
             return KNOWN[module, name]
@@ -315,6 +319,8 @@ class DataPickle:
 
     def reduce(self):
         args, function = self.pop(), self.pop()
+        if type(args) is not tuple:   # to take a tensor apart is to make a tensor of each of its numbers
+            raise ValueError("arguments that are no tuple")
         self.push(function(*args))   # only `find` puts on the stack what can be called
 
     def build(self):
@@ -333,10 +339,11 @@ class DataPickle:
             self.stack[-1].extend(values)
 
     def persistent(self):
-        kind, dtype, key, _, count = self.pop()
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or type(count) is not int or count < 0:
-            raise ValueError(f"an unknown record {shown(kind)!r}")
-        self.push(self.storage(dtype, str(key), count))
+        record = self.pop()   # ("storage", dtype, key, device, count)
+        if type(record) is not tuple or len(record) != 5 or record[0] != "storage" or type(record[1]) is not torch.dtype \
+                or type(record[2]) not in (str, int) or type(record[4]) is not int or record[4] < 0:
+            raise ValueError("an unknown record")
+        self.push(self.storage(record[1], str(record[2]), record[4]))
 
 
 def rebuild_tensor(storage, offset, shape, stride, *_):

@@ -37,7 +37,8 @@ def test_nobody_else_can_look_into_the_folder(seen, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b"hello", lambda b: b[:-1] + bytes([b[-1] ^ 1]),
-                                    lambda b: b.replace(b"crc32", b"crc33"), lambda b: b.replace(b"frames", b"flames")])
+                                    lambda b: b.replace(b"crc32", b"crc33"), lambda b: b.replace(b"frames", b"flames"), lambda b: b.replace(b"duration", b"durathon"),
+                                    lambda b: b.replace(b'"2.5"', b'"x.5"')])
 def test_a_damaged_entry_is_refused_by_name(seen, tmp_path, damage):
     path = tmp_path / "0.safetensors"
     features.keep(str(path), seen)
@@ -65,27 +66,36 @@ def copies(weights, video, tmp_path):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_was_seen_is_not_found_again_after_a_change_of(copies, change):
-    before = features.entry("c", copies[1], [], str(copies[0]))
+    before = features.entry("c", copies[1], [], features.state_of(str(copies[0])))
     CHANGES[change](*copies)
-    assert features.entry("c", copies[1], [], str(copies[0])) != before
+    assert features.entry("c", copies[1], [], features.state_of(str(copies[0]))) != before
 
 
 def test_another_way_of_looking_is_another_entry(copies):
     weights, video = map(str, copies)
-    assert len({features.entry("c", video, how, weights) for how in (["uniform", 8], ["uniform", 9], ["seq", 8])}) == 3
+    assert len({features.entry("c", video, how, features.state_of(weights)) for how in (["uniform", 8], ["uniform", 9], ["seq", 8])}) == 3
 
 
 def test_the_way_to_a_video_and_quantised_copies_of_the_weights_do_not_matter(copies, monkeypatch):
     weights, video = copies
-    before = features.entry("c", video, [], str(weights))
+    before = features.entry("c", video, [], features.state_of(str(weights)))
     (weights / "llava" / "quantised_int8.safetensors").write_bytes(b"later")
     monkeypatch.chdir(weights.parent)
     os.symlink(video, "link.mp4")
-    assert features.entry("c", "v.mp4", [], "w") == features.entry("c", "link.mp4", [], "./w/") == before
+    assert features.entry("c", "v.mp4", [], features.state_of("w")) == features.entry("c", "link.mp4", [], features.state_of("./w/")) == before
+
+
+def test_weights_replaced_while_a_chat_is_open_do_not_get_its_tokens(copies, tmp_path):
+    weights, video = copies
+    session = chat.Session(chat.Config(video=str(video), weights=str(weights), device="cpu", cache_dir=str(tmp_path / "c")))
+    write_branch(weights / "branch.pth")
+    session.open(str(shutil.copy2(video, tmp_path / "other.mp4")))
+    later = features.entry(str(tmp_path / "c"), tmp_path / "other.mp4", session.how(), features.state_of(weights))
+    assert features.recall(later) is None and len(os.listdir(tmp_path / "c")) == 2
 
 
 def test_a_video_that_is_not_there_has_no_entry(weights):
-    assert features.entry("c", "/nowhere.mp4", [], weights) is features.entry("c", "a\0b", [], weights) is None
+    assert features.entry("c", "/nowhere.mp4", [], features.state_of(weights)) is features.entry("c", "a\0b", [], features.state_of(weights)) is None
 
 
 @pytest.mark.parametrize("base, path", [("/cache", "/cache/nanobt"), ("", "/home/me/.cache/nanobt"), ("relative", "/home/me/.cache/nanobt")])

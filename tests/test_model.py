@@ -431,7 +431,7 @@ def test_a_llama_without_any_projector_is_refused(world, tmp_path):
 # ---------------------------------------------------------------------------------------------------- prompts
 class Words:
     """A tokenizer that gives every new word the next id."""
-    bos_id, eos_id, vocab = 1, 2, {}
+    bos_id, eos_id, vocab, between = 1, 2, {}, ""
 
     def encode(self, text):
         return [self.vocab.setdefault(word, 10 + len(self.vocab)) for word in text.replace("\n", " \n ").split(" ") if word]
@@ -451,6 +451,16 @@ def test_prompt_of_a_second_question_begins_with_the_first_turn():
     first, _ = prompt_ids(t, [("what ?", "a dog")])
     second, _ = prompt_ids(t, [("what ?", "a dog"), ("why ?", None)])
     assert second[:len(first)] == first and second[len(first):] == t.encode("USER: why ?") + t.encode("ASSISTANT:")
+
+
+def test_parts_of_a_prompt_are_apart_also_where_the_tokenizer_puts_no_space_before_them():
+    class Letters(Words):
+        between = " "
+
+        def encode(self, text):
+            return [ord(c) for c in text]
+    ids, _ = prompt_ids(Letters(), [("what?", "a dog"), ("why?", None)], "none")
+    assert "".join(chr(i) for i in ids if i > 2) == "USER: what?\n ASSISTANT: a dog USER: why? ASSISTANT:"
 
 
 def test_an_answer_that_looks_like_a_prompt_is_still_learned_whole():

@@ -318,7 +318,7 @@ def test_other_weights_are_quantised_anew_and_it_is_said(folder, change, monkeyp
     with pytest.warns(UserWarning, match="quantised_int8.safetensors: made from other weights, or on another kind of machine; making it again"):
         load(folder)
     assert os.stat(made).st_mtime_ns != made_at
-    assert quant.read_metadata(made) == quant.fingerprint("int8", quant.weight_files(folder))
+    assert quant.read_metadata(made) == quant.origin("int8", quant.weight_files(folder))
 
 
 @pytest.mark.parametrize("damage, what", [("cut", "cut"), ("empty", "the file is empty"), ("foreign", "holds other layers"), ("text", "neither safetensors nor")])
@@ -326,7 +326,7 @@ def test_a_damaged_file_is_made_again_and_it_is_said(folder, damage, what):
     expected = load(folder)(torch.arange(10)[None])
     path = folder / "quantised_int8.safetensors"
     if damage == "foreign":
-        write_safetensors(path, {"lm_head.weight": torch.zeros(2)}, quant.fingerprint("int8", quant.weight_files(folder)))
+        write_safetensors(path, {"lm_head.weight": torch.zeros(2)}, quant.origin("int8", quant.weight_files(folder)))
     else:
         path.write_bytes({"cut": path.read_bytes()[:-1], "empty": b"", "text": b"hello, world, how are you"}[damage])
     with pytest.warns(UserWarning, match=f"{what}.*; making it again"):
