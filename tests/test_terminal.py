@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import sys
 import termios
@@ -82,6 +83,7 @@ class Terminal:
                         "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(state)}   # small models: threads would only wait for each other
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)   # it is ignored in what a shell started in the background, and inherited
             os.execve(sys.executable, command, environment)
         self.raw, self.reads = b"", 0
         self.resize(columns)
@@ -118,9 +120,11 @@ class Terminal:
 
     def interrupt(self):
         """Ctrl-C, once more if nothing happens: Python misses one that comes between its prompt and its waiting for a key."""
-        self.press(b"\x03")
-        while not select.select([self.fd], [], [], 2)[0]:
+        for _ in range(SECONDS // 2):
             self.press(b"\x03")
+            if select.select([self.fd], [], [], 2)[0]:
+                return
+        raise AssertionError("Ctrl-C is not answered")
 
     def type(self, line):
         self.press(line.encode() + b"\r")
