@@ -577,7 +577,7 @@ def make_openai_clip(cfg, config):
                 if parent not in module._modules:
                     module.add_module(parent, torch.nn.Module())
                 module = module._modules[parent]
-            module.register_parameter(leaf, torch.nn.Parameter(t, requires_grad=False))
+            module.register_parameter(leaf, torch.nn.Parameter(t.clone(), requires_grad=False))   # else all would be one storage in the file
         common.make_folder(cfg.data)
         common.write_atomic(path, lambda f: torch.jit.save(torch.jit.script(root), f))
     return path
