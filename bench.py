@@ -729,7 +729,7 @@ def transformers_chat(path, scheme, threads, prompt, tokens):
         if start == 0:
             cache = transformers.DynamicCache()
         elif start < cache.get_seq_length():
-            cache.crop(start)
+            cache.crop(start - cache.get_seq_length())
         model(ids[:, :n], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return rounds(step, prompt, tokens)
 
