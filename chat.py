@@ -455,6 +455,8 @@ def main(cfg):
         common.at_least(cfg, num_frames=1)
     if cfg.question is not None and not cfg.question.strip():
         raise UserError("--question: it is empty")
+    if sys.stdin is None or sys.stdout is None:
+        raise UserError("standard input or output is closed; give it a file, or /dev/null")
     if cfg.json and cfg.question is None and sys.stdin.isatty():
         raise UserError("--json: is for -q and for questions on standard input; in a conversation, /save FILE writes JSON")
     sys.stdout.reconfigure(errors="replace")   # an answer may hold characters that a terminal's encoding lacks

@@ -77,6 +77,12 @@ def test_piped_questions_get_one_line_each_and_blank_lines_none(call, weights, v
     assert "cut after 9 tokens" in err
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_a_closed_stream_is_one_line(closed):
+    done = subprocess.run(["bash", "-c", f'"{sys.executable}" "{chat.__file__}" {closed}'], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "chat.py: standard input or output is closed; give it a file, or /dev/null\n"
+
+
 def test_no_questions_no_answers(call, weights, video):
     assert call(video, "--weights", weights)[:2] == (0, "")
 
