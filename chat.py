@@ -39,7 +39,7 @@ try:
     import quant
     import terminal
     from common import UserError
-    from llm import KVCache, generate, stream_text
+    from llm import KVCache, generate, is_joined, stream_text
     from model import SYSTEMS, VIDEO_INDEX, VIDEO_TOKENS, load_chat, prompt_ids, read_sizes
     from terminal import say
 except KeyboardInterrupt:   # the imports are most of the start: who changes their mind meanwhile needs no traceback
@@ -50,7 +50,6 @@ IMPORT_SECONDS = time.perf_counter() - STARTED
 HERE = os.path.dirname(os.path.abspath(__file__))        # what is shipped lies beside this file
 PNG = b"\x89PNG\r\n\x1a\n"                               # the first bytes of a PNG file
 SMALL = 30_000_000                                       # parameters; below, threads wait for each other more than they work
-LONGEST = 8192                                           # tokens of a conversation, also where a LLaMA reads more: its cache must fit
 ROOM = 64                                                # tokens that an answer should have room for before old turns must go
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command, in the text of a model
 SETTINGS = ("temperature", "top_p", "max_new_tokens", "seed")   # can change between two answers
@@ -93,12 +92,6 @@ class Config:
 
 
 FLAGS = {"positional": ["video"], "short": {"question": "q", "verbose": "v"}}
-
-
-def usual_frames(image_size):
-    """How many frames weights were tuned with, told by the size of what their CLIP sees: 100 from 224 pixels on, as released;
-    8 below, where only the toy world is."""
-    return 100 if image_size >= 224 else 8
 
 
 def check_settings(cfg):
@@ -183,17 +176,16 @@ class Session:
 
     @property
     def num_frames(self):
-        return usual_frames(self.sizes[0].image_size) if self.cfg.num_frames is None else self.cfg.num_frames
+        return memory.usual_frames(self.sizes[0].image_size) if self.cfg.num_frames is None else self.cfg.num_frames
 
     def load(self):
         cfg, (clip, llama) = self.cfg, self.sizes
-        context = min(llama.context_length, LONGEST)
         dtype, self.scheme, self.precision = memory.choose(cfg.dtype, cfg.quantize, self.device, llama)
-        joined = cfg.base is not None or os.path.exists(os.path.join(cfg.weights, "llava", "consolidated.01.pth"))   # in memory, first
+        joined = is_joined(os.path.join(cfg.weights, "llava"), cfg.base)
 
         def need(scheme):   # the one chosen, or another that may fit
             kind = dtype if scheme == self.scheme else memory.choose(cfg.dtype, scheme, self.device, llama)[0]
-            return memory.needs(clip, llama, self.num_frames, context, kind, joined, scheme)
+            return memory.needs(clip, llama, self.num_frames, kind, joined, scheme)
         if not memory.check(cfg.weights, need, self.scheme, self.device) and cfg.verbose:
             say("(this system does not say how much memory is free, so whether the weights fit was not checked)")
         with self.timed("weights"):
@@ -201,7 +193,7 @@ class Session:
             self.chat.to(self.device)
         if sum(p.numel() for p in self.chat.parameters()) < SMALL:
             torch.set_num_threads(1)
-        self.kv_cache = KVCache(llama, 1, context, self.device, dtype)
+        self.kv_cache = KVCache(llama, 1, min(llama.context_length, memory.LONGEST), self.device, dtype)
 
     def open(self, path, meanwhile=lambda: None):
         """Shows a video to the model, and does `meanwhile` while it is decoded; a new conversation begins. Raises VideoError,
@@ -425,7 +417,7 @@ def converse(session):
     """Questions and commands from a terminal, until it says to leave. No mistake in a line ends the program."""
     while True:
         try:
-            line = question = terminal.read_line("> ")
+            line = question = terminal.read_line("> ").strip()
             if line.startswith(terminal.QUOTES):
                 question = terminal.rest_of(line)
         except EOFError:

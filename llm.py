@@ -544,6 +544,11 @@ def is_meta(folder):
     return os.path.exists(os.path.join(folder, "params.json")) and not os.path.exists(os.path.join(folder, "config.json"))
 
 
+def is_joined(folder, base=None):
+    """Whether load_llama puts the LLaMA in this folder together in memory: it is a delta on a base, or has several of Meta's shards."""
+    return base is not None or is_meta(folder) and os.path.exists(os.path.join(folder, "consolidated.01.pth"))
+
+
 def read_meta(folder):
     """Meta's folder of a LLaMA 1, 2 or 3 -> (LLaMAConfig, {Hugging Face name: tensor}). Raises UserError.
 
@@ -558,6 +563,8 @@ def read_meta(folder):
             new, dim = META.get(part, (None, 0))
             new = name if new is None else f"{'model.layers.' + layer + '.' if layer else ''}{new}.weight"   # load_into names a stranger
             tensors[new] = join(folder, name, [p[name] for p in parts], dim, params["dim"])
+    if tensors.get("model.layers.0.mlp.gate_proj.weight", torch.empty(0)).ndim != 2:   # how wide an MLP is stands nowhere else
+        raise UserError(f"{folder}: no matrix layers.0.feed_forward.w1.weight in its consolidated.*.pth; is it the whole of a LLaMA?")
     config = meta_config(path, params, tensors)
     for name, t in tensors.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")) and t.shape[1:] == (config.width,) and len(t) % config.head_dim == 0:
@@ -617,9 +624,8 @@ def meta_config(path, params, tensors):
                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         first = eps < 5e-6 or (width == 8192 and kv_heads is None)
         context_length = 131072 if scaled else 16384 if theta == 1e6 else 8192 if theta > 1e4 else 2048 if first else 4096
-        gate = tensors.get("model.layers.0.mlp.gate_proj.weight", torch.empty(0))
         return LLaMAConfig(vocab_size=len(tensors["model.embed_tokens.weight"]), width=width, layers=int(params["n_layers"]), heads=heads,
-                           kv_heads=None if kv_heads is None else int(kv_heads), mlp=gate.shape[0] if gate.ndim else 0, rope_theta=theta,
+                           kv_heads=None if kv_heads is None else int(kv_heads), mlp=len(tensors["model.layers.0.mlp.gate_proj.weight"]), rope_theta=theta,
                            rope_scaling=scaling if scaled else None, norm_eps=eps, context_length=context_length)
 
 

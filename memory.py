@@ -9,6 +9,7 @@ from quant import fast_bf16, memory_need
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEMES = {"auto": None, "none": None, "int8": "int8", "int4": "int4"}
 LARGE = 1e9   # parameters of a LLaMA; from there on, what it reads for every token decides how fast it is
+LONGEST = 8192   # tokens of a conversation, also where a LLaMA reads more: its cache must fit
 GROUPS = "/sys/fs/cgroup"
 
 
@@ -29,20 +30,29 @@ def choose(dtype, quantize, device, llama):
     return DTYPES[dtype], SCHEMES[quantize] or quickest, dtype if quantize == "none" else f"{quantize} and {dtype}"
 
 
-def needs(clip, llama, num_frames, context, dtype, added, scheme):
-    """{part: bytes} of a CLIPConfig and a LLaMAConfig, roughly. added: the LLaMA is a delta on a base, and is summed up in memory
-    before it is quantised."""
-    language, c = memory_need(llama, scheme, dtype, context), clip
+def usual_frames(image_size):
+    """How many frames weights were tuned with, told by the size of what their CLIP sees: 100 from 224 pixels on, as released;
+    8 below, where only the toy world is."""
+    return 100 if image_size >= 224 else 8
+
+
+def needs(clip, llama, num_frames, dtype, joined, scheme):
+    """{part: bytes} of a chat with these sizes, a CLIPConfig and a LLaMAConfig: weights exactly, but for what is thousands of
+    bytes (the branch has three layers, the projector one: LLaVA-1.5's has a second, of 34 MB), a video roughly. Python and torch come on top.
+
+    joined: the LLaMA is put together in memory (see llm.is_joined) before it is quantised."""
+    language, c, D = memory_need(llama, scheme, dtype, min(llama.context_length, LONGEST)), clip, clip.vision_width
+    attention, patches = 4 * (D + 1) * D, (c.image_size // c.patch_size) ** 2 + 1
+    layer = attention + 2 * D * c.vision_mlp + D + c.vision_mlp + 4 * D   # with an MLP, and two LayerNorms
     need = {"LLaMA": language["weights"]}
-    if added and scheme in ("int8", "int4"):
-        need["base and delta"] = memory_need(llama, None, dtype)["weights"]
-    # attention has four square matrices, an MLP two
-    need["CLIP"] = dtype.itemsize * (c.vision_layers * (4 * c.vision_width ** 2 + 2 * c.vision_width * c.vision_mlp)
-                                     + c.text_layers * (4 * c.text_width ** 2 + 2 * c.text_width * c.text_mlp) + c.vocab_size * c.text_width)
+    if joined and scheme in ("int8", "int4"):
+        need["LLaMA, as it is joined"] = memory_need(llama, None, torch.bfloat16)["weights"]   # in the dtype of its files
+    need["CLIP, image tower"] = dtype.itemsize * (c.vision_layers * layer + (3 * c.patch_size ** 2 + 1 + patches + 4) * D)
+    need["branch"] = dtype.itemsize * (3 * (attention + (D + 1) * D + 2 * D + layer) + (1 + 64) * D)   # its own CLS and times
+    need["projector"] = dtype.itemsize * (D + 1) * llama.width
     # what CLIP and branch hold at once for a patch of a frame: measured, 31 numbers times their width in fp32, 40 in bf16 (24 frames, 768 wide)
-    patches = min(num_frames, 128) * ((c.image_size // c.patch_size) ** 2 + 1)
-    kept = num_frames * (6 * ((c.image_size // c.patch_size) ** 2 + 1) * c.vision_width + 6 * c.image_size ** 2)   # 3 layers' output, pixels; twice
-    need["video (later KV cache)"] = max((patches * 36 * c.vision_width + kept) * dtype.itemsize, language["kv_cache"])
+    kept = num_frames * (6 * patches * D + 6 * c.image_size ** 2)   # 3 layers' output, pixels; twice
+    need["video (later KV cache)"] = max((min(num_frames, 128) * patches * 36 * D + kept) * dtype.itemsize, language["kv_cache"])
     return need
 
 

@@ -511,7 +511,7 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, quant
     quantize: a key of quant.SCHEMES for the language model, or None; dtype is that of all else, None for what the files have,
     without a copy."""
     clip_path, llava, branch_file, projector_file, chat_file = chat_parts(folder)
-    clip = load_clip_model(clip_path)
+    clip = load_clip_model(clip_path).image_only()
     llm, tokenizer, extra = load_llama(llava, quantize=quantize, base=base)
     learned = weightfile.read_file(chat_file) if tuned and os.path.exists(chat_file) else {}
     given = weightfile.read_file(projector_file) if os.path.exists(projector_file) else {}

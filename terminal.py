@@ -56,18 +56,19 @@ def show_frames(frames, times):
 
 # ---------------------------------------------------------------------------------------------------- lines that are typed
 def read_line(prompt):
-    """A line, without white space around it. Raises EOFError and KeyboardInterrupt as input() does."""
+    """A line as it was typed. Raises EOFError and KeyboardInterrupt as input() does."""
     if not sys.stdout.isatty():   # then input() would mix its prompt with the answers
         print(prompt, end="", file=sys.stderr, flush=True)
-    return input(prompt if sys.stdout.isatty() else "").strip()
+    return input(prompt if sys.stdout.isatty() else "")
 
 
 def rest_of(line):
-    """A line that begins with three quotes -> the text between these and the next ones, which may be lines further down."""
-    lines = [line.removeprefix(QUOTES)]
+    """A line that begins with three quotes -> the text between these and the next ones, which may be lines further down. Lines after
+    the first keep their indentation: they may be code."""
+    lines = [line.removeprefix(QUOTES).strip()]
     while not lines[-1].endswith(QUOTES):
-        lines.append(read_line("... "))
-    return "\n".join(lines).removesuffix(QUOTES).strip()
+        lines.append(read_line("... ").rstrip())
+    return "\n".join(lines).removesuffix(QUOTES).strip("\n").rstrip()
 
 
 def history_file():

@@ -143,6 +143,10 @@ def read_safetensors(path, buffer):
         raise UserError(f"{path}: its header claims {header_bytes:,} bytes of {len(buffer):,}; the file is cut or damaged")
     try:
         header = json.loads(buffer[8:data], object_pairs_hook=without_doubles)
+        strange = {e["dtype"] for name, e in header.items() if name != "__metadata__"} - DTYPES.keys()
+        if strange:
+            raise UserError(f"{path}: holds numbers of type {shown(', '.join(sorted(map(str, strange))))}, which this program does not read; take the "
+                            "release in fp16 or bf16")
         entries = [(name, DTYPES[e["dtype"]], whole(e["shape"]), *whole(e["data_offsets"], 2))
                    for name, e in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:

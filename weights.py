@@ -3,7 +3,7 @@
     python weights.py list             # every file that fits here: bytes, sha256, licence, source, what it is for
     python weights.py get clip         # fetches one of them to --out; given again, it goes on or finds that all is there
     python weights.py check weights/released     # what each file is, by its content, and whether they fit together
-    python weights.py need llava       # memory to chat with it in bf16, int8 and int4
+    python weights.py need llava       # memory to chat with it on a CPU: as it is, in int8 and in int4
 
 A file appears under its final name when all of it is there and nothing in it is known to be wrong; until then it is NAME.part,
 with NAME.part.json beside it that says what it is a part of. `check` loads the parts as chat.py does, but without copying them:
@@ -23,16 +23,16 @@ import urllib.parse
 import urllib.request
 from typing import NamedTuple
 
-import torch.nn as nn
+import torch
 from tqdm import tqdm
 
 import common
-import quant
+import memory
 import weightfile
-from clip import CLIP, CLIPConfig, load_clip
+from clip import CLIPConfig, load_clip
 from common import UserError
-from llm import LLaMAConfig, is_delta, is_meta, load_llama, load_tokenizer, read_llama
-from model import Branch, load_chat, projector_part, read_branch_file
+from llm import LLaMAConfig, is_delta, is_joined, is_meta, load_llama, load_tokenizer, read_llama
+from model import load_chat, projector_part, read_branch_file, read_sizes
 from weightfile import shown
 
 
@@ -70,7 +70,8 @@ class Release(NamedTuple):
     files: dict
     ask: str = ""                # how to get what may not be fetched
     note: str = ""
-    chat: tuple = ()             # of a whole chat model: sizes of its CLIP, its LLaMA, and the layers of its projector
+    chat: tuple = ()             # of a whole chat model: the sizes of its CLIP and of its LLaMA
+    delta: bool = False          # it is only the difference to a base
 
 
 def hub(repository, commit):
@@ -83,7 +84,7 @@ def hub(repository, commit):
 OPENAI = "https://openaipublic.azureedge.net/clip/models/"
 BT_ADAPTER = hub("farewellthree/BTAdapter-Weight", "1ba63d5cf750398cf064cceb0229213cd151cee9")
 LLAMA_TOKENIZER = File(499_723, "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347")
-LLAVA_1 = (CLIPConfig(), LLaMAConfig(vocab_size=32003), 1)   # LLaMA-7B, and LLaVA's three tokens
+LLAVA_1 = (CLIPConfig(), LLaMAConfig(vocab_size=32003))   # LLaMA-7B, and LLaVA's three tokens
 RELEASED = {
     "clip": Release(
         "CLIP ViT-L/14 at 224 pixels, OpenAI's archive", "everything: the backbone of the paper", "MIT",
@@ -130,14 +131,14 @@ RELEASED = {
         {"config.json": File(836), "tokenizer.model": LLAMA_TOKENIZER, "pytorch_model.bin.index.json": File(about=26.9e3),
          "pytorch_model-00001-of-00002.bin": File(about=9.98e9),
          "pytorch_model-00002-of-00002.bin": File(None, "d7c89bb170d36a5b7f0cda596ed863db89326b1dde739c6a2a0ef4dc1f949b87", 3.51e9)},
-        chat=LLAVA_1),
+        chat=LLAVA_1, delta=True),
     "llava-1.5": Release(
         "LLaVA-1.5-7B", "chat; its CLIP is clip-336", "LLaMA 2 Community License",
         *hub("liuhaotian/llava-v1.5-7b", "12e054b30e8e061f423c7264bc97d4248232e965"), "llava/",
         {"config.json": File(about=1.16e3), "tokenizer.model": File(about=500e3),
          "pytorch_model.bin.index.json": File(about=27.1e3), "pytorch_model-00001-of-00002.bin": File(about=9.98e9),
          "pytorch_model-00002-of-00002.bin": File(None, "c0eb94eb3fa578a4c63567f2eca6b0acf6a44a891c257aca0df88ffa891de72e", 3.54e9)},
-        chat=(CLIPConfig(image_size=336), LLaMAConfig(vocab_size=32000, context_length=4096), 2)),
+        chat=(CLIPConfig(image_size=336), LLaMAConfig(vocab_size=32000, context_length=4096))),
     "vicuna": Release(
         "Vicuna-7B v1.1, a language model alone", "chat, together with an mm_projector.bin that was trained for it", "unknown; the page of v1.3 says non-commercial",
         *hub("lmsys/vicuna-7b-v1.1", "728928c0e101b2eb4950409dc6e7148919a5e2c9"), "llava/",
@@ -506,24 +507,21 @@ def check_hashes(paths):
 
 # ---------------------------------------------------------------------------------------------------- memory
 def need(cfg):
-    """Prints what a chat holds in memory, part by part. Activations, Python and torch itself come on top."""
+    """Prints what chat.py would ask a CPU for, part by part, as it is quantised."""
     if cfg.what in RELEASED and not RELEASED[cfg.what].chat:
         raise UserError(f"{cfg.what}: not a chat; choose {', '.join(name for name, r in RELEASED.items() if r.chat)}, or a folder of weights")
-    if cfg.what in RELEASED:
-        c, config, layers = RELEASED[cfg.what].chat
-        with weightfile.shapes_only():
-            clip, branch = CLIP(c), Branch(c.vision_width, c.vision_heads, c.vision_mlp, depth=3)   # what chat uses of the released one
-            projector = nn.Sequential(nn.Linear(c.vision_width, config.width), *(nn.Linear(config.width, config.width) for _ in range(1, layers)))
-    else:
-        chat, _ = load_chat(cfg.what or cfg.out, dtype=None, base=cfg.base or None)
-        clip, branch, projector, config = chat.encoder.clip, chat.encoder.branch, chat.mm_projector, chat.llm.config
-    parts = {"CLIP, image tower": clip.vision_model, f"branch, {branch.depth} layers": branch, "projector": projector}
-    rows = {name: [2 * sum(p.numel() for p in module.parameters())] * len(quant.SCHEMES) for name, module in parts.items()}   # bf16 in each scheme
-    memory = [quant.memory_need(config, scheme) for scheme in quant.SCHEMES]
-    rows |= {"LLaMA": [m["weights"] for m in memory], f"KV cache, {config.context_length} tokens": [m["kv_cache"] for m in memory]}
-    print(f"{'GB':26}" + "".join(f"{scheme:>8}" for scheme in quant.SCHEMES))
-    for name, row in (rows | {"sum": map(sum, zip(*rows.values()))}).items():
-        print(f"{name:26}" + "".join(f"{n / 1e9:8.3f}" for n in row))
+    folder, cpu = cfg.what or cfg.out, torch.device("cpu")
+    clip, llama = RELEASED[cfg.what].chat if cfg.what in RELEASED else read_sizes(folder)
+    joined = RELEASED[cfg.what].delta if cfg.what in RELEASED else is_joined(os.path.join(folder, "llava"), cfg.base or None)
+    columns = {}
+    for quantize in ("none", "int8", "int4"):
+        dtype, scheme, words = memory.choose("auto", quantize, cpu, llama)
+        columns[words] = memory.needs(clip, llama, memory.usual_frames(clip.image_size), dtype, joined, scheme)
+    parts = list(dict.fromkeys(part for column in columns.values() for part in column))
+    print(f"{'GB':26}" + "".join(f"{words:>16}" for words in columns))
+    for part in parts:
+        print(f"{part:26}" + "".join(f"{column.get(part, 0) / 1e9:16.3f}" for column in columns.values()))
+    print(f"{'sum':26}" + "".join(f"{sum(column.values()) / 1e9:16.3f}" for column in columns.values()))
 
 
 STAGES = {"list": list_released, "get": get, "check": check, "need": need}

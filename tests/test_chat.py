@@ -17,6 +17,7 @@ from PIL import Image
 import chat
 import common
 import data
+import memory
 import shapes
 from common import UserError, save_checkpoint
 from model import Branch, branch_tensors
@@ -224,7 +225,7 @@ def test_delta_weights_answer_as_the_whole_ones(call, weights, video, tmp_path):
 
 
 def test_num_frames_is_8_for_small_pictures_and_100_from_224_pixels_on_unless_it_is_given(call, weights, video):
-    assert (chat.usual_frames(64), chat.usual_frames(224), chat.usual_frames(336)) == (8, 100, 100)
+    assert (memory.usual_frames(64), memory.usual_frames(224), memory.usual_frames(336)) == (8, 100, 100)
     options = (video, "--weights", weights, "-q", "what?", "--max_new_tokens", 3)
     assert "8 frames" in call(*options)[2] and "3 frames" in call(*options, "--num_frames", 3)[2]
 

@@ -281,7 +281,9 @@ HEADERS = {
     "tensors that overlap": ({"a": entry(), "b": entry()}, None, "damaged"),
     "a hole": ({"a": entry((1,), (0, 4)), "b": entry((2,), (8, 16))}, None, "damaged"),
     "an end before the beginning": ({"a": entry((4,), (16, 0))}, None, "damaged"),
-    "an unknown dtype": ({"a": entry(dtype="F128")}, None, "damaged"), "no dtype": ({"a": {}}, None, "damaged"),
+    "an unknown dtype": ({"a": entry(dtype="F8_E4M3")}, None, "numbers of type F8_E4M3"),
+    "a dtype that is a list": ({"a": entry(dtype=["F32"])}, None, "damaged"), "a dtype that is a number": ({"a": entry(dtype=8)}, None, "numbers of type 8"),
+    "dtypes of two kinds": ({"a": entry(dtype=8), "b": entry(dtype=None)}, None, "numbers of type 8, None"), "no dtype": ({"a": {}}, None, "damaged"),
     "sizes whose product is 2^64": ({"a": entry((1 << 32, 1 << 32), (0, 0))}, None, "damaged"),
     "sizes whose product is 0 and far too large": ({"a": entry((0, 1 << 62), (0, 0))}, None, "damaged"),
     "a size of 10^300": ({"a": entry((10 ** 300,))}, None, "damaged"), "a size of 4.0": ({"a": entry((4.0,))}, None, "whole numbers"),
@@ -414,14 +416,22 @@ def test_a_cut_sentencepiece_model_is_refused(weights, cut):
     (dict(n_layers=10**9), "no such model"), (dict(n_heads=0), "at least 1|params.json"), (dict(dim=1 << 50), "dim is"), (dict(dim=[32]), "dim is"),
     (dict(norm_eps=float("inf")), "norm_eps"), (dict(n_kv_heads=10**9), "evenly"), (dict(rope_theta="x"), "params.json")])
 def test_sizes_in_params_json_are_checked_before_a_model_is_built(weights, params, message):
-    tensors = {name: t for name, t in read_tensors(weights / "llava").items() if "mm_projector" not in name}
-    renamed = {"tok_embeddings.weight": tensors["model.embed_tokens.weight"], "layers.0.attention.wq.weight": torch.zeros(32, 32),
-               "layers.0.feed_forward.w1.weight": torch.zeros(64, 32)}
-    os.remove(weights / "llava" / "config.json")
-    torch.save(renamed, weights / "llava" / "consolidated.00.pth")
-    good = {"dim": 32, "n_layers": 2, "n_heads": 2, "norm_eps": 1e-5}
-    (weights / "llava" / "params.json").write_text(json.dumps({**good, **params}))
+    meta(weights / "llava", params)
     refused(load_llama, weights / "llava", message)
+
+
+def test_a_meta_folder_without_its_first_mlp_says_that(weights):
+    meta(weights / "llava", {}, "layers.0.feed_forward.w1.weight")
+    refused(load_llama, weights / "llava", "no matrix layers.0.feed_forward.w1.weight")
+
+
+def meta(folder, params, without=""):
+    """Puts the beginning of a LLaMA in Meta's layout into the place of another."""
+    tensors = {"tok_embeddings.weight": read_tensors(folder)["model.embed_tokens.weight"], "layers.0.attention.wq.weight": torch.zeros(32, 32),
+               "layers.0.feed_forward.w1.weight": torch.zeros(64, 32)}
+    os.remove(folder / "config.json")
+    torch.save({name: t for name, t in tensors.items() if name != without}, folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps({"dim": 32, "n_layers": 2, "n_heads": 2, "norm_eps": 1e-5, **params}))
 
 
 # ---------------------------------------------------------------------------------------------------- a bundle of the wrong family

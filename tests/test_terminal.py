@@ -280,7 +280,7 @@ def test_the_shipped_weights_answer_a_question_of_the_run_before(talk):
 # ---------------------------------------------------------------------------------------------------- lines that are typed
 @pytest.mark.parametrize("lines, text", [
     (['"""one line"""'], "one line"), (['"""', "two", "lines", '"""'], "two\nlines"), (['""""""'], ""),
-    (['"""a "" b', 'c""" d', 'e"""'], 'a "" b\nc""" d\ne')])
+    (['"""a "" b', 'c""" d', 'e"""'], 'a "" b\nc""" d\ne'), (['"""', "  for i in x:", "      print(i)  ", '"""  '], "  for i in x:\n      print(i)")])
 def test_a_question_ends_where_a_line_ends_with_three_quotes(monkeypatch, lines, text):
     rest = iter(lines[1:])
     monkeypatch.setattr(terminal, "read_line", lambda prompt: next(rest))
