@@ -488,8 +488,7 @@ def training_steps(precision, mask_ratio, checkpointed, count):   # sent to a pr
         states, text = learner.look(video, ids, kept)
         moments.append(clock())
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            pretrain.backward(learner, [(states, kept)], text, [1, 0.1, 0.8], scaler, torch.manual_seed)
+        pretrain.backward(learner, [(states, kept)], text, [1, 0.1, 0.8], scaler, torch.manual_seed, dtype)
         moments.append(clock())
         optimizer.step()
         moments.append(clock())

@@ -17,6 +17,7 @@ printed, for each kind of question.
 import collections
 import dataclasses
 import itertools
+import math
 import os
 import sys
 
@@ -69,13 +70,13 @@ STAGES = {   # stage: beginnings of the names that are trained. The gates stay a
 
 
 def collate(items):
-    """-> (video (B, T, 3, H, W), B conversations, B indices, messages of broken videos, which are left out)."""
+    """-> (pixels (B, T, 3, H, W) uint8, B conversations, B indices, messages of broken videos, which are left out)."""
     good = [item for item in items if not isinstance(item, data.Skipped)]
-    videos, conversations, indices = zip(*good) if good else ((), (), ())
-    if len({video.shape for video in videos}) > 1:
+    clips, conversations, indices = zip(*good) if good else ((), (), ())
+    if len({pixels.shape for pixels in clips}) > 1:
         raise common.UserError("pictures and videos in one batch; put them into annotation files of their own")
-    video = torch.stack(videos) if videos else torch.empty(0)
-    return video, conversations, indices, [item.message for item in items if isinstance(item, data.Skipped)]
+    pixels = torch.stack(clips) if clips else torch.empty(0)
+    return pixels, conversations, indices, [item.message for item in items if isinstance(item, data.Skipped)]
 
 
 def batches(n, batch_size, seed, start, rank, size):
@@ -92,9 +93,9 @@ def exact_answers(chat, dataset, system, device, batch_size=32, workers=0):
     exactly when, with the right answer fed in, every next token has the highest logit. An answer beyond the context is wrong."""
     counts = collections.defaultdict(lambda: [0, 0])
     chat.eval()
-    for video, conversations, indices, _ in tqdm(DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers), desc="ask", leave=False):
+    for pixels, conversations, indices, _ in tqdm(DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers), desc="ask", leave=False):
         prompts = [prompt_ids(chat.tokenizer, turns, system) for turns in conversations]
-        logits, target = chat.logits(video.to(device), prompts)
+        logits, target = chat.logits(data.normalise(pixels.to(device)), prompts)
         learned = torch.tensor([sum(label != IGNORE_INDEX for label in labels) for _, labels in prompts], device=target.device)
         right = ((logits.argmax(-1) == target) & (target != IGNORE_INDEX)).sum(1) == learned   # (B,)
         for i, ok in zip(indices, right.tolist()):
@@ -188,24 +189,39 @@ def main(cfg):
     ddp = nn.parallel.DistributedDataParallel(chat) if here.size > 1 else chat
     loader = iter(DataLoader(dataset, batch_sampler=batches(len(dataset), cfg.batch_size, cfg.seed, step, here.rank, here.size),
                              num_workers=cfg.workers, collate_fn=collate, worker_init_fn=common.leave_signals_to_the_parent))
+
+    def after_step():
+        if here.first and (step % cfg.save_every == 0 or step == steps):
+            common.save_checkpoint(last, {"trained": {name: p.detach().cpu() for name, p in trained.items()},
+                                          "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                                          "step": step, "skipped": skipped, "config": dataclasses.asdict(cfg)})
+            common.plot(os.path.join(cfg.out, "curve.png"), [(f"chat_tune, {cfg.stage}: loss", {"loss": log.column("loss")})])
+        bar.update()
     # ------------------------------------------------------------------------------------------------ loop
     chat.train()
     bar = tqdm(total=steps, initial=step, desc=f"chat_tune {cfg.stage}", disable=not here.first)
     while step < steps:
-        video, conversations, _, broken = next(loader)
-        skipped += len(broken)
+        pixels, conversations, _, broken = next(loader)
         for message in broken:
             bar.write(f"skipped: {message}", file=sys.stderr)
-        if not conversations:
+        counts, lost = common.told_by_all(here, len(conversations), len(broken))
+        skipped += sum(lost)
+        if not any(counts):
             raise common.UserError(f"{cfg.annotations}: a batch without one readable video under {cfg.root}")
+        if not all(counts):
+            bar.write(f"step {step}: passed by, a process has no readable video", file=sys.stderr)
+            step += 1
+            after_step()
+            continue
         prompts = [prompt_ids(chat.tokenizer, turns, cfg.system) for turns in conversations]
         common.seed_step(cfg.seed, step, here.rank)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * common.warmup_cosine(step, steps, max(1, round(0.03 * steps)))
         with torch.autocast(device.type, torch.float16, enabled=half):
-            loss = ddp(video.to(device), prompts)
-        if not torch.isfinite(loss):
-            raise common.UserError(f"step {step}: the loss is {loss.item()}; {last} is kept")
+            loss = ddp(data.normalise(pixels.to(device)), prompts)
+        shown = sum(common.told_by_all(here, loss.item())[0]) / here.size   # of the joined batch: all processes stop where one must
+        if not math.isfinite(shown):
+            raise common.UserError(f"step {step}: the loss is {shown}; {last} is kept")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -213,21 +229,11 @@ def main(cfg):
         scaler.step(optimizer)
         scaler.update()
         step += 1
-        shown = loss.detach().clone()   # of the joined batch
-        if here.size > 1:
-            dist.all_reduce(shown)
-            shown /= here.size
         # -------------------------------------------------------------------------------------------- log and save
-        if here.first:
-            if step % cfg.log_every == 0 or step == steps:
-                log.add(step=step, loss=shown.item(), grad_norm=norm.item(), skipped=skipped, lr=optimizer.param_groups[0]["lr"])
-                bar.set_postfix_str(f"loss {shown.item():.3f} skipped {skipped}")
-            if step % cfg.save_every == 0 or step == steps:
-                common.save_checkpoint(last, {"trained": {name: p.detach().cpu() for name, p in trained.items()},
-                                              "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                                              "step": step, "skipped": skipped, "config": dataclasses.asdict(cfg)})
-                common.plot(os.path.join(cfg.out, "curve.png"), [(f"chat_tune, {cfg.stage}: loss", {"loss": log.column("loss")})])
-        bar.update()
+        if here.first and (step % cfg.log_every == 0 or step == steps):
+            log.add(step=step, loss=shown, grad_norm=norm.item(), skipped=skipped, lr=optimizer.param_groups[0]["lr"])
+            bar.set_postfix_str(f"loss {shown:.3f} skipped {skipped}")
+        after_step()
     bar.close()
     if here.first:
         save_result(cfg, chat)

@@ -123,7 +123,8 @@ INDEX_RULES = {"seq": get_seq_frames, "test": uniform_sample_test, "train": unif
 
 # ---------------------------------------------------------------------------------------------------- pixels
 def normalise(frames):
-    """(..., 3, H, W) in 0..255, uint8 or float -> float with CLIP's mean and spread."""
+    """(..., 3, H, W) in 0..255, uint8 or float -> float with CLIP's mean and spread. Data sets leave it to whoever has the GPU:
+    pixels travel from process to process as bytes."""
     return (frames / 255 - MEAN.to(frames.device)) / STD.to(frames.device)
 
 
@@ -143,14 +144,14 @@ def short_side(frames, short):
 
 
 def train_pixels(frames, size, seed=None, min_area=0.08):
-    """uint8 (T, 3, H, W) -> float (T, 3, size, size), normalised: short side to 256/224 of size, then one crop per clip.
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size): short side to 256/224 of size, then one crop per clip.
 
     The crop has min_area..1 of the area and an aspect of 3/4..4/3 (log-uniform); after 10 tries that do not fit, the
     largest centred square. seed: whatever numpy.random.default_rng takes."""
     rng = np.random.default_rng(seed)
     frames = short_side(frames, round(size * 256 / 224))
     top, left, height, width = random_crop(*frames.shape[-2:], rng, min_area)
-    return normalise(resize(frames[:, :, top:top + height, left:left + width], size, size))
+    return resize(frames[:, :, top:top + height, left:left + width], size, size)
 
 
 def random_crop(height, width, rng, min_area):
@@ -165,25 +166,20 @@ def random_crop(height, width, rng, min_area):
 
 
 def eval_pixels(frames, size, short=None):
-    """uint8 (T, 3, H, W) -> float (T, 3, size, size), normalised: short side to `short` (default: size), centre crop."""
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size): short side to `short` (default: size), centre crop."""
     short = size if short is None else short
     if short < size:
         raise UserError(f"a short side of {short} pixels is too small for a crop of {size}")
     frames = short_side(frames, short)
     top, left = ((side - size) // 2 for side in frames.shape[-2:])
-    return normalise(frames[:, :, top:top + size, left:left + size])
+    return frames[:, :, top:top + size, left:left + size]
 
 
 def squash(frames, size):
-    """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size) by nearest neighbour, whatever that does to the aspect.
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size) by nearest neighbour, whatever that does to the aspect: what chat shows.
 
     The released chat does this on floats and rounds; picking neighbours gives the same values on uint8."""
     return F.interpolate(frames, (size, size), mode="nearest")
-
-
-def chat_pixels(frames, size):
-    """uint8 (T, 3, H, W) -> float (T, 3, size, size), normalised: squashed to a square."""
-    return normalise(squash(frames, size))
 
 
 # ---------------------------------------------------------------------------------------------------- annotation files
@@ -322,7 +318,7 @@ class Skipped:
 
 
 class CaptionDataset(Dataset):
-    """Videos with captions. Item (epoch, i) -> (video (T, 3, H, W), ids (context_length,), i), or Skipped if it is broken.
+    """Videos with captions. Item (epoch, i) -> (pixels (T, 3, H, W) uint8, ids (context_length,), i), or Skipped if it is broken.
 
     annotations: JSON lines {"video", "caption"}, or WebVid's CSV (a name that ends in .csv). tokenizer(text, context_length)
     -> (1, context_length). The frames and the crop follow from (seed, epoch, i) alone. Raises UserError for bad rows."""
@@ -349,23 +345,23 @@ class CaptionDataset(Dataset):
             frames, _ = sample_frames(locate(self.root, self.videos[i]), self.num_frames, "train", rng)
         except VideoError as e:
             return Skipped(str(e))
-        video = train_pixels(frames, self.image_size, rng, self.min_area)
-        return video, self.tokenizer(self.captions[i], self.context_length)[0], i
+        pixels = train_pixels(frames, self.image_size, rng, self.min_area)
+        return pixels, self.tokenizer(self.captions[i], self.context_length)[0], i
 
 
 def collate_skip(items):
-    """Items of one of these data sets, tuples of tensors that end with an index -> dict(video (B, T, 3, H, W), index (B,), ids
-    (B, S) where there are some, skipped: messages of broken videos).
+    """Items of one of these data sets, tuples of tensors that end with an index -> dict(pixels (B, T, 3, H, W) uint8, index (B,),
+    ids (B, S) where there are some, skipped: messages of broken videos).
 
     B is what is left: where nothing is, all are empty and len(batch["index"]) is 0."""
     good = [item for item in items if not isinstance(item, Skipped)]
     skipped = [item.message for item in items if isinstance(item, Skipped)]
-    video, *ids, index = default_collate(good) if good else (torch.empty(0), torch.empty(0).long(), torch.empty(0).long())
-    return {"video": video, "index": index, "skipped": skipped, **({"ids": ids[0]} if ids else {})}
+    pixels, *ids, index = default_collate(good) if good else (torch.empty(0), torch.empty(0).long(), torch.empty(0).long())
+    return {"pixels": pixels, "index": index, "skipped": skipped, **({"ids": ids[0]} if ids else {})}
 
 
 class EvaluationDataset(Dataset):
-    """Videos as the released evaluations see them. Item i -> (video (T, 3, H, W), i).
+    """Videos as the released evaluations see them. Item i -> (pixels (T, 3, H, W) uint8, i).
 
     short: the short side before the crop, 256 for DiDeMo, LSMDC and ActivityNet. counts: {name without extension: frames}, for
     videos that are folders of pictures. A broken video raises VideoError, or gives Skipped if skip."""
@@ -432,13 +428,13 @@ class RecognitionDataset(EvaluationDataset):
 
 
 class ConversationDataset(Dataset):
-    """Questions and answers about videos or pictures. Item i -> (video (T, 3, H, W), [(question, answer), ...], i).
+    """Questions and answers about videos or pictures. Item i -> (pixels (T, 3, H, W) uint8, [(question, answer), ...], i).
 
     annotations: JSON lines or a JSON list of {"video" or "image": path, "conversations": [{"from": "human", "value"},
     {"from": "gpt", "value"}, ...]}, Video-ChatGPT's format. The marker "<video>" (or "<image>") and the line break beside it
-    are taken out of the question. A picture is a clip with T = 1. pixels(frames, size): chat_pixels, as chat will show them;
-    the released tuning used eval_pixels with short = 256 instead. A broken file raises VideoError, or gives Skipped if skip."""
-    def __init__(self, annotations, root, num_frames, image_size, mode="uniform", pixels=chat_pixels, skip=False):
+    are taken out of the question. A picture is a clip with T = 1. pixels(frames, size): squash, as chat will show them; the
+    released tuning used eval_pixels with short = 256 instead. A broken file raises VideoError, or gives Skipped if skip."""
+    def __init__(self, annotations, root, num_frames, image_size, mode="uniform", pixels=squash, skip=False):
         self.rows, self.conversations = [], []   # as in the file, with whatever else a row says; questions and answers
         for where, row in read_rows(annotations):
             field(row, where, "image" if isinstance(row, dict) and "image" in row else "video")

@@ -125,14 +125,15 @@ def encode_videos(encoder, dataset, device, batch_size=16, workers=0, amp=False)
     first = {}   # name: the first item with that video
     for i, video in enumerate(dataset.videos):
         first.setdefault(video, i)
-    loader = DataLoader(dataset, batch_size, sampler=list(first.values())[rank::size], num_workers=workers, collate_fn=data.collate_skip)
+    loader = DataLoader(dataset, batch_size, sampler=list(first.values())[rank::size], num_workers=workers, collate_fn=data.collate_skip,
+                        worker_init_fn=common.leave_signals_to_the_parent)
     rows, broken, was_training = [], [], encoder.training
     encoder.eval()
     with torch.autocast(device.type, torch.float16, enabled=amp and device.type == "cuda"):
         for batch in tqdm(loader, desc="encode", leave=False, file=sys.stderr, disable=rank > 0):
             broken += batch["skipped"]
             if len(batch["index"]):
-                feature, state = encoder(batch["video"].to(device))   # (B, P), (B, T, 1+N, D): one walk through CLIP serves both
+                feature, state = encoder(data.normalise(batch["pixels"].to(device)))   # (B, P), (B, T, 1+N, D): one walk through CLIP serves both
                 rows.append((batch["index"], feature.float().cpu(), encoder.mean_feature(state).float().cpu()))
     encoder.train(was_training)
     if size > 1:
@@ -362,7 +363,7 @@ def look(folder, files):
 
 
 class Windows(IterableDataset):
-    """Yields (name, duration, video (B, T, 3, H, W), ""): groups of at most `group` windows, so that an hour takes no more memory than
+    """Yields (name, duration, pixels (B, T, 3, H, W) uint8, ""): groups of at most `group` windows, so that an hour takes no more memory than
     a minute; or (name, 0, None, reason) for a file that cannot be read. todo: [(name, windows that are done)]."""
     def __init__(self, folder, todo, window, group, num_frames, image_size):
         self.folder, self.todo, self.window, self.group, self.num_frames, self.image_size = folder, todo, window, group, num_frames, image_size
@@ -415,14 +416,14 @@ def make_index(cfg):
     saved = time.monotonic()
     try:
         with tqdm(total=len(todo), desc="index", unit=" files", leave=False, file=sys.stderr) as bar:
-            for name, duration, video, error in loader:
+            for name, duration, pixels, error in loader:
                 entry = files[name]
                 entry.duration, entry.error = duration, error
                 if error:
                     entry.features = []
                 else:
                     with torch.autocast(here.device.type, torch.float16, enabled=cfg.amp and here.device.type == "cuda"):
-                        feature = encoder.encode_video(video.to(here.device)).float().cpu()   # (B, P)
+                        feature = encoder.encode_video(data.normalise(pixels.to(here.device))).float().cpu()   # (B, P)
                     entry.features.append(F.normalize(feature, dim=-1))
                 bar.set_postfix_str(f"{entry.done} windows of {name}")
                 bar.update(entry.complete(cfg.window))

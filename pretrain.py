@@ -157,32 +157,34 @@ def batches(n, batch_size, together, seed, start, rank, size):
         yield [(epoch, int(i)) for i in order[k * batch_size + rank:(k + 1) * batch_size:size]]
 
 
-def backward(ddp, views, text, weights, scaler, reseed):
+def backward(ddp, views, text, weights, scaler, reseed, dtype):
     """The gradient of a whole batch, however many micro-batches it takes -> (vtc, mbca, mbta), without a graph.
 
-    views: [(states, kept)], the micro-batches of this process. text (B, P). Contrast needs the features of all clips at once,
+    views: [(states, kept)], the micro-batches of this process. text (B, P). dtype: of autocast, for the branch alone: the losses
+    and their gradient are fp32, and what one pass has cast the next must not find, since it may have no graph. Contrast needs the features of all clips at once,
     but the graph of a micro-batch is all that there may be room for. So first the features of all are computed without a
     graph. From them follow the losses, and what gradient each feature gets. Then every micro-batch runs again, with a graph
     and the same random numbers, and that gradient goes into it: exactly the gradient of the whole (Gao et al. 2021,
     https://arxiv.org/abs/2101.06983). A single micro-batch keeps its graph and runs once. CLIP has run before, once."""
     several = len(views) > 1
     model = ddp.module if several and dist.is_initialized() else ddp
-    outputs = []
+
+    def run(model, part):
+        reseed(part)
+        with torch.autocast(text.device.type, dtype, enabled=dtype != torch.float32):
+            return model(*views[part])   # (b, P), (b, P), ()
     with torch.set_grad_enabled(not several):
-        for part, view in enumerate(views):
-            reseed(part)
-            outputs.append(model(*view))   # (b, P), (b, P), ()
+        outputs = [run(model, part) for part in range(len(views))]
     video, patches = (torch.cat([output[i] for output in outputs]).detach().requires_grad_() for i in range(2))   # (B, P)
     shares = [len(kept) / len(text) for _, kept in views]
     vtc, mbca, mbta = vtc_loss(video, text), mbca_loss(patches, text), sum(s * output[2] for s, output in zip(shares, outputs))
     wanted = torch.autograd.grad(scaler.scale(weights[0] * vtc + weights[1] * mbca), (video, patches))
     rows = zip(*(w.split([len(kept) for _, kept in views]) for w in wanted))
-    for part, (view, share, row) in enumerate(zip(views, shares, rows)):
+    for part, (share, row) in enumerate(zip(shares, rows)):
         alone = ddp is not model and part < len(views) - 1   # the last one carries the sum to the other processes
         with ddp.no_sync() if alone else contextlib.nullcontext():
             if several:
-                reseed(part)
-                outputs[part] = ddp(*view)
+                outputs[part] = run(ddp, part)
             torch.autograd.backward(outputs[part], (*row, scaler.scale(torch.tensor(weights[2] * share, device=text.device))))
     return vtc.detach(), mbca.detach(), mbta.detach()
 
@@ -252,7 +254,7 @@ def main(cfg):
         raise common.UserError(f"{cfg.eval_annotations}: {len(missing)} of its videos are not under {cfg.root}, the first is {missing[0]}")
 
     def evaluate():
-        branch_features, mean, text, _ = encode(model.encoder, tokenizer, watched, SETTINGS["own"], device, amp=dtype == torch.float16)
+        branch_features, mean, text, _ = encode(model.encoder, tokenizer, watched, SETTINGS["own"], device, workers=cfg.workers, amp=dtype == torch.float16)
         if here.first:
             log.add(step=step, **{f"R@1 {name}": round(retrieval_metrics(text @ video.T)["R@1"], 2)
                                   for name, video in (("branch", branch_features), ("mean-pooled CLIP", mean))})
@@ -268,6 +270,14 @@ def main(cfg):
                 "state_dict": {**branch_tensors(branch, "backbone."), **branch_tensors(model.extra_proj, "extra_proj.")},
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step, "skipped": skipped,
                 "config": dataclasses.asdict(cfg)})
+
+    def after_step():
+        if watched and (step % eval_every == 0 or step == steps):
+            evaluate()
+        if step % cfg.save_every == 0 or step == steps:
+            save()
+        bar.update()
+
     def named(batch):
         return f"videos: {', '.join(dataset.videos[i] for i in batch['index'].tolist())}"
     # ------------------------------------------------------------------------------------------------ loop
@@ -286,19 +296,23 @@ def main(cfg):
             save()
             raise SystemExit(143)
         count, skipped = min(counts), skipped + cfg.batch_size - min(counts) * here.size   # broken, or left over for a broken one
-        if count * here.size < 2:
-            raise common.UserError(f"{cfg.annotations}: a batch with fewer than 2 readable videos under {cfg.root}")
-        video, ids = (batch[key][:count].to(device, non_blocking=True) for key in ("video", "ids"))
+        if not any(counts):
+            raise common.UserError(f"{cfg.annotations}: a batch without one readable video under {cfg.root}")
+        if count * here.size < 2:   # a process has nothing, or there is nothing to contrast with
+            bar.write(f"step {step}: passed by, a process has too few readable videos", file=sys.stderr)
+            step += 1
+            after_step()
+            continue
+        pixels, ids = (batch[key][:count].to(device, non_blocking=True) for key in ("pixels", "ids"))
         common.seed_step(cfg.seed, step)   # one draw of masks for the whole batch: the same for any number of processes
         kept = tube_mask(cfg.batch_size, clip.config.patch_tokens, cfg.mask_ratio)[here.rank::here.size][:count].to(device)
-        parts = [model.look(*part) for part in zip(*(x.split(cfg.micro_batch or count) for x in (video, ids, kept)))]
+        parts = [model.look(data.normalise(p), i, k) for p, i, k in zip(*(x.split(cfg.micro_batch or count) for x in (pixels, ids, kept)))]
         views, text = list(zip([states for states, _ in parts], kept.split(cfg.micro_batch or count))), torch.cat([t for _, t in parts])
         lr = cfg.lr * lr_share(step, epoch_steps, steps, cfg.anneal)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         optimizer.zero_grad()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses = backward(ddp, views, text, weights, scaler, lambda part: common.seed_step(cfg.seed, step, here.rank, part + 1))
+        losses = backward(ddp, views, text, weights, scaler, lambda part: common.seed_step(cfg.seed, step, here.rank, part + 1), dtype)
         vtc, mbca, mbta = (sum(said) / here.size for said in common.told_by_all(here, *(part.item() for part in losses)))
         loss = sum(weight * part for weight, part in zip(weights, (vtc, mbca, mbta)))
         if not math.isfinite(loss):
@@ -316,11 +330,7 @@ def main(cfg):
             seconds = time.time() - began
             bar.set_postfix_str(f"loss {loss:.3f} vtc {vtc:.3f} mbca {mbca:.3f} mbta {mbta:.3f} lr {lr:.1e} "
                                 f"{clips / seconds:.1f} videos/s wait {waited / seconds:.0%} skipped {skipped}")
-        if watched and (step % eval_every == 0 or step == steps):
-            evaluate()
-        if step % cfg.save_every == 0 or step == steps:
-            save()
-        bar.update()
+        after_step()
     bar.close()
     if here.size > 1:
         dist.destroy_process_group()

@@ -116,6 +116,8 @@ def test_padding_does_not_change_a_text(tiny, expected):
 def test_pixels_and_ids_of_another_size_are_named(tiny):
     with pytest.raises(ValueError, match=r"\(1, 3, 32, 28\).*\(B, 3, 28, 28\)"):
         tiny[0].encode_image(torch.zeros(1, 3, 32, 28))
+    with pytest.raises(ValueError, match="torch.uint8 pixels"):   # not normalised yet
+        tiny[0].encode_image(torch.zeros(1, 3, 28, 28, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"\(1, 17\).*16"):
         tiny[0].encode_text(torch.zeros(1, 17, dtype=torch.int64))
 

@@ -389,10 +389,6 @@ def test_a_file_cut_before_its_first_frame_is_a_video_error(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- pixels
-def unnormalise(x):
-    return x * data.STD * 255 + data.MEAN * 255
-
-
 def test_normalise_uses_clips_statistics():
     x = data.normalise(torch.tensor([0, 255]).byte().view(2, 1, 1, 1).expand(2, 3, 1, 1))
     assert x.flatten(1)[0].tolist() == pytest.approx([-1.7922626, -1.7520971, -1.4802198], abs=1e-5)   # -mean / std
@@ -408,9 +404,9 @@ def test_resize_is_bilinear_without_antialiasing():
 
 def test_eval_pixels_scales_the_short_side_and_cuts_the_centre():
     columns = (torch.arange(8) * 10).byte().expand(1, 3, 4, 8)
-    assert unnormalise(data.eval_pixels(columns, 4))[0, 0, 0].tolist() == pytest.approx([20, 30, 40, 50], abs=1e-3)
-    assert unnormalise(data.eval_pixels(columns, 2, short=4))[0, 0, 0].tolist() == pytest.approx([30, 40], abs=1e-3)
-    assert unnormalise(data.eval_pixels(columns, 2))[0, 0, 0].tolist() == pytest.approx([25, 45], abs=1e-3)   # 8 -> 4 wide
+    assert data.eval_pixels(columns, 4)[0, 0, 0].tolist() == [20, 30, 40, 50]
+    assert data.eval_pixels(columns, 2, short=4)[0, 0, 0].tolist() == [30, 40]
+    assert data.eval_pixels(columns, 2)[0, 0, 0].tolist() == [25, 45]   # 8 -> 4 wide
     rows = columns.transpose(2, 3)
     assert torch.equal(data.eval_pixels(rows, 4), data.eval_pixels(columns, 4).transpose(2, 3))
     assert data.short_side(torch.zeros(1, 3, 360, 641).byte(), 256).shape == (1, 3, 256, 456)   # int(455.82 + 0.5)
@@ -418,11 +414,11 @@ def test_eval_pixels_scales_the_short_side_and_cuts_the_centre():
         data.eval_pixels(columns, 4, short=2)
 
 
-def test_chat_pixels_squashes_to_a_square_by_nearest_neighbour():
+def test_squash_squashes_to_a_square_by_nearest_neighbour():
     frames = torch.arange(8).byte().view(1, 1, 2, 4).expand(1, 3, 2, 4)   # rows 0 1 2 3 and 4 5 6 7
-    assert unnormalise(data.chat_pixels(frames, 2))[0, 1].flatten().tolist() == pytest.approx([0, 2, 4, 6], abs=1e-3)
+    assert data.squash(frames, 2)[0, 1].flatten().tolist() == [0, 2, 4, 6]
     square = torch.randint(0, 256, (2, 3, 6, 6)).byte()
-    assert torch.equal(data.chat_pixels(square, 6), data.normalise(square))
+    assert torch.equal(data.squash(square, 6), square)
 
 
 def test_training_crops_all_frames_of_a_clip_alike_and_differ_by_seed():
@@ -434,7 +430,7 @@ def test_training_crops_all_frames_of_a_clip_alike_and_differ_by_seed():
     assert torch.equal(data.train_pixels(still, 28, 3), crops[3])
     square = torch.randint(0, 256, (1, 3, 60, 60)).byte()   # where the crop is all: 256 / 224 of 28 is 32, then 28
     whole = data.train_pixels(square, 28, 0, min_area=1)
-    assert torch.equal(whole, data.normalise(data.resize(data.resize(square, 32, 32), 28, 28)))
+    assert torch.equal(whole, data.resize(data.resize(square, 32, 32), 28, 28))
 
 
 def test_random_crops_keep_to_their_area_and_aspect():
@@ -474,12 +470,12 @@ def captions(world, annotations, **options):
 def test_caption_items_are_a_training_clip_ids_and_an_index(world):
     items = captions(world, lines(world / "a.jsonl", {"video": "good.mp4", "caption": "abc"}, "\n",
                                   {"video": "good.mp4", "caption": "abcde"}))
-    video, ids, index = items[0, 1]
+    pixels, ids, index = items[0, 1]
     assert len(items) == 2 and index == 1 and ids.tolist() == [5, 0, 0, 0, 0, 0]
-    assert video.shape == (4, 3, 28, 28) and video.dtype == torch.float32
+    assert pixels.shape == (4, 3, 28, 28) and pixels.dtype == torch.uint8
     rng = np.random.default_rng((0, 0, 1))
     frames, _ = data.sample_frames(world / "good.mp4", 4, "train", rng)
-    assert torch.equal(video, data.train_pixels(frames, 28, rng))
+    assert torch.equal(pixels, data.train_pixels(frames, 28, rng))
 
 
 def test_caption_items_follow_from_seed_epoch_and_index_alone(world):
@@ -487,7 +483,7 @@ def test_caption_items_follow_from_seed_epoch_and_index_alone(world):
     items, again, other = captions(world, path), captions(world, path), captions(world, path, seed=1)
     first = items[0, 0][0]
     assert torch.equal(first, again[0, 0][0])
-    assert not any(torch.equal(first, video) for video in (items[0, 1][0], items[1, 0][0], other[0, 0][0]))
+    assert not any(torch.equal(first, pixels) for pixels in (items[0, 1][0], items[1, 0][0], other[0, 0][0]))
 
 
 @pytest.mark.parametrize("header, row", [
@@ -512,7 +508,7 @@ def test_collate_skip_drops_broken_videos_and_says_which(world):
     items = captions(world, lines(world / "a.jsonl", *[{"video": v, "caption": "x"} for v in
                                                        ("good.mp4", "broken.mp4", "missing.mp4", "good.mp4")]))
     batch = data.collate_skip([items[0, i] for i in range(4)])
-    assert batch["video"].shape == (2, 4, 3, 28, 28) and batch["ids"].shape == (2, 6) and batch["index"].tolist() == [0, 3]
+    assert batch["pixels"].shape == (2, 4, 3, 28, 28) and batch["ids"].shape == (2, 6) and batch["index"].tolist() == [0, 3]
     assert [("broken.mp4" in m or "missing.mp4" in m) for m in batch["skipped"]] == [True, True]
     nothing = data.collate_skip([items[0, 1]])
     assert len(nothing["index"]) == 0 and len(nothing["skipped"]) == 1
@@ -522,8 +518,8 @@ def test_retrieval_makes_a_pair_of_every_caption_or_joins_them(world):
     annotations = lines(world / "a.json", {"good.mp4": ["one", "two"], "page/17": "three"})
     items = data.RetrievalDataset(annotations, world, 4, 28)
     assert items.videos == ["good.mp4", "good.mp4", "page/17"] and items.captions == ["one", "two", "three"]
-    video, index = items[2]   # the name lacks its extension
-    assert index == 2 and torch.equal(video, data.eval_pixels(data.sample_frames(world / "good.mp4", 4, "test")[0], 28))
+    pixels, index = items[2]   # the name lacks its extension
+    assert index == 2 and torch.equal(pixels, data.eval_pixels(data.sample_frames(world / "good.mp4", 4, "test")[0], 28))
     joined = data.RetrievalDataset(annotations, world, 4, 28, short=32, joined=True)
     assert joined.captions == ["one two", "three"]
     assert torch.equal(joined[0][0], data.eval_pixels(data.sample_frames(world / "good.mp4", 4, "test")[0], 28, 32))
@@ -553,18 +549,18 @@ def test_conversations_lose_the_marker_and_keep_their_turns(world):
             talk("<video>\nWho?", "It.", video="good.mp4")]
     for path in (lines(world / "a.json", rows), lines(world / "a.jsonl", *rows)):
         items = data.ConversationDataset(path, world, 4, 28)
-        video, conversation, index = items[0]
+        pixels, conversation, index = items[0]
         assert conversation == [("What?", "A dog."), ("Why?", "So.")] and index == 0 and items[1][1] == [("Who?", "It.")]
-        assert torch.equal(video, data.chat_pixels(data.sample_frames(world / "good.mp4", 4, "uniform")[0], 28))
+        assert torch.equal(pixels, data.squash(data.sample_frames(world / "good.mp4", 4, "uniform")[0], 28))
         assert items.rows == rows
 
 
 def test_a_picture_is_a_clip_of_one_frame_through_the_same_pixels(world):
     path = lines(world / "a.jsonl", talk("<image>\nWhat?", "It.", image="still.png"))
     items = data.ConversationDataset(path, world, 4, 28)
-    video, conversation, _ = items[0]
+    pixels, conversation, _ = items[0]
     assert conversation == [("What?", "It.")]
-    assert torch.equal(video, data.chat_pixels(torch.from_numpy(picture(9)).permute(2, 0, 1)[None], 28))
+    assert torch.equal(pixels, data.squash(torch.from_numpy(picture(9)).permute(2, 0, 1)[None], 28))
     turned = Image.fromarray(picture(9))
     turned.getexif()[0x0112] = 6   # Orientation: turn by 90 degrees clockwise to see it upright
     turned.save(world / "still.png", exif=turned.getexif())

@@ -104,7 +104,7 @@ def test_a_video_with_several_captions_is_read_once_and_has_a_row_for_each(world
     branch, mean, text, broken = eval_retrieval.encode(encoder, tokenizer, dataset, SETTINGS["own"], torch.device("cpu"))
     assert asked == [0, 2] and branch.shape == mean.shape == text.shape == (3, 128) and broken == []
     assert torch.equal(branch[0], branch[1]) and not torch.equal(branch[1], branch[2])
-    assert torch.allclose(branch[2], torch.nn.functional.normalize(encoder.encode_video(get(dataset, 2)[0][None]), dim=1), atol=1e-6)
+    assert torch.allclose(branch[2], torch.nn.functional.normalize(encoder.encode_video(data.normalise(get(dataset, 2)[0])[None]), dim=1), atol=1e-6)
 
 
 def encode_in_a_group(rank, size, folder):
@@ -208,10 +208,10 @@ def test_activitynet_as_folders_of_frames_with_a_hole_and_as_a_file(world, tmp_p
     annotations = write(tmp_path / "a", [{"video": f"v_{i}.mp4", "caption": ["a"]} for i in (1, 2)])
     cfg = scoring(tmp_path, dataset="activitynet", annotations=annotations, num_file=write(tmp_path / "n", {"v_1": 40, "v_2": 9}))
     dataset = eval_retrieval.open_dataset(cfg, dataclasses.replace(SETTINGS["activitynet"], size=(2,), num_frames=3), 64)
-    video, _ = dataset[0]
-    assert video.shape == dataset[1][0].shape == (3, 3, 64, 64)
+    pixels, _ = dataset[0]
+    assert pixels.shape == dataset[1][0].shape == (3, 3, 64, 64)
     assert data.uniform_sample_test(40, 3) == [6, 19, 32]   # from 0; the files count from 1, and the 20th is missing
-    assert ((video * data.STD + data.MEAN).mean((1, 2, 3)) * 255 / 6).round().tolist() == [7, 21, 33]
+    assert (pixels.float().mean((1, 2, 3)) / 6).round().tolist() == [7, 21, 33]
     os.remove(tmp_path / "v_1" / "000021.jpg")
     with pytest.raises(data.VideoError, match="000020.jpg"):   # two in a row
         dataset[0]
@@ -357,7 +357,7 @@ def test_a_window_holds_what_the_branch_says_of_its_frames(made):
     encoder, _ = eval_retrieval.load_encoder(TINY, "", torch.device("cpu"))
     frames, _ = data.sample_frames(made / "videos" / "two.mp4", 8, "uniform", window=(4, 8))
     with torch.no_grad():
-        expected = torch.nn.functional.normalize(encoder.encode_video(data.eval_pixels(frames, 64)[None]), dim=1)[0]
+        expected = torch.nn.functional.normalize(encoder.encode_video(data.normalise(data.eval_pixels(frames, 64))[None]), dim=1)[0]
     assert torch.allclose(indexed(made)["two.mp4"][1], expected, atol=1e-5)
 
 

@@ -128,7 +128,7 @@ def test_the_shares_of_several_processes_are_the_batches_of_one():
 
 
 # ---------------------------------------------------------------------------------------------------- micro-batches, processes
-def gradients(world, micro_batch, drop_path=0.0, checkpointed=False):
+def gradients(world, micro_batch, drop_path=0.0, checkpointed=False, dtype=torch.float32):
     """One backward pass over eight clips of noise -> (losses, {name: gradient})."""
     clip, _ = load_clip(str(world / "clip"))
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def gradients(world, micro_batch, drop_path=0.0, checkpointed=False):
 
     def reseed(part):
         torch.manual_seed(100 + part)
-    losses = pretrain.backward(model, views, text, [1, 0.1, 0.8], torch.amp.GradScaler("cpu", enabled=False), reseed)
+    losses = pretrain.backward(model, views, text, [1, 0.1, 0.8], torch.amp.GradScaler("cpu", enabled=False), reseed, dtype)
     return losses, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, (model, views, text, reseed)
 
 
@@ -161,6 +161,14 @@ def test_micro_batches_give_the_losses_and_gradients_of_the_whole_batch(world, m
     (whole, one, _), (losses, other, _) = gradients(world, 8), gradients(world, micro_batch)
     assert torch.tensor(losses).tolist() == pytest.approx(torch.tensor(whole).tolist(), rel=1e-5)
     assert_same_gradients(one, other)
+
+
+def test_micro_batches_in_half_precision_reach_every_weight(world):
+    """What autocast keeps of a weight from the pass without a graph must not be what the pass with one uses."""
+    (whole, one, _), (losses, other, _) = (gradients(world, micro_batch, dtype=torch.bfloat16) for micro_batch in (8, 3))
+    assert torch.tensor(losses).tolist() == pytest.approx(torch.tensor(whole).tolist(), rel=1e-2)
+    assert all(g is not None and g.dtype == torch.float32 for g in other.values())
+    assert_same_gradients(*({name: g for name, g in grads.items() if not name.endswith("k_proj.bias")} for grads in (one, other)), tolerance=0.05)
 
 
 def test_a_micro_batch_runs_twice_with_the_same_random_numbers(world):
@@ -260,6 +268,16 @@ def test_two_processes_with_a_broken_video_stop_at_sigterm_and_go_on(world, fork
     assert forked(cfgs[1], size=2)["codes"] == [0, 0]
     same_run(cfgs[0].out, cfgs[1].out)
     assert [row["skipped"] for row in log_of(cfgs[0].out) if "skipped" in row][-1] == 2 * 4   # in four epochs: it, and one of the other process
+
+
+def test_a_step_for_which_a_process_has_no_video_is_passed_by_all(world, forked, tmp_path):
+    (tmp_path / "a.jsonl").write_text((world / "captions.jsonl").read_text().replace('"1.mp4"', '"gone.mp4"'))
+    cfg = dataclasses.replace(pretraining(world, tmp_path / "out", batch_size=2, steps=8), annotations=str(tmp_path / "a.jsonl"))
+    answer = forked(cfg, size=2)
+    assert answer["codes"] == [0, 0] and answer["stderr"].count("passed by") >= 2, answer["stderr"]
+    rows = log_of(cfg.out)   # eight clips make four steps an epoch, one of which is passed by
+    assert len(rows) == 6 and common.load_checkpoint(tmp_path / "out" / "last.pth")["step"] == 8
+    assert common.load_checkpoint(tmp_path / "out" / "last.pth")["skipped"] == 2 * 2
 
 
 def test_a_gradient_that_is_no_number_leaves_the_last_checkpoint(world, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import chat_tune
 import common
 import pretrain
 from common import UserError
-from data import ConversationDataset
+from data import ConversationDataset, normalise
 from llm import generate, stream_text
 from model import load_chat, prompt_ids
 from weightfile import read_file
@@ -79,6 +79,16 @@ def test_broken_videos_are_skipped_and_counted_in_tuning(world, llava, tmp_path)
     assert log_of(tmp_path / "out")[-1]["skipped"] == 2   # two epochs of two steps
 
 
+def test_a_step_for_which_a_process_has_no_video_is_passed_by_all_in_tuning(world, llava, tmp_path):
+    (tmp_path / "a.jsonl").write_text((world / "talks.jsonl").read_text().replace('"1.mp4"', '"gone.mp4"'))
+    cfg = dataclasses.replace(tuning(world, tmp_path / "out", llm=llava, steps=4, batch_size=2), annotations=str(tmp_path / "a.jsonl"))
+    flags = [text for name, value in vars(cfg).items() if not isinstance(value, bool) for text in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", os.path.join(ROOT, "chat_tune.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "passed by" in done.stderr, done.stderr
+    assert len(log_of(tmp_path / "out")) == 3 and common.load_checkpoint(tmp_path / "out" / "last.pth")["skipped"] == 1
+
+
 @pytest.mark.parametrize("stage, parts", [("projector", ["mm_projector", "start_end"]), ("language", ["mm_projector", "start_end", "llm"]),
                                           ("video", ["mm_projector", "start_end", "encoder.branch.btadapter"])])
 def test_each_stage_trains_its_own_parts_and_nothing_else(world, llava, tmp_path, stage, parts, monkeypatch):
@@ -141,7 +151,7 @@ def test_exact_answers_are_what_greedy_decoding_says(world):
     for said_so in (True, False):
         for i in range(len(dataset)):
             with torch.no_grad():
-                embeds = chat.splice(prompt_ids(chat.tokenizer, [("Where is it?", None)])[0], chat.encode_video(dataset[i][0][None])[0])
+                embeds = chat.splice(prompt_ids(chat.tokenizer, [("Where is it?", None)])[0], chat.encode_video(normalise(dataset[i][0])[None])[0])
             said = "".join(stream_text(chat.tokenizer, generate(chat.llm, embeds=embeds[None], max_new_tokens=40,
                                                                 stop_ids=chat.tokenizer.stop_ids))).strip()
             dataset.conversations[i] = [("Where is it?", said if said_so else said + " It is.")]
