@@ -3,12 +3,15 @@
     python ablate.py see            # once: what the frozen CLIP says about every clip   -> out/ablate, 3 GB
     python ablate.py structure      # a study: every variant with three seeds            -> a table, docs/ablate_structure.png
     python ablate.py losses         # also depth, mask, projection
+    python ablate.py chat           # the table of chat_tune.py's runs in out/ablate, which `runs/ablate.sh chat` trains
 
 `runs/ablate.sh` has all of them in order. CLIP is frozen and sees the same frames every time, so it looks once, and a step is the
 branch alone: a few minutes a variant on two cores. That is also the difference to `pretrain.py`, where each epoch shows other
-frames and another crop. Results are kept, so a study that was interrupted goes on.
+frames and another crop. Each run is kept: a study that was interrupted goes on, and what two studies share is run once. After a
+change to the code, remove out/ablate/runs.
 """
 import dataclasses
+import hashlib
 import json
 import os
 import time
@@ -33,7 +36,7 @@ from model import Branch, Pretraining, VideoEncoder, pick, tube_mask
 
 @dataclasses.dataclass
 class Config:
-    stage: str                       # see, or a study: structure, losses, depth, mask or projection
+    stage: str                       # see, or a study: structure, losses, depth, mask, projection or chat
     clip: str = "out/tiny/clip"      # the frozen CLIP
     data: str = "out/shapes"         # where the clips and captions are
     out: str = "out/ablate"          # what CLIP saw, and results
@@ -46,6 +49,10 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------- variants
+def as_it_is(branch):
+    """Nothing is changed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """One thing may differ from the branch as it is pretrained."""
@@ -53,7 +60,7 @@ class Variant:
     gated: bool = True
     mask_ratio: float = 0.7
     losses: str = pretrain.RECIPES["released"].losses
-    change: Callable = lambda branch: None   # what is done to a new branch
+    change: Callable = as_it_is              # what is done to a new branch
 
 
 class Pass(nn.Module):
@@ -112,13 +119,18 @@ def see(cfg):
     """The states of the frozen CLIP for every clip -> out/states_{split}.safetensors, (clips, LAYERS, FRAMES, 1+N, D) float16."""
     clip, _ = load_clip(cfg.clip)
     encoder = VideoEncoder(clip.float(), None)
-    about = {"clip": fingerprint(clip)}
     common.make_folder(cfg.out)
     for split in SPLITS:
+        about = {"clip": fingerprint(clip), "captions": captions_digest(cfg, split)}
         dataset = data.RetrievalDataset(os.path.join(cfg.data, f"{split}_captions.jsonl"), cfg.data, FRAMES, clip.config.image_size, mode="uniform")
-        states = [torch.stack(encoder.backbone_states(video, LAYERS), dim=1).half()   # (B, LAYERS, FRAMES, 1+N, D)
-                  for video, _ in tqdm(DataLoader(dataset, 64, num_workers=1), desc=f"see {split}")]
+        states = [torch.stack(encoder.backbone_states(data.normalise(pixels), LAYERS), dim=1).half()   # (B, LAYERS, FRAMES, 1+N, D)
+                  for pixels, _ in tqdm(DataLoader(dataset, 64, num_workers=1), desc=f"see {split}")]
         weightfile.write_safetensors(os.path.join(cfg.out, f"states_{split}.safetensors"), {"states": torch.cat(states)}, about)
+
+
+def captions_digest(cfg, split):
+    """Tells a world from another: its clips are drawn from what its captions say."""
+    return hashlib.sha256(data.read_text(os.path.join(cfg.data, f"{split}_captions.jsonl")).encode()).hexdigest()
 
 
 class Seen:
@@ -128,13 +140,12 @@ class Seen:
         if not os.path.exists(path):
             raise common.UserError(f"{path}: not there; `python ablate.py see` makes it")
         self.states = weightfile.read_file(path)["states"]
-        if weightfile.read_metadata(path).get("clip") != fingerprint(clip):
-            raise common.UserError(f"{path}: what another CLIP saw than {cfg.clip}; run `python ablate.py see` again")
+        about = weightfile.read_metadata(path)
+        if about.get("clip") != fingerprint(clip) or about.get("captions") != captions_digest(cfg, split):
+            raise common.UserError(f"{path}: what another CLIP saw than {cfg.clip}, or of another world than {cfg.data}; run `python ablate.py see` again")
         fields = [f.name for f in dataclasses.fields(shapes.Clip)]
         with open(os.path.join(cfg.data, f"{split}_captions.jsonl")) as f:
             self.clips = [shapes.Clip(**{name: row[name] for name in fields}) for row in map(json.loads, f)]
-        if len(self.clips) != len(self.states):
-            raise common.UserError(f"{path}: {len(self.states)} clips, but {cfg.data} has {len(self.clips)}; run `python ablate.py see` again")
         self.text = encode_text([clip.caption for clip in self.clips])
 
     def look(self, index, depth, kept=None):
@@ -161,15 +172,15 @@ def text_encoder(clip, tokenizer):
 
 # ---------------------------------------------------------------------------------------------------- a run
 def teach(cfg, variant, seed, clip, seen, label):
-    """-> (the encoder after cfg.steps, seconds a step)."""
+    """-> (the encoder after cfg.steps, seconds of a step: the median)."""
     torch.manual_seed(seed)
     branch = Branch.beside(clip, variant.depth, gated=variant.gated, drop_path=pretrain.Config.drop_path)
-    variant.change(branch)
     model = Pretraining(VideoEncoder(clip, branch))
+    variant.change(branch)   # last: what it draws must not change what the others begin with
     optimizer = pretrain.make_optimizer(model, pretrain.RECIPES["released"], cfg.lr, pretrain.Config.weight_decay)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     shares, scaler = pretrain.loss_weights(variant.losses), torch.amp.GradScaler("cpu", enabled=False)
-    began, order = time.perf_counter(), pretrain.batches(len(seen.clips), cfg.batch_size, 2, seed, 0, 0, 1)
+    order, seconds = pretrain.batches(len(seen.clips), cfg.batch_size, 2, seed, 0, 0, 1), []
     for step in tqdm(range(cfg.steps), desc=f"{label}, seed {seed}", leave=False):
         common.seed_step(seed, step)
         index = torch.tensor([i for _, i in next(order)])
@@ -177,11 +188,13 @@ def teach(cfg, variant, seed, clip, seen, label):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * group["factor"] * pretrain.lr_share(step, cfg.steps, cfg.steps, anneal=True)
         optimizer.zero_grad()
-        pretrain.backward(model, [(seen.look(index, variant.depth, kept), kept)], seen.text[index], shares, scaler,
-                          lambda part, step=step: common.seed_step(seed, step, 0, part + 1))
+        views, began = [(seen.look(index, variant.depth, kept), kept)], time.perf_counter()
+        pretrain.backward(model, views, seen.text[index], shares, scaler, lambda part, step=step: common.seed_step(seed, step, 0, part + 1),
+                          torch.float32)
         nn.utils.clip_grad_norm_(trained, pretrain.Config.clip_norm)
         optimizer.step()
-    return model.encoder.eval(), (time.perf_counter() - began) / cfg.steps
+        seconds.append(time.perf_counter() - began)
+    return model.encoder.eval(), float(np.median(seconds))
 
 
 @torch.no_grad()
@@ -194,7 +207,7 @@ def test(feature, seen, encode_text):
 
 
 def study(cfg):
-    """Every variant of a study with every seed, a line each in out/{study}.jsonl; then the table and the picture."""
+    """Every variant of a study with every seed, each kept in out/runs under what it depends on; then the table and the picture."""
     common.at_least(cfg, seeds=1, steps=1, batch_size=2, threads=1)
     where, variants = STUDIES[cfg.stage]
     clip, tokenizer = load_clip(cfg.clip)
@@ -202,46 +215,68 @@ def study(cfg):
     train, held_out = (Seen(cfg, split, clip, encode_text) for split in SPLITS)
     if cfg.batch_size > len(train.clips):
         raise common.UserError(f"--batch_size {cfg.batch_size}: more than the {len(train.clips)} clips of {cfg.data}")
-    path, settings = os.path.join(cfg.out, f"{cfg.stage}.jsonl"), [cfg.steps, cfg.batch_size, cfg.lr, fingerprint(clip)]
-    rows = []
-    if os.path.exists(path):
-        rows = [row for _, row in data.read_rows(path)]
-        if any(row["settings"] != settings for row in rows):
-            raise common.UserError(f"{path}: made with another CLIP, or other --steps, --batch_size or --lr; remove it, or choose another --out")
-    encoder = VideoEncoder(clip, None)
+    common.make_folder(os.path.join(cfg.out, "runs"))
+    encoder, runs = VideoEncoder(clip, None), {name: [] for name in variants}
     baseline = test(lambda index: encoder.mean_feature(held_out.look(index, 1)[-1]), held_out, encode_text)
     for seed in range(cfg.seeds):
         for name, variant in variants.items():
-            if any((row["variant"], row["seed"]) == (name, seed) for row in rows):
-                continue
-            encoder, seconds = teach(cfg, variant, seed, clip, train, f"{cfg.stage}: {name}")
-            found = test(lambda index: encoder.feature(held_out.look(index, variant.depth))[0], held_out, encode_text)
-            rows.append({"variant": name, "seed": seed, **found, "seconds": seconds, "settings": settings})
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            common.write_atomic(path, lambda f: f.write(text.encode()))
-    report(cfg, where, {name: [row for row in rows if row["variant"] == name and row["seed"] < cfg.seeds] for name in variants}, baseline)
+            about = {**dataclasses.asdict(variant), "change": variant.change.__name__, "seed": seed, "steps": cfg.steps,
+                     "batch_size": cfg.batch_size, "lr": cfg.lr, "clip": fingerprint(clip), "captions": captions_digest(cfg, "train")}
+            path = os.path.join(cfg.out, "runs", hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16] + ".json")
+            if not os.path.exists(path):
+                encoder, seconds = teach(cfg, variant, seed, clip, train, f"{cfg.stage}: {name}")
+                found = test(lambda index: encoder.feature(held_out.look(index, variant.depth))[0], held_out, encode_text)
+                common.write_atomic(path, lambda f: f.write(json.dumps({**about, **found, "s a step": seconds}).encode()))
+            with open(path) as f:
+                runs[name].append(json.load(f))
+    report(cfg, f"{cfg.stage} (the paper's {where}), {cfg.steps} steps", {"mean-pooled CLIP": [baseline], **runs}, "R@1")
 
 
-def report(cfg, where, found, baseline):
-    """The table, on stdout, and a picture: R@1 of each variant, from the lowest to the highest seed."""
-    columns = ["twins", "static", "R@1", "seconds"]
-    print(f"\n{cfg.stage} (the paper's {where}), held-out clips, {cfg.seeds} seeds, {cfg.steps} steps: mean (lowest to highest)\n")
-    print("| | twins, % | static, % | R@1, % | s a step of the branch |\n|---|---|---|---|---|")
-    print("| mean-pooled CLIP | " + " | ".join(f"{baseline[c]:.1f}" for c in columns[:3]) + " | |")
-    for name, rows in found.items():
-        cells = [[row[c] for row in rows] for c in columns]
-        print(f"| {name} | " + " | ".join(f"{sum(c) / len(c):.1f} ({min(c):.1f} to {max(c):.1f})" for c in cells[:3]) + f" | {np.median(cells[3]):.2f} |")
-    bars = [("mean-pooled CLIP", baseline["R@1"], baseline["R@1"], baseline["R@1"])]
-    bars += [(name, sum(r["R@1"] for r in rows) / len(rows), min(r["R@1"] for r in rows), max(r["R@1"] for r in rows)) for name, rows in found.items()]
+VIDEO_TOKENS = {"branch": "the branch's", "mean": "CLIP's, mean over time", "st_pool": "CLIP's, mean over time and mean over space"}
+
+
+def chat_study(cfg):
+    """The last evaluation of every run that is in out/chat_{tokens}_{seed}."""
+    runs = {}
+    for tokens, name in VIDEO_TOKENS.items():
+        runs[name] = []
+        for seed in range(cfg.seeds):
+            path = os.path.join(cfg.out, f"chat_{tokens}_{seed}", "log.jsonl")
+            if not os.path.exists(path):
+                raise common.UserError(f"{path}: not there; `bash runs/ablate.sh chat` trains all runs of this study")
+            rows = [row for _, row in data.read_rows(path)]
+            answers = {f"{kind} questions": [row[kind] for row in rows if kind in row] for kind in ("temporal", "static")}
+            if not all(answers.values()):
+                raise common.UserError(f"{path}: this run was never evaluated; `bash runs/ablate.sh chat` goes on with it")
+            runs[name].append({kind: shares[-1] for kind, shares in answers.items()})
+    report(cfg, "chat (the paper's Table 1): tokens of a video for a frozen LLaMA, the branch of one pretraining", runs, "temporal questions")
+
+
+def report(cfg, title, runs, main):
+    """The table, on stdout: mean (lowest to highest) of every variant; and a picture of the column `main`.
+
+    runs: {variant: [{column: share in percent, "s a step": seconds, if it was trained here}]}, a row for each seed."""
+    columns = [column for column in ("twins", "static", "R@1", "temporal questions", "static questions") if column in next(iter(runs.values()))[0]]
+    timed = any("s a step" in row for rows in runs.values() for row in rows)
+    print(f"\n{title}, held-out clips, {cfg.seeds} seeds: mean (lowest to highest)\n")
+    print("| | " + " | ".join(f"{column}, %" for column in columns) + (" | s a step of the branch |" if timed else " |"))
+    print("|---" * (1 + len(columns) + timed) + "|")
+    bars = []
+    for name, rows in runs.items():
+        cells, seconds = {column: [row[column] for row in rows] for column in columns}, [row["s a step"] for row in rows if "s a step" in row]
+        spread = [f"{sum(c) / len(c):.1f}" + (f" ({min(c):.1f} to {max(c):.1f})" if len(c) > 1 else "") for c in cells.values()]
+        speed = f"{np.median(seconds):.2f}" if seconds else ""
+        print(f"| {name} | " + " | ".join(spread) + (f" | {speed} |" if timed else " |"))
+        bars.append((name + (f" ({speed} s a step)" if speed else ""), sum(cells[main]) / len(rows), min(cells[main]), max(cells[main])))
     common.make_folder(cfg.pictures)
-    common.bars(os.path.join(cfg.pictures, f"ablate_{cfg.stage}.png"), f"{cfg.stage}: a caption finds its clip, R@1 in % ({cfg.seeds} seeds)", bars)
+    common.bars(os.path.join(cfg.pictures, f"ablate_{cfg.stage}.png"), f"{cfg.stage}: {main} in %, held-out clips ({cfg.seeds} seeds)", bars)
 
 
 def main(cfg):
-    if cfg.stage != "see" and cfg.stage not in STUDIES:
-        raise common.UserError(f"{cfg.stage}: no such stage; choose see, {', '.join(STUDIES)}")
+    if cfg.stage not in ("see", "chat", *STUDIES):
+        raise common.UserError(f"{cfg.stage}: no such stage; choose see, {', '.join(STUDIES)} or chat")
     torch.set_num_threads(cfg.threads)
-    see(cfg) if cfg.stage == "see" else study(cfg)
+    {"see": see, "chat": chat_study}.get(cfg.stage, study)(cfg)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,27 @@
 #!/usr/bin/env bash
-# The paper's studies in the toy world: tables on stdout, pictures in docs/. Needs what runs/tiny.sh leaves in out/.
-# Every study can be run alone and goes on where it was stopped. Set PYTHON to use another interpreter than `python`.
+# The paper's studies in the toy world: tables on stdout, pictures in docs/. Needs what runs/tiny.sh leaves in out/; if that is made
+# anew, remove out/ablate. Every study can be run alone and goes on where it was stopped. Set PYTHON to use another interpreter than
+# `python`.
 #
 #   bash runs/ablate.sh            all of them
 #   bash runs/ablate.sh losses     one: structure, losses, depth, mask, projection or chat
 set -euo pipefail
 cd "$(dirname "$0")/.."
 D=out/shapes R=out/tiny PYTHON=${PYTHON:-python}
+export OMP_WAIT_POLICY=PASSIVE   # as in runs/tiny.sh
 train() { $PYTHON "$1" --clip $R/clip --root $D "${@:2}"; }
 
-[ -e out/ablate/states_test.safetensors ] || $PYTHON ablate.py see
 for study in ${1:-structure losses depth mask projection chat}; do
     if [ "$study" != chat ]; then
-        $PYTHON ablate.py "$study"
-        continue
-    fi
-    # The paper's Table 1: kinds of video tokens, the LLaMA frozen, a third of the steps of runs/tiny.sh.
-    for seed in 0 1 2; do
-        for tokens in branch mean st_pool; do
-            train chat_tune.py --stage video --tokens $tokens --num_frames 8 --llm $R/language/llava --branch $R/branch_seed0/branch.pth \
-                --annotations $D/train_talks.jsonl --eval_annotations $D/test_talks.jsonl --out out/ablate/chat_${tokens}_$seed \
-                --batch_size 16 --steps 330 --lr 1e-3 --seed $seed
+        [ -e out/ablate/states_test.safetensors ] || $PYTHON ablate.py see
+    else   # the paper's Table 1: kinds of video tokens, the LLaMA frozen, a third of the steps of runs/tiny.sh
+        for seed in 0 1 2; do
+            for tokens in branch mean st_pool; do
+                train chat_tune.py --stage video --tokens $tokens --num_frames 8 --llm $R/language/llava --branch $R/branch_seed0/branch.pth \
+                    --annotations $D/train_talks.jsonl --eval_annotations $D/test_talks.jsonl --out out/ablate/chat_${tokens}_$seed \
+                    --batch_size 16 --steps 330 --lr 1e-3 --seed $seed
+            done
         done
-    done
+    fi
+    $PYTHON ablate.py "$study"
 done

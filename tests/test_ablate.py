@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import ablate
 import shapes
 from clip import load_clip
 from common import UserError
-from model import Branch
+from model import Branch, VideoEncoder
 
 CLIP = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weights", "tiny", "clip")
 
@@ -31,6 +32,7 @@ def config(tmp_path_factory):
 
 
 def test_a_study_has_every_variant_and_goes_on_where_it_was_stopped(config, capsys, monkeypatch):
+    shutil.rmtree(os.path.join(config.out, "runs"), ignore_errors=True)   # of the other tests
     teach, runs = ablate.teach, []
 
     def stop_at_the_fourth(*given):
@@ -52,14 +54,46 @@ def test_a_study_has_every_variant_and_goes_on_where_it_was_stopped(config, caps
     assert len(runs) == 2 * len(variants) + 1 and capsys.readouterr().out == out
 
 
-def test_other_settings_and_another_clip_are_refused(config, world):
-    ablate.main(dataclasses.replace(config, stage="mask", seeds=1))
-    with pytest.raises(UserError, match="other --steps"):
-        ablate.main(dataclasses.replace(config, stage="mask", seeds=1, steps=3))
+def test_what_studies_share_runs_once_and_other_settings_are_other_runs(config, monkeypatch):
+    teach, runs = ablate.teach, []
+    monkeypatch.setattr(ablate, "teach", lambda *given: runs.append(given[1]) or teach(*given))
+    ablate.main(dataclasses.replace(config, seeds=1, stage="projection"))
+    runs.clear()
+    ablate.main(dataclasses.replace(config, seeds=1, stage="mask"))
+    assert sorted(variant.mask_ratio for variant in runs) == [0.0, 0.3, 0.5, 0.9]   # 0.7 is the branch as it is
+    ablate.main(dataclasses.replace(config, seeds=1, stage="mask", steps=3))
+    assert len(runs) == 4 + 5
+
+
+def test_another_clip_another_world_and_no_stage_are_refused(config, world, tmp_path):
     with pytest.raises(UserError, match="another CLIP"):
         ablate.main(dataclasses.replace(config, stage="mask", clip=str(world / "clip")))
+    for split in ablate.SPLITS:
+        with open(os.path.join(config.data, f"{split}_captions.jsonl")) as f:
+            (tmp_path / f"{split}_captions.jsonl").write_text("".join(reversed(f.readlines())))
+    with pytest.raises(UserError, match="another world"):
+        ablate.main(dataclasses.replace(config, stage="mask", data=str(tmp_path)))
     with pytest.raises(UserError, match="no such stage"):
         ablate.main(dataclasses.replace(config, stage="song"))
+
+
+def test_the_chat_study_gathers_the_last_evaluation_of_each_run(config, tmp_path, capsys):
+    cfg = dataclasses.replace(config, stage="chat", out=str(tmp_path), pictures=str(tmp_path))
+    for i, tokens in enumerate(ablate.VIDEO_TOKENS):
+        for seed in range(cfg.seeds):
+            (tmp_path / f"chat_{tokens}_{seed}").mkdir()
+            rows = [{"step": 1, "loss": 2.0}, *({"step": step, kind: 10.0 * i + seed + step} for step in (1, 2) for kind in ("static", "temporal"))]
+            (tmp_path / f"chat_{tokens}_{seed}" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ablate.main(cfg)
+    table = capsys.readouterr().out
+    assert "| CLIP's, mean over time | 12.5 (12.0 to 13.0) | 12.5 (12.0 to 13.0) |" in table and "s a step" not in table
+    assert os.path.getsize(tmp_path / "ablate_chat.png") > 1000
+    (tmp_path / "chat_mean_1" / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
+    with pytest.raises(UserError, match="chat_mean_1.*never evaluated"):
+        ablate.main(cfg)
+    os.remove(tmp_path / "chat_mean_1" / "log.jsonl")
+    with pytest.raises(UserError, match="chat_mean_1.*not there"):
+        ablate.main(cfg)
 
 
 def test_each_variant_is_what_it_says():
@@ -74,10 +108,16 @@ def test_each_variant_is_what_it_says():
             return branch(states, positions)[-1], branch
     later = [states[0], *(torch.randn_like(state) for state in states[1:])]
     assert torch.allclose(tokens(ablate.one_entrance, states)[0], tokens(ablate.one_entrance, later)[0])
-    assert not torch.allclose(tokens(lambda branch: None, states)[0], tokens(lambda branch: None, later)[0])
+    assert not torch.allclose(tokens(ablate.as_it_is, states)[0], tokens(ablate.as_it_is, later)[0])
     assert not any(p.requires_grad for p in tokens(ablate.no_time, states)[1].btadapter_T_layers.parameters())
     forwards, backwards = (tokens(ablate.no_space, played)[0][:, 0] for played in (states, [state.flip(1) for state in states]))
     assert torch.allclose(forwards, backwards, atol=1e-6)   # blind to order: CLS passes by the layers along time
-    plain = tokens(lambda branch: None, states)[0]
+    plain = tokens(ablate.as_it_is, states)[0]
     for change in (ablate.random_projection, ablate.no_projection):   # from zero the layers along time do nothing yet
         assert not torch.allclose(tokens(change, states)[0], plain)
+    with torch.no_grad():   # gates or sums, with CLIP or without
+        for options, change, shares in (({}, ablate.as_it_is, (0.5, 0.5)), ({}, ablate.branch_alone, (1.0, 0.0)), ({"gated": False}, ablate.as_it_is, (1, 1))):
+            branch = Branch.beside(clip, 4, **options).eval()
+            change(branch)
+            cls = shares[0] * branch(states, positions)[-1][:, :1] + shares[1] * states[-1][:, :, 0]   # (2, 4, D): frame by frame
+            assert torch.allclose(VideoEncoder(clip, branch).feature(states)[0], clip.project_image(cls).mean(1), atol=1e-5)
