@@ -26,7 +26,7 @@ def config(tmp_path_factory):
             shapes.write_video(str(folder / f"{split}{i}.mp4"), [shapes.draw(clip, (k + 0.5) / 24) for k in range(24)])
             rows.append({"video": f"{split}{i}.mp4", "caption": clip.caption, **dataclasses.asdict(clip)})
         (folder / f"{split}_captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cfg = ablate.Config("see", CLIP, str(folder), str(folder / "out"), str(folder), seeds=2, steps=2, batch_size=8, threads=1)
+    cfg = ablate.Config("see", CLIP, str(folder), str(folder / "out"), str(folder), seeds=2, steps=2, batch_size=8, processes=1)
     ablate.main(cfg)
     return cfg
 
@@ -63,6 +63,17 @@ def test_what_studies_share_runs_once_and_other_settings_are_other_runs(config, 
     assert sorted(variant.mask_ratio for variant in runs) == [0.0, 0.3, 0.5, 0.9]   # 0.7 is the branch as it is
     ablate.main(dataclasses.replace(config, seeds=1, stage="mask", steps=3))
     assert len(runs) == 4 + 5
+
+
+def test_two_processes_find_what_one_finds(config, tmp_path, capsys):
+    tables = []
+    for processes in (1, 2):
+        cfg = dataclasses.replace(config, stage="depth", seeds=1, out=str(tmp_path / str(processes)), processes=processes)
+        shutil.copytree(config.out, cfg.out, ignore=shutil.ignore_patterns("runs"))
+        ablate.main(cfg)
+        assert len(os.listdir(os.path.join(cfg.out, "runs"))) == 5
+        tables.append([line.rsplit("|", 2)[0] for line in capsys.readouterr().out.splitlines()])   # without the seconds
+    assert tables[0] == tables[1] and len(tables[0]) > 6
 
 
 def test_another_clip_another_world_and_no_stage_are_refused(config, world, tmp_path):
