@@ -24,9 +24,9 @@ pretrain takes two clips of 8 frames and random weights, as tensors: nothing is 
 product of matrices, in the size and precision of CLIP's first MLP layer, measured in the same process.
 
 line asks chat.py one question about longer and longer videos, --num_frames of each, and nothing is taken from its cache. Time to the
-first token counts from the end of the imports: weights, video, prompt. The second table is arithmetic.
+first token counts from the end of the imports: weights, video (decoding, CLIP, branch), prompt. The second table is arithmetic.
 
-load and chat take weights of the full size with random numbers, made at the first start: 28 GB in out/bench (the 7B in bf16, int8, int4, and
+line, load and chat take weights of the full size with random numbers, made at the first start: 28 GB in out/bench (the 7B in bf16, int8, int4, and
 as Q4_0 for llama.cpp); `--layers 2` is a quick look. transformers and llama-cpp-python are used if --peer_python can import them. The
 limits are measured in the same run: how fast so many threads read memory, and how fast they multiply 300 rows by a layer of the 7B.
 """
@@ -56,6 +56,8 @@ import clip
 import common
 import llm
 import quant
+import weightfile
+from model import Branch
 
 
 @dataclasses.dataclass
@@ -68,7 +70,7 @@ class Config:
     prompt: int = 300                       # tokens of a prompt
     tokens: int = 16                        # tokens of an answer
     picture: str = "docs/frames_flat.png"   # what flat draws
-    weights: str = "weights/tiny"           # of line: a folder for chat.py
+    weights: str | None = None              # of line: a folder for chat.py; None: random numbers, in the full size
     num_frames: int = 101                   # of line: frames of each video
     line_picture: str = "docs/chat_flat.png"   # what line draws
 
@@ -427,36 +429,38 @@ KV_BYTES = 2 * 32 * 4096 * 2   # a token's keys and values in a LLaMA-7B: 32 lay
 
 
 def one_question(cfg, path):
-    """A chat in a process of its own -> (video tokens, seconds to the first token without imports, peak MB)."""
+    """A chat in a process of its own -> (video tokens, seconds to the first token without imports, seconds of it for the video, peak MB)."""
     command = [sys.executable, "chat.py", path, "--weights", os.path.abspath(cfg.weights), "--num_frames", str(cfg.num_frames), "-q",
                "What happens?", "--max_new_tokens", "1", "--no-cache", "--verbose"]
     done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, cwd=HERE)
     code, _, peak = json.loads(done.stdout.splitlines()[-1])
     if code:
         raise common.UserError(f"chat.py failed: {(done.stderr.splitlines() or [f'exit code {code}'])[-1]}")
-    imports, total = map(float, re.search(r"\(import ([\d.]+) s.* in all ([\d.]+) s\)", done.stderr).groups())
-    return int(re.search(r"(\d+) video tokens", done.stderr)[1]), total - imports, peak / MEGABYTE
+    spent = {part: float(seconds) for part, seconds in re.findall(r"(import|video|in all) ([\d.]+) s\b", done.stderr.splitlines()[-1])}
+    return int(re.search(r"(\d+) video tokens", done.stderr)[1]), spent["in all"] - spent["import"], spent["video"], peak / MEGABYTE
 
 
 def line(cfg, clips=None):
     """The same question about longer and longer videos: what does the length cost?"""
     common.at_least(cfg, runs=1, num_frames=1)
-    rows, clips = [], clips or LINE
+    rows, clips, what = [], clips or LINE, cfg.weights or f"random weights, a LLaMA-7B of {cfg.layers} layers"
+    if cfg.weights is None:
+        cfg = dataclasses.replace(cfg, weights=make_chat(cfg, llm.LLaMAConfig(layers=cfg.layers), clip.CLIPConfig()))
     for video in clips:
         path = make(cfg.data, video)
         runs = [one_question(cfg, path) for _ in range(cfg.runs + 1)][1:]   # the first one finds no file in memory
         rows.append((video.seconds * video.copies, *map(statistics.median, zip(*runs))))
         say(f"{video.title}: {rows[-1][2]:.2f} s to the first token")
-    print(f"{platform.platform()}, {os.cpu_count()} cores; {cfg.weights}, {cfg.num_frames} frames of each video; medians of {cfg.runs}.\n")
-    print("| video | video tokens | s to the first token | to the shortest | peak MB | to the shortest |\n|" + "---|" * 6)
-    for (_, tokens, seconds, peak), video in zip(rows, clips):
-        print(f"| {video.title} | {tokens:.0f} | {seconds:.2f} | {seconds / rows[0][2]:.2f} | {peak:.0f} | {peak / rows[0][3]:.2f} |")
+    print(f"{platform.platform()}, {os.cpu_count()} cores; {what}; {cfg.num_frames} frames of each video; medians of {cfg.runs}.\n")
+    print("| video | video tokens | s to the first token | to the shortest | of it s for the video | peak MB | to the shortest |\n|" + "---|" * 7)
+    for (_, tokens, seconds, seeing, peak), video in zip(rows, clips):
+        print(f"| {video.title} | {tokens:.0f} | {seconds:.2f} | {seconds / rows[0][2]:.2f} | {seeing:.2f} | {peak:.0f} | {peak / rows[0][4]:.2f} |")
     print(f"\n| length | at a frame a second and {PER_FRAME} tokens a frame | KV cache of a 7B | here | KV cache of a 7B |\n|" + "---|" * 5)
     for length, tokens, *_ in rows:
         print(f"| {length} s | {length * PER_FRAME:,} | {length * PER_FRAME * KV_BYTES / 1e9:,.2f} GB | {tokens:.0f} | {tokens * KV_BYTES / 1e9:,.3f} GB |")
     common.make_folder(os.path.dirname(cfg.line_picture) or ".")
     common.plot(cfg.line_picture, [(f"{title}, by the length of the video in minutes", {"chat.py": [(row[0] / 60, row[i]) for row in rows]})
-                                   for i, title in ((1, "video tokens"), (2, "seconds to the first token"), (3, "peak MB"))], height=220)
+                                   for i, title in ((1, "video tokens"), (2, "seconds to the first token"), (4, "peak MB"))], height=220)
 
 
 # ---------------------------------------------------------------------------------------------------- pretraining
@@ -580,6 +584,22 @@ def make_openai_clip(cfg, config):
         common.make_folder(cfg.data)
         common.write_atomic(path, lambda f: torch.jit.save(torch.jit.script(root), f))
     return path
+
+
+def make_chat(cfg, config, clip_config):
+    """A folder for chat.py: these two, and a branch and a projector that are random numbers as well -> its path."""
+    folder, D = os.path.abspath(os.path.join(cfg.data, f"chat_{config.layers}_layers_of_{config.width}")), clip_config.vision_width
+    common.make_folder(folder)
+    for name, path in (("clip", make_openai_clip(cfg, clip_config)), ("llava", make_llama(cfg, config))):
+        if not os.path.lexists(os.path.join(folder, name)):
+            os.symlink(os.path.relpath(path, folder), os.path.join(folder, name))
+    with torch.device("meta"):
+        branch = Branch(D, clip_config.vision_heads, clip_config.vision_mlp)
+    parts = {"branch.pth": {f"backbone.{name}": t.shape for name, t in branch.state_dict().items()},
+             "mm_projector.bin": {"model.mm_projector.weight": torch.Size([config.width, D]), "model.mm_projector.bias": torch.Size([config.width])}}
+    for name, shapes in parts.items():
+        weightfile.write_safetensors(os.path.join(folder, name), random_tensors(shapes, torch.float16))
+    return folder
 
 
 def make_gguf(cfg, config):

@@ -408,8 +408,9 @@ class VideoChat(nn.Module):
         super().__init__()
         self.encoder, self.mm_projector, self.llm, self.tokenizer, self.tokens = encoder, mm_projector, llm, tokenizer, tokens
         words = llm.model.embed_tokens.weight.detach()
-        extra = words.shape[0] - tokenizer.vocab_size   # LLaVA appends <im_patch>, <im_start>, <im_end>, its v0 before them <pad>
-        rows = words[-2:] if extra in (3, 4) else words.float().mean(0, keepdim=True).repeat(2, 1)
+        rows = last_added(words, tokenizer.vocab_size)
+        if rows is None:
+            rows = words.float().mean(0, keepdim=True).repeat(2, 1)   # (2, D_llm)
         self.start_end = nn.Parameter(rows[:2 * marked].to(words.dtype).clone())
 
     def encode_video(self, video):
@@ -469,14 +470,18 @@ def projector_part(tensors):
     return part(tensors, "model.mm_projector.") or part(tensors, "mm_projector.")
 
 
+def last_added(words, vocab_size):
+    """The start and end row, the last two of words (V, D_llm), or None. LLaVA appends <im_patch>, <im_start>, <im_end> to the tokenizer's
+    words, its v0 before them <pad>, and Video-ChatGPT the same three for videos; dozens of rows more are a table filled up to a round size."""
+    return words[-2:] if 2 <= len(words) - vocab_size <= 8 else None
+
+
 def start_end_rows(tensors, vocab_size):
     """(2, D_llm) or None: the start and end row among {name: tensor}. Our own files name the two; the released ones hold all
-    word embeddings, and the two come last, behind those of the tokenizer's vocab_size tokens."""
+    word embeddings, with the two among them."""
     rows = tensors.get("model.video_start_end.weight")
     words = tensors.get("model.embed_tokens.weight", tensors.get("embed_tokens.weight"))
-    if rows is None and words is not None and words.ndim == 2 and len(words) >= vocab_size + 2:
-        rows = words[-2:]
-    return rows
+    return rows if rows is not None or words is None or words.ndim != 2 else last_added(words, vocab_size)
 
 
 def is_marked(llava):

@@ -166,20 +166,23 @@ def test_flat_compares_with_the_shortest_file_and_draws(folder, capsys):
 
 def test_line_asks_about_longer_and_longer_videos(folder, capsys, monkeypatch):
     made = []
-    monkeypatch.setattr(bench, "one_question", lambda cfg, path: made.append(path) or (17, len(made) * 0.5, 300.0))
+    monkeypatch.setattr(bench, "one_question", lambda cfg, path: made.append(path) or (17, len(made) * 0.5, len(made) * 0.25, 300.0))
     clips = [dataclasses.replace(SHORT, copies=copies) for copies in (1, 3)]
-    bench.line(config(folder, line_picture=os.path.join(folder, "line.png")), clips)
+    bench.line(config(folder, weights="mine", line_picture=os.path.join(folder, "line.png")), clips)
     columns, _, *rows = cells(capsys.readouterr().out)
     assert made == [bench.make(folder, clip) for clip in clips for _ in range(2)]   # each once that is not counted
-    assert [row[1:4] for row in rows[:2]] == [["17", "1.00", "1.00"], ["17", "2.00", "2.00"]]   # the second and the fourth call
+    assert [row[1:] for row in rows[:2]] == [["17", "1.00", "1.00", "0.50", "300", "1.00"], ["17", "2.00", "2.00", "1.00", "300", "1.00"]]   # calls 2 and 4
     assert rows[4:] == [["2 s", "512", "0.27 GB", "17", "0.009 GB"], ["6 s", "1,536", "0.81 GB", "17", "0.009 GB"]]
     with Image.open(os.path.join(folder, "line.png")) as picture:
         assert picture.size == (900, 660)
 
 
-def test_one_question_is_a_chat_with_the_shipped_weights(folder):
-    tokens, seconds, peak = bench.one_question(config(folder, weights=os.path.join(bench.HERE, "weights", "tiny"), num_frames=3), bench.make(folder, SHORT))
-    assert tokens == 17 and 0 < seconds < 60 and peak > 50
+@pytest.mark.parametrize("made, expected", [(False, 17), (True, 5)])
+def test_one_question_is_a_chat_with_the_shipped_weights_or_random_ones(folder, tmp_path, made, expected):
+    weights = bench.make_chat(config(str(tmp_path)), LLaMAConfig(vocab_size=600, width=128, layers=2, heads=4, mlp=256), dataclasses.replace(CLIP, vision_layers=4)) if made else \
+        os.path.join(bench.HERE, "weights", "tiny")
+    tokens, seconds, seeing, peak = bench.one_question(config(folder, weights=weights, num_frames=3), bench.make(folder, SHORT))
+    assert tokens == expected and 0 < seeing < seconds < 60 and peak > 50
 
 
 # ---------------------------------------------------------------------------------------------------- load, chat, quality

@@ -362,7 +362,8 @@ def mlp2x(prefix="model.mm_projector."):
 
 
 LLAVAS = {   # release: its projector, how many tokens it adds
-    "v1": (linear, 3), "v0 with a token for padding": (linear, 4), "Lightning v1.1": (linear, 3), "1.5": (mlp2x, 0), "preview of Llama 2": (linear, 0)}
+    "v1": (linear, 3), "v0 with a token for padding": (linear, 4), "v1 without a token for patches": (linear, 2),
+    "v1 filled up to a round size": (linear, 64), "Lightning v1.1": (linear, 3), "1.5": (mlp2x, 0), "preview of Llama 2": (linear, 0)}
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "sharded bin"])
@@ -378,7 +379,7 @@ def test_every_llava_release_projects_as_its_own_arithmetic_says(world, tmp_path
     words = llama.model.embed_tokens.weight
     with torch.no_grad():
         assert relative(chat.encode_video(video), expected) < 1e-5
-        assert torch.allclose(chat.start_end, words[-2:] if added else words.mean(0).expand(2, -1))
+        assert torch.allclose(chat.start_end, words[-2:] if 2 <= added <= 4 else words.mean(0).expand(2, -1))
         ids = torch.randint(300 + added, (1, 9))
         assert relative(chat.llm(ids), llama(ids)) < 1e-5
 
@@ -402,7 +403,7 @@ def test_chat_bin_counts_before_a_projector_file_and_untuned_passes_it_by(world,
         assert torch.equal(chat.start_end, torch.full((2, 32), 3.0)) == tuned
 
 
-@pytest.mark.parametrize("added, taken", [(3, True), (6, True), (0, False)])
+@pytest.mark.parametrize("added, taken", [(3, True), (6, True), (0, False), (64, False)])
 def test_word_embeddings_in_a_projector_file_bring_the_start_and_end_rows_if_there_are_added_ones(world, tmp_path, added, taken):
     llava_folder(world, tmp_path, {}, 3)
     words = torch.randn(300 + added, 32)
