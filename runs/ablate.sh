@@ -10,18 +10,19 @@ cd "$(dirname "$0")/.."
 D=out/shapes R=out/tiny PYTHON=${PYTHON:-python}
 export OMP_WAIT_POLICY=PASSIVE   # as in runs/tiny.sh
 train() { $PYTHON "$1" --clip $R/clip --root $D "${@:2}"; }
+tune() {   # the paper's Table 1: kinds of video tokens, the LLaMA frozen, a third of the steps of runs/tiny.sh
+    local tokens=$1 seed=$2
+    train chat_tune.py --stage video --tokens $tokens --num_frames 8 --llm $R/language/llava --branch $R/branch_seed0/branch.pth \
+        --annotations $D/train_talks.jsonl --eval_annotations $D/test_talks.jsonl --out out/ablate/chat_${tokens}_$seed \
+        --batch_size 16 --steps 330 --lr 1e-3 --seed $seed
+}
+export D R PYTHON; export -f train tune
 
 for study in ${1:-structure losses depth mask projection chat}; do
     if [ "$study" != chat ]; then
         [ -e out/ablate/states_test.safetensors ] || $PYTHON ablate.py see
-    else   # the paper's Table 1: kinds of video tokens, the LLaMA frozen, a third of the steps of runs/tiny.sh
-        for seed in 0 1 2; do
-            for tokens in branch mean st_pool; do
-                train chat_tune.py --stage video --tokens $tokens --num_frames 8 --llm $R/language/llava --branch $R/branch_seed0/branch.pth \
-                    --annotations $D/train_talks.jsonl --eval_annotations $D/test_talks.jsonl --out out/ablate/chat_${tokens}_$seed \
-                    --batch_size 16 --steps 330 --lr 1e-3 --seed $seed
-            done
-        done
+    else   # two at a time, a thread each, as ablate.py does it
+        printf '%s\n' {branch,mean,st_pool}" "{0,1,2} | OMP_NUM_THREADS=1 xargs -P 2 -L 1 bash -c 'tune "$@"' tune
     fi
     $PYTHON ablate.py "$study"
 done
