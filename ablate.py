@@ -206,7 +206,7 @@ def test(feature, seen, encode_text):
             "static": 100 * shapes.static_accuracy(video, seen.clips, encode_text), "R@1": retrieval_metrics(seen.text @ video.T)["R@1"]}
 
 
-class Bench:
+class Setup:
     """All that a run needs, and the place where it is kept."""
     def __init__(self, cfg):
         self.cfg = cfg
@@ -237,9 +237,9 @@ class Bench:
 def runs_of_a_process(rank, cfg, jobs):
     """Every cfg.processes-th of the jobs, (name, seed). A branch is too small for two threads: two processes do 1.8 times as much."""
     torch.set_num_threads(1)
-    bench = Bench(cfg)
+    setup = Setup(cfg)
     for job in jobs[rank::cfg.processes]:
-        bench.run(*job)
+        setup.run(*job)
 
 
 def study(cfg):
@@ -247,17 +247,17 @@ def study(cfg):
     common.at_least(cfg, seeds=1, steps=1, batch_size=2, processes=1)
     where, variants = STUDIES[cfg.stage]
     common.make_folder(os.path.join(cfg.out, "runs"))
-    bench, runs = Bench(cfg), {name: [] for name in variants}   # here too: what is wrong with the input is said once
-    encoder = VideoEncoder(bench.clip, None)
-    baseline = test(lambda index: encoder.mean_feature(bench.held_out.look(index, 1)[-1]), bench.held_out, bench.encode_text)
-    jobs = [(name, seed) for seed in range(cfg.seeds) for name, variant in variants.items() if not os.path.exists(bench.kept(variant, seed)[1])]
+    setup, runs = Setup(cfg), {name: [] for name in variants}   # here too: what is wrong with the input is said once
+    encoder = VideoEncoder(setup.clip, None)
+    baseline = test(lambda index: encoder.mean_feature(setup.held_out.look(index, 1)[-1]), setup.held_out, setup.encode_text)
+    jobs = [(name, seed) for seed in range(cfg.seeds) for name, variant in variants.items() if not os.path.exists(setup.kept(variant, seed)[1])]
     if cfg.processes > 1 and len(jobs) > 1:
         torch.multiprocessing.spawn(runs_of_a_process, (cfg, jobs), cfg.processes)
     else:
         runs_of_a_process(0, dataclasses.replace(cfg, processes=1), jobs)
     for seed in range(cfg.seeds):
         for name, variant in variants.items():
-            with open(bench.kept(variant, seed)[1]) as f:
+            with open(setup.kept(variant, seed)[1]) as f:
                 runs[name].append(json.load(f))
     report(cfg, f"{cfg.stage} (the paper's {where}), {cfg.steps} steps", {"mean-pooled CLIP": [baseline], **runs}, "R@1")
 
