@@ -285,15 +285,17 @@ def chat_study(cfg):
 def report(cfg, title, runs, main):
     """The table, on stdout: mean (lowest to highest) of every variant; and a picture of the column `main`.
 
-    runs: {variant: [{column: share in percent, "s a step": seconds, if it was trained here}]}, a row for each seed."""
+    runs: {variant: [{column: share in percent, "s a step": seconds, if it was trained here}]}, a row for each seed. The seconds are shown
+    where they are what a study is about."""
     columns = [column for column in ("twins", "static", "R@1", "temporal questions", "static questions") if column in next(iter(runs.values()))[0]]
-    timed = any("s a step" in row for rows in runs.values() for row in rows)
+    timed = cfg.stage in ("depth", "mask")
     print(f"\n{title}, held-out clips, {cfg.seeds} seeds: mean (lowest to highest)\n")
     print("| | " + " | ".join(f"{column}, %" for column in columns) + (" | s a step of the branch |" if timed else " |"))
     print("|---" * (1 + len(columns) + timed) + "|")
     bars = []
     for name, rows in runs.items():
-        cells, seconds = {column: [row[column] for row in rows] for column in columns}, [row["s a step"] for row in rows if "s a step" in row]
+        cells = {column: [row[column] for row in rows] for column in columns}
+        seconds = [row["s a step"] for row in rows if timed and "s a step" in row]
         spread = [f"{sum(c) / len(c):.1f}" + (f" ({min(c):.1f} to {max(c):.1f})" if len(c) > 1 else "") for c in cells.values()]
         speed = f"{np.median(seconds):.2f}" if seconds else ""
         print(f"| {name} | " + " | ".join(spread) + (f" | {speed} |" if timed else " |"))
