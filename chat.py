@@ -1,7 +1,7 @@
 """Chat about a video.
 
     python chat.py                                        # the sample clip and the tiny weights that come with the program
-    python chat.py -q "Which way does the shape move?"    # one question, one line of answer
+    python chat.py -q "What does the shape do?"           # one question, one line of answer
     python chat.py video.mp4 --weights weights/7b < questions.txt > answers.txt
     python chat.py video.mp4 --weights weights/7b --quantize int4 --json < questions.txt > answers.jsonl
 

@@ -536,7 +536,7 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, quant
             if rows.shape not in ((2, llm.config.width), (0, llm.config.width)):
                 raise UserError(f"{file}: its start and end rows are {tuple(rows.shape)}, this LLaVA needs (2, {llm.config.width})")
             chat.start_end.data = rows
-    return chat.to(dtype=dtype).eval(), "tuned on video" if learned else "without chat.bin: an image model with the branch plugged in"
+    return chat.to(dtype=dtype).eval(), "tuned on video" if learned else "without chat.bin"
 
 
 def chat_tensors(chat, dtype):
