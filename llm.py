@@ -163,9 +163,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if kv_cache is not None:
             k, v = kv_cache.append(self.layer, k, v)   # (B, h, P+S, d)
-        if S == 1 and quant.slow_half(x):   # for a single token, torch's kernel takes three times as long as this conversion
-            q, k, v = q.float(), k.float(), v.float()
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and S > 1, enable_gqa=self.grouped).to(x.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and S > 1, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, S, -1))   # (B, H, S, d) -> (B, S, D)
 
 

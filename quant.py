@@ -105,11 +105,6 @@ def fast_bf16():
     return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
-def slow_half(x):
-    """Whether x is in half precision, on a CPU that must convert it to compute."""
-    return x.device.type == "cpu" and x.dtype != torch.float32 and not fast_bf16()
-
-
 class BF16Linear(FrozenLinear):
     """Weights as they are, bf16 or fp16. One row by `mv`, which reads memory faster than `linear` does; many rows in fp32, a part of the
     weight at a time, where the CPU has no arithmetic for bf16 and torch's own way takes three times as long."""
