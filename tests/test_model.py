@@ -384,6 +384,11 @@ def test_every_llava_release_projects_as_its_own_arithmetic_says(world, tmp_path
         assert relative(chat.llm(ids), llama(ids)) < 1e-5
 
 
+def test_a_chat_holds_no_text_tower(world, tmp_path):
+    llava_folder(world, tmp_path, linear())
+    assert not any("text_" in name for name in load_chat(tmp_path)[0].encoder.state_dict())
+
+
 @pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector."])
 @pytest.mark.parametrize("make", [linear, mlp2x])
 def test_a_projector_file_counts_before_the_projector_inside_llava(world, tmp_path, make, prefix):

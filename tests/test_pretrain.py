@@ -167,6 +167,7 @@ def test_micro_batches_in_half_precision_reach_every_weight(world):
     """What autocast keeps of a weight from the pass without a graph must not be what the pass with one uses."""
     (whole, one, _), (losses, other, _) = (gradients(world, micro_batch, dtype=torch.bfloat16) for micro_batch in (8, 3))
     assert torch.tensor(losses).tolist() == pytest.approx(torch.tensor(whole).tolist(), rel=1e-2)
+    assert torch.tensor(losses).tolist() != torch.tensor(gradients(world, 3)[0]).tolist()   # it is half precision
     assert all(g is not None and g.dtype == torch.float32 for g in other.values())
     assert_same_gradients(*({name: g for name, g in grads.items() if not name.endswith("k_proj.bias")} for grads in (one, other)), tolerance=0.05)
 
