@@ -12,7 +12,11 @@ import torch
 from PIL import Image
 
 import bench
-from bench import Case, Clip, Config, Contestant
+from bench import Config
+from benchmarks import chats, clips, frames, full_size, measure
+from benchmarks.clips import Clip
+from benchmarks.frames import Case
+from benchmarks.measure import Contestant
 from clip import CLIPConfig, load_clip
 from common import UserError
 from llm import LLaMAConfig, load_llama
@@ -71,69 +75,69 @@ def broken(path, count):
 # ---------------------------------------------------------------------------------------------------- clips
 @pytest.mark.parametrize("clip", [LONG, SHORT, VP9, dataclasses.replace(SHORT, copies=3)], ids=lambda clip: clip.file)
 def test_a_clip_is_what_the_table_says(folder, clip):
-    path, frames = bench.make(folder, clip), clip.seconds * clip.copies * bench.FPS
+    path, count = clips.make(folder, clip), clip.seconds * clip.copies * clips.FPS
     with av.open(path) as container:
         stream = container.streams.video[0]
-        assert (stream.width, stream.height, stream.average_rate) == (clip.width, clip.height, bench.FPS)
+        assert (stream.width, stream.height, stream.average_rate) == (clip.width, clip.height, clips.FPS)
         assert stream.codec_context.codec.canonical_name == {"libx264": "h264", "libvpx-vp9": "vp9"}[clip.codec]
-        decoded = [(frame.key_frame, round(frame.time * bench.FPS, 1)) for frame in container.decode(stream)]
-    assert [time for _, time in decoded] == list(range(frames))
-    period = clip.seconds * bench.FPS   # a copy begins anew
-    assert [i for i, (key, _) in enumerate(decoded) if key] == [i for i in range(frames) if i % period % clip.gop == 0]
+        decoded = [(frame.key_frame, round(frame.time * clips.FPS, 1)) for frame in container.decode(stream)]
+    assert [time for _, time in decoded] == list(range(count))
+    period = clip.seconds * clips.FPS   # a copy begins anew
+    assert [i for i, (key, _) in enumerate(decoded) if key] == [i for i in range(count) if i % period % clip.gop == 0]
 
 
 def test_a_clip_is_made_once_and_nothing_else_is_left_behind(tmp_path):
     clip = dataclasses.replace(SHORT, seconds=1, copies=2)
-    path = bench.make(str(tmp_path), clip)
+    path = clips.make(str(tmp_path), clip)
     before = os.stat(path)
-    assert bench.make(str(tmp_path), clip) == path and os.stat(path).st_mtime_ns == before.st_mtime_ns
+    assert clips.make(str(tmp_path), clip) == path and os.stat(path).st_mtime_ns == before.st_mtime_ns
     assert sorted(os.listdir(tmp_path)) == sorted([clip.file, dataclasses.replace(clip, copies=1).file])
 
 
 def test_every_clip_of_the_tables_has_a_name_of_its_own():
-    clips = {case.clip for case in bench.FRAMES + bench.FLAT if case.clip}
-    assert len({clip.file for clip in clips}) == len(clips) > 5
+    videos = {case.clip for case in frames.FRAMES + frames.FLAT if case.clip}
+    assert len({clip.file for clip in videos}) == len(videos) > 5
 
 
 def test_neighbouring_frames_differ_by_more_than_two_contestants_may():
-    pictures = np.stack(list(bench.scene(256, 144, 230)))[:, :144]   # Y; the camera goes once round
-    assert min(bench.difference(pictures[i:i + 1], pictures[i + 1:i + 2]) for i in range(229)) > 1.5 * bench.SAME
+    pictures = np.stack(list(clips.scene(256, 144, 230)))[:, :144]   # Y; the camera goes once round
+    assert min(frames.difference(pictures[i:i + 1], pictures[i + 1:i + 2]) for i in range(229)) > 1.5 * frames.SAME
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
 def test_a_process_is_charged_for_its_own_work_and_memory_alone(folder):
-    usage = bench.launch(config(folder), Contestant("heavy", "numpy", heavy), "", Case(None, 1, []))
+    usage = frames.launch(config(folder), Contestant("heavy", "numpy", heavy), "", Case(None, 1, []))
     assert usage.process > 0.5 and usage.process > usage.work > 0 and usage.wall > 0
     assert 40 <= usage.extra < 60
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / bench.MEGABYTE
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / measure.MEGABYTE
     assert usage.peak < own   # this process has torch in it, which is none of the child's business
 
 
 def test_importing_is_not_work(folder):
     slow = Contestant("heavy", "time, numpy\nwhile time.process_time() < 0.5: pass", heavy)
-    usage = bench.launch(config(folder), slow, "", Case(None, 1, []))
+    usage = frames.launch(config(folder), slow, "", Case(None, 1, []))
     assert usage.process - usage.work > 0.5
 
 
 def test_other_frames_than_ours_are_noticed(folder, capsys):
     functions = {"ours": right, "same": right, "late": one_late, "few": too_few}
-    bench.frames(config(folder), [Case(LONG, 4, [Contestant(name, "av, numpy", f) for name, f in functions.items()])])
+    frames.frames(config(folder), [Case(LONG, 4, [Contestant(name, "av, numpy", f) for name, f in functions.items()])])
     printed = capsys.readouterr().out
     assert [name for name in functions if f"T = 4: {name} shows other frames than ours" in printed] == ["late", "few"]
 
 
 def test_our_frames_are_those_of_the_peers(folder):
-    path = bench.make(folder, VP9)
-    assert bench.difference(bench.ours(path, 5), right(path, 5)) == 0
-    assert bench.difference(bench.ours(path, 5), bench.with_pyav(path, 5)) == 0
-    assert bench.difference(bench.ours_resize("", 1, 224), bench.pillow_resize("", 1, 224)) < bench.SAME
-    assert bench.ours(path, 5, 36).shape == (5, 36, 64, 3)
+    path = clips.make(folder, VP9)
+    assert frames.difference(frames.ours(path, 5), right(path, 5)) == 0
+    assert frames.difference(frames.ours(path, 5), frames.with_pyav(path, 5)) == 0
+    assert frames.difference(frames.ours_resize("", 1, 224), frames.pillow_resize("", 1, 224)) < frames.SAME
+    assert frames.ours(path, 5, 36).shape == (5, 36, 64, 3)
 
 
 def test_ours_runs_in_a_process_of_its_own(folder, tmp_path):
-    usage = bench.launch(config(folder), bench.OURS, bench.make(folder, SHORT), Case(SHORT, 3, [], 36), str(tmp_path / "frames.npy"))
+    usage = frames.launch(config(folder), frames.OURS, clips.make(folder, SHORT), Case(SHORT, 3, [], 36), str(tmp_path / "frames.npy"))
     assert usage.process > usage.work > 0
-    assert (np.load(tmp_path / "frames.npy") == bench.ours(bench.make(folder, SHORT), 3, 36)[:, ::4, ::4]).all()
+    assert (np.load(tmp_path / "frames.npy") == frames.ours(clips.make(folder, SHORT), 3, 36)[:, ::4, ::4]).all()
 
 
 # ---------------------------------------------------------------------------------------------------- stages
@@ -144,7 +148,7 @@ def cells(printed):
 
 def test_frames_prints_ratios_and_leaves_out_who_is_not_installed(folder, capsys):
     absent = Contestant("absent", "no_such_module", right, "no-such-package")
-    bench.frames(config(folder), [Case(SHORT, 3, [Contestant("ours", "av, numpy", right), bench.PYAV, absent])])
+    frames.frames(config(folder), [Case(SHORT, 3, [Contestant("ours", "av, numpy", right), frames.PYAV, absent])])
     printed = capsys.readouterr().out
     columns, _, *rows = cells(printed)
     assert "absent: not installed (pip install no-such-package)" in printed
@@ -156,7 +160,7 @@ def test_frames_prints_ratios_and_leaves_out_who_is_not_installed(folder, capsys
 
 def test_flat_compares_with_the_shortest_file_and_draws(folder, capsys):
     who = [Contestant("ours", "av, numpy", right), Contestant("peer", "av, numpy", right, "av")]
-    bench.flat(config(folder), [Case(dataclasses.replace(SHORT, copies=copies), 3, who) for copies in (1, 3)])
+    frames.flat(config(folder), [Case(dataclasses.replace(SHORT, copies=copies), 3, who) for copies in (1, 3)])
     columns, _, *rows = cells(capsys.readouterr().out)
     at = columns.index("to the first: work")
     assert [row[at] for row in rows[:2]] == ["1.00", "1.00"] and float(rows[2][at]) > 0
@@ -166,11 +170,11 @@ def test_flat_compares_with_the_shortest_file_and_draws(folder, capsys):
 
 def test_line_asks_about_longer_and_longer_videos(folder, capsys, monkeypatch):
     made = []
-    monkeypatch.setattr(bench, "one_question", lambda cfg, path: made.append(path) or (17, len(made) * 0.5, len(made) * 0.25, 300.0))
-    clips = [dataclasses.replace(SHORT, copies=copies) for copies in (1, 3)]
-    bench.line(config(folder, weights="mine", line_picture=os.path.join(folder, "line.png")), clips)
+    monkeypatch.setattr(frames, "one_question", lambda cfg, path: made.append(path) or (17, len(made) * 0.5, len(made) * 0.25, 300.0))
+    videos = [dataclasses.replace(SHORT, copies=copies) for copies in (1, 3)]
+    frames.line(config(folder, weights="mine", line_picture=os.path.join(folder, "line.png")), videos)
     columns, _, *rows = cells(capsys.readouterr().out)
-    assert made == [bench.make(folder, clip) for clip in clips for _ in range(2)]   # each once that is not counted
+    assert made == [clips.make(folder, clip) for clip in videos for _ in range(2)]   # each once that is not counted
     assert [row[1:] for row in rows[:2]] == [["17", "1.00", "1.00", "0.50", "300", "1.00"], ["17", "2.00", "2.00", "1.00", "300", "1.00"]]   # calls 2 and 4
     assert rows[4:] == [["2 s", "512", "0.27 GB", "17", "0.009 GB"], ["6 s", "1,536", "0.81 GB", "17", "0.009 GB"]]
     with Image.open(os.path.join(folder, "line.png")) as picture:
@@ -179,9 +183,9 @@ def test_line_asks_about_longer_and_longer_videos(folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("made, expected", [(False, 17), (True, 5)])
 def test_one_question_is_a_chat_with_the_shipped_weights_or_random_ones(folder, tmp_path, made, expected):
-    weights = bench.make_chat(config(str(tmp_path)), LLaMAConfig(vocab_size=600, width=128, layers=2, heads=4, mlp=256), dataclasses.replace(CLIP, vision_layers=4)) if made else \
-        os.path.join(bench.HERE, "weights", "tiny")
-    tokens, seconds, seeing, peak = bench.one_question(config(folder, weights=weights, num_frames=3), bench.make(folder, SHORT))
+    weights = full_size.make_chat(config(str(tmp_path)), LLaMAConfig(vocab_size=600, width=128, layers=2, heads=4, mlp=256), dataclasses.replace(CLIP, vision_layers=4)) if made else \
+        os.path.join(measure.HERE, "weights", "tiny")
+    tokens, seconds, seeing, peak = frames.one_question(config(folder, weights=weights, num_frames=3), clips.make(folder, SHORT))
     assert tokens == expected and 0 < seeing < seconds < 60 and peak > 50
 
 
@@ -198,16 +202,16 @@ def small(folder, **settings):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_the_weights_that_are_made_load_as_what_they_are(folder):
-    path = bench.make_openai_clip(small(folder), CLIP)
+    path = full_size.make_openai_clip(small(folder), CLIP)
     towers, _ = load_clip(path)
     assert towers.config == CLIP and {p.dtype for p in towers.parameters()} == {torch.float16}
-    made = bench.make_llama(small(folder), LLAMA)
+    made = full_size.make_llama(small(folder), LLAMA)
     model, _, _ = load_llama(made)
     assert dataclasses.replace(model.config, norm_eps=LLAMA.norm_eps) == LLAMA and model.lm_head.weight.dtype == torch.bfloat16
     weights = model.model.layers[0].mlp.up_proj.weight
     assert 0.015 < weights.float().std() < 0.025 and (model.model.norm.weight - 1).abs().max() < 0.1
     at = os.stat(os.path.join(made, "model.safetensors")).st_mtime_ns, os.stat(path).st_mtime_ns
-    bench.make_llama(small(folder), LLAMA), bench.make_openai_clip(small(folder), CLIP)   # once is enough
+    full_size.make_llama(small(folder), LLAMA), full_size.make_openai_clip(small(folder), CLIP)   # once is enough
     assert at == (os.stat(os.path.join(made, "model.safetensors")).st_mtime_ns, os.stat(path).st_mtime_ns)
 
 
@@ -243,7 +247,7 @@ def read_gguf(path):
 
 
 def test_the_file_for_llama_cpp_holds_what_its_header_says(folder):
-    settings, tensors, start, size = read_gguf(bench.make_gguf(small(folder), LLAMA))
+    settings, tensors, start, size = read_gguf(full_size.make_gguf(small(folder), LLAMA))
     assert settings["general.architecture"] == "llama" and settings["llama.block_count"] == 2 and settings["llama.attention.head_count_kv"] == 4
     assert len(settings["tokenizer.ggml.tokens"]) == len(settings["tokenizer.ggml.scores"]) == len(settings["tokenizer.ggml.token_type"]) == 600
     assert tensors["blk.1.ffn_down.weight"][:2] == ([128, 256], 2) and tensors["output_norm.weight"][:2] == ([128], 0)
@@ -255,7 +259,7 @@ def test_the_file_for_llama_cpp_holds_what_its_header_says(folder):
 
 @linux
 def test_load_tells_time_and_memory_of_each(folder, capsys):
-    bench.load(small(folder), LLAMA, CLIP)
+    chats.load(small(folder), LLAMA, CLIP)
     columns, _, *rows = cells(capsys.readouterr().out)
     assert [row[0] for row in rows] == ["CLIP, OpenAI's archive", "LLaMA, as in the file", "LLaMA, bf16", "LLaMA, int8", "LLaMA, int4"]
     assert all(float(row[2]) > 0 for row in rows) and all(float(row[5]) > float(row[2]) for row in rows[1:])
@@ -263,7 +267,7 @@ def test_load_tells_time_and_memory_of_each(folder, capsys):
 
 @linux
 def test_chat_measures_every_scheme_and_the_limits(folder, capsys):
-    bench.chat(small(folder), LLAMA, threads=(1,))
+    chats.chat(small(folder), LLAMA, threads=(1,))
     printed = capsys.readouterr().out
     columns, _, *rows = cells(printed)
     assert [row[:2] for row in rows] == [[who, "1"] for who in ("ours, bf16", "ours, int8", "ours, int4", "limits")]
@@ -275,11 +279,11 @@ def test_chat_measures_every_scheme_and_the_limits(folder, capsys):
 
 def test_a_contestant_that_fails_is_one_line():
     with pytest.raises(UserError, match="the broken one failed: ValueError: no such luck"):
-        bench.call(sys.executable, "the broken one", broken, arguments=["", 1])
+        measure.call(sys.executable, "the broken one", broken, arguments=["", 1])
 
 
 def test_quality_has_a_number_for_every_scheme(capsys):
-    bench.quality(Config("quality"), LLaMAConfig(width=128, mlp=1024, heads=4))   # layers of a 7B take a minute
+    chats.quality(Config("quality"), LLaMAConfig(width=128, mlp=1024, heads=4))   # layers of a 7B take a minute
     columns, _, *rows = cells(capsys.readouterr().out)
     assert columns == ["what", "error", "bf16", "int8", "int4"] and [row[:2] for row in rows[:2]] == [["tiny LLaVA", "logits"], ["tiny LLaVA", "tokens likeliest in both"]]
     bf16, int8, int4 = map(float, rows[0][2:])
@@ -288,12 +292,12 @@ def test_quality_has_a_number_for_every_scheme(capsys):
 
 def test_bad_input_is_one_line(folder):
     with pytest.raises(UserError, match="chat.py failed: .*no such folder of weights"):
-        bench.one_question(config(folder, weights="/nowhere"), bench.make(folder, SHORT))
+        frames.one_question(config(folder, weights="/nowhere"), clips.make(folder, SHORT))
     with pytest.raises(UserError, match="no such stage; choose one of frames, flat"):
         bench.main(Config("frame"))
     with pytest.raises(UserError, match="--runs 0: must be at least 1"):
-        bench.frames(Config("frames", data=folder, runs=0), [])
+        frames.frames(Config("frames", data=folder, runs=0), [])
     with pytest.raises(UserError, match="--peer_python no_such_python: no such program"):
-        bench.frames(config(folder, peer_python="no_such_python"), [Case(SHORT, 3, [])])
+        frames.frames(config(folder, peer_python="no_such_python"), [Case(SHORT, 3, [])])
     with pytest.raises(UserError, match="broken failed, 72p x264, 2 s, GOP 10: ValueError: no such luck"):
-        bench.launch(config(folder), Contestant("broken", "numpy", broken), "", Case(SHORT, 3, []))
+        frames.launch(config(folder), Contestant("broken", "numpy", broken), "", Case(SHORT, 3, []))
