@@ -38,10 +38,9 @@ try:
     import memory
     import quant
     import terminal
-    from common import UserError
+    from common import UserError, say
     from llm import KVCache, generate, is_joined, stream_text
     from model import SYSTEMS, VIDEO_INDEX, VIDEO_TOKENS, load_chat, prompt_ids, read_sizes
-    from terminal import say
 except KeyboardInterrupt:   # the imports are most of the start: who changes their mind meanwhile needs no traceback
     print("chat.py: interrupted", file=sys.stderr)
     sys.exit(130)
@@ -102,13 +101,13 @@ def check_settings(cfg):
 
 
 def put(text):
-    """Part of an answer -> standard output, at once. A reader who has left (`| head -1`) ends the program without a word."""
+    """Part of an answer -> standard output, at once. Raises UserError, and BrokenPipeError, which common.run knows."""
     try:
         print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise   # see common.run
     except OSError as e:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # else Python tries again as it ends, and complains
-        if isinstance(e, BrokenPipeError):
-            sys.exit(0)
+        common.forget_output(sys.stdout)
         raise UserError(f"standard output: cannot write: {e.strerror}")
 
 
@@ -153,14 +152,14 @@ class Session:
     """The model, the video before it and the conversation so far. Raises UserError.
 
     frames (T, 3, h, w) uint8, at most data.THUMBNAIL wide, and times, T floats in seconds: what the model saw.
-    video_tokens (K, D_llm): what it remembers of it. turns: [(question, answer)].
+    video_tokens (K, D_llm): what it remembers of it. turns: [(question, answer)], of which it has forgotten the first `forgotten`.
     kv_cache, heard: what the LLaMA has worked through, and its ids, VIDEO_INDEX for each row of the video: a prompt that
     begins alike is worked through only from where it differs, so a second question costs its own words.
     spent: {what was waited for since --verbose last reported: seconds}. cost: of the last answer, None before it."""
     def __init__(self, cfg):
         self.cfg, self.cost, self.weights_state = cfg, None, features.state_of(cfg.weights)
         self.spent = {"import": IMPORT_SECONDS, "weights": 0.0, "video": 0.0}
-        self.device = common.start_distributed(cfg.device).device
+        self.device = common.pick_device(cfg.device)
         self.open(cfg.video, meanwhile=self.load)
 
     @contextlib.contextmanager
@@ -188,9 +187,10 @@ class Session:
             return memory.needs(clip, llama, self.num_frames, kind, joined, scheme)
         if not memory.check(cfg.weights, need, self.scheme, self.device) and cfg.verbose:
             say("(this system does not say how much memory is free, so whether the weights fit was not checked)")
+        if joined and self.device.type != "cpu":
+            memory.check(cfg.weights, lambda scheme: memory.joining(llama), None, torch.device("cpu"))
         with self.timed("weights"):
-            self.chat, self.kind = load_chat(cfg.weights, cfg.tokens, cfg.tuned, dtype, quantize=self.scheme, base=cfg.base)
-            self.chat.to(self.device)
+            self.chat, self.kind = load_chat(cfg.weights, cfg.tokens, cfg.tuned, dtype, self.device, quantize=self.scheme, base=cfg.base)
         if sum(p.numel() for p in self.chat.parameters()) < SMALL:
             torch.set_num_threads(1)
         self.kv_cache = KVCache(llama, 1, min(llama.context_length, memory.LONGEST), self.device, dtype)
@@ -221,9 +221,9 @@ class Session:
                     features.keep(entry, seen)
         else:
             meanwhile()
-        self.path, self.duration, self.frames, self.times = path, seen.duration, seen.frames, seen.times
-        self.video_tokens = seen.video_tokens.to(self.device)
-        self.forget()
+        video_tokens = seen.video_tokens.to(self.device)
+        self.forget()   # first: a Ctrl-C must not leave the new video with the old conversation
+        self.path, self.duration, self.frames, self.times, self.video_tokens = path, seen.duration, seen.frames, seen.times, video_tokens
 
     def how(self):
         """All that decides what the model sees of a video, but the video and the weights."""
@@ -240,7 +240,7 @@ class Session:
 
     def forget(self):
         """Begins a new conversation."""
-        self.turns, self.heard = [], []
+        self.turns, self.forgotten, self.heard = [], 0, []
         self.kv_cache.truncate(0)
 
     def describe(self):
@@ -252,27 +252,27 @@ class Session:
         What was said becomes a turn of the conversation, also where Ctrl-C or an error breaks it off. Where the conversation
         leaves no room for an answer, its oldest turns are forgotten. Raises UserError where the question alone leaves none."""
         began, cfg, chat = time.perf_counter(), self.cfg, self.chat
-        context, tokens, said, turns = self.kv_cache.max_len, [], "", self.turns
+        context, tokens, said, forgotten = self.kv_cache.max_len, [], "", self.forgotten
         question = question.encode(errors="replace").decode()   # no lone surrogates: they stand for input that is not UTF-8
         while True:
-            ids, _ = prompt_ids(chat.tokenizer, [*turns, (question, None)], cfg.system)
+            ids, _ = prompt_ids(chat.tokenizer, [*self.turns[forgotten:], (question, None)], cfg.system)
             room = context - (len(ids) - 1 + len(self.video_tokens) + len(chat.start_end))
-            if room >= min(cfg.max_new_tokens, ROOM) or not turns:
+            if room >= min(cfg.max_new_tokens, ROOM) or forgotten == len(self.turns):
                 break
-            turns = turns[1:]
+            forgotten += 1
         if room < 1:
             raise UserError(f"no room for an answer: the prompt has {context - room} tokens, and this model reads {context}; "
                             "ask more briefly")
-        if len(turns) < len(self.turns):
-            say(f"(forgotten, for lack of room: {', '.join(q for q, _ in self.turns[:len(self.turns) - len(turns)])})")
-            self.turns = turns
+        if forgotten > self.forgotten:
+            say(f"(forgotten, for lack of room: {', '.join(q for q, _ in self.turns[self.forgotten:forgotten])})")
+            self.forgotten = forgotten
         with torch.inference_mode():
             embeds = chat.splice(ids, self.video_tokens)[None]   # (1, S, D_llm)
         at = ids.index(VIDEO_INDEX)
         heard = ids[:at] + [VIDEO_INDEX] * (len(self.video_tokens) + len(chat.start_end)) + ids[at + 1:]   # S ids
         same = min(len(os.path.commonprefix([heard, self.heard])), len(heard) - 1)
+        self.heard = heard[:same]   # before the cache: a Ctrl-C between them must not leave more here than there
         self.kv_cache.truncate(same)
-        self.heard = heard[:same]   # in case of Ctrl-C just here
         cost = self.cost = Cost(same, len(heard) - same)
 
         def remembered(new):
@@ -306,7 +306,7 @@ class Session:
 
 def answer_line(session, question):
     """A question in a conversation of its own -> its answer as one line on standard output, or one JSON object."""
-    pieces, session.turns = [], []
+    pieces, session.turns, session.forgotten = [], [], 0
     session.ask(question, pieces.append)
     answer, cost = "".join(pieces), session.cost
     if session.cfg.json:
@@ -345,7 +345,7 @@ def save_conversation(session, path):
     conversation = {
         "kind": CONVERSATION, "video": os.path.abspath(session.path), "duration": session.duration, "times": session.times,
         "weights": os.path.abspath(cfg.weights), "settings": settings,
-        "turns": [{"question": question, "answer": answer} for question, answer in session.turns]}
+        "turns": [{"question": question, "answer": answer, "forgotten": i < session.forgotten} for i, (question, answer) in enumerate(session.turns)]}
     common.write_atomic(path, lambda f: f.write(json.dumps(conversation).encode() + b"\n"))
     say(f"wrote {path}")
 
@@ -373,9 +373,9 @@ def show_stats(session):
     lines = [f"video: {len(session.video_tokens)} tokens from {len(session.times)} frames"]
     if cost:
         lines.append(f"prompt: {cost.cached} tokens known, {cost.new} new")
-    if cost and cost.tokens > 1:
-        rate = (cost.tokens - 1) / max(cost.seconds - cost.first_token, 1e-9)
-        lines.append(f"answer: {cost.tokens} tokens, the first after {cost.first_token:.2f} s, then {rate:.1f} a second")
+    if cost and cost.tokens:
+        rate = f", then {(cost.tokens - 1) / max(cost.seconds - cost.first_token, 1e-9):.1f} a second" * (cost.tokens > 1)
+        lines.append(f"answer: {cost.tokens} token{'s' * (cost.tokens > 1)}, the first after {cost.first_token:.2f} s{rate}")
     kept = session.kv_cache.length * sum(t[:, :, :1].nbytes for t in (*session.kv_cache.k, *session.kv_cache.v))
     lines.append(f"memory: {resident / 1e9:.2f} GB, of it {kept / 1e9:.3f} GB KV cache for {session.kv_cache.length} tokens")
     say("\n".join(lines))

@@ -432,7 +432,7 @@ def hf_config(path):
     """config.json of a Hugging Face CLIP -> CLIPConfig. Raises UserError."""
     config = weightfile.read_json(path)
     if config.get("model_type") != "clip":
-        raise UserError(f"{path}: model_type is {config.get('model_type')!r}, not 'clip'; give the folder of a whole CLIP")
+        raise UserError(f"{path}: model_type is {weightfile.shown(repr(config.get('model_type')))}, not 'clip'; give the folder of a whole CLIP")
     sections = {None: config}
     for name in ("vision_config", "text_config"):
         try:   # files of 2022 have each section twice, and `_dict` is the one that counts
@@ -441,7 +441,7 @@ def hf_config(path):
             raise UserError(f"{path}: {name} is not an object; is the file damaged?")
         for key, value in HF_FIXED.items():
             if section.get(key, value) != value:
-                raise UserError(f"{path}: {name} asks for {key} {section[key]!r}; only {value!r} is supported")
+                raise UserError(f"{path}: {name} asks for {key} {weightfile.shown(repr(section[key]))}; only {value!r} is supported")
     return CLIPConfig(**{field: sections[section].get(key, default) for field, (section, key, default) in HF_CONFIG.items()})
 
 

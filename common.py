@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -52,21 +53,48 @@ def parse(Config, argv=None, positional=(), short={}):
     return Config(**vars(parser.parse_intermixed_args(argv)))   # flags may stand between positional ones
 
 
+def say(text):
+    """A line on standard error. Where that cannot be written there is nobody to tell, and the work goes on."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        forget_output(sys.stderr)
+
+
+def forget_output(stream):
+    """What is still in a stream that cannot be written goes nowhere, else Python tries again as it ends, and complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run(main, Config, **flags):
-    """The end of every script: parse, run, and turn bad input into one line and exit code 2, Ctrl-C into 130."""
+    """The end of every script: parse, run, and turn bad input into one line and exit code 2, Ctrl-C into 130.
+
+    A reader of standard output who has left (`| head -1`) ends the program without a word."""
     name = os.path.basename(sys.argv[0])
     warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"   # for people: no line of source code
+    if sys.stderr is None:   # closed; and print would take standard output instead
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")   # names of files need not be UTF-8
     try:
         main(parse(Config, **flags))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)   # asks for nothing, but errors are told in any case
+        if not poll.poll(0):   # it was another pipe
+            raise
+        forget_output(sys.stdout)
     except UserError as e:
         message = str(e).strip()
         if message.startswith("Caught ") and "\nOriginal Traceback" in message:
             # an error from a loader's process comes with that process's traceback; its last line is the message
             message = re.sub(r"^[\w.]+(VideoError|UserError): ", "", message.splitlines()[-1])
-        print(f"{name}: {message}", file=sys.stderr)
+        say(f"{name}: {message}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        say(f"{name}: interrupted")
         sys.exit(130)
 
 
@@ -190,21 +218,25 @@ class World:
         return self.rank == 0
 
 
+def pick_device(device="auto", index=0):
+    """--device -> torch.device; of several GPUs the one with this number. Raises UserError."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine or this build of torch has no GPU; use --device cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
 def start_distributed(device="auto"):
     """Joins the process group of torchrun, if any (NCCL on GPUs, gloo on CPUs), and picks this process's device."""
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device}: choose auto, cpu or cuda")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: this machine or this build of torch has no GPU; use --device cpu")
-        device = f"cuda:{local_rank}"
-        torch.cuda.set_device(device)
+    device = pick_device(device, local_rank)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if "cuda" in device else "gloo")
-    return World(rank, size, torch.device(device))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device)
 
 
 def told_by_all(here, *numbers):

@@ -505,7 +505,7 @@ def stated_in(path):
     except KeyError as e:
         raise UserError(f"{path}: states no {e}; is this the folder of a LLaMA?")
     except (TypeError, ValueError, AttributeError, OverflowError, UserError) as e:
-        raise UserError(f"{path}: {e}")
+        raise UserError(f"{path}: {shown(e, longest=300)}")
 
 
 def read_config(path, vocab_size, has_head):

@@ -46,7 +46,7 @@ def needs(clip, llama, num_frames, dtype, joined, scheme):
     layer = attention + 2 * D * c.vision_mlp + D + c.vision_mlp + 4 * D   # with an MLP, and two LayerNorms
     need = {"LLaMA": language["weights"]}
     if joined and scheme in ("int8", "int4"):
-        need["LLaMA, as it is joined"] = memory_need(llama, None, torch.bfloat16)["weights"]   # in the dtype of its files
+        need |= joining(llama)
     need["CLIP, image tower"] = dtype.itemsize * (c.vision_layers * layer + (3 * c.patch_size ** 2 + 1 + patches + 4) * D)
     need["branch"] = dtype.itemsize * (3 * (attention + (D + 1) * D + 2 * D + layer) + (1 + 64) * D)   # its own CLS and times
     need["projector"] = dtype.itemsize * (D + 1) * llama.width
@@ -56,19 +56,25 @@ def needs(clip, llama, num_frames, dtype, joined, scheme):
     return need
 
 
+def joining(llama):
+    """{part: bytes}: a LLaMA that is put together in memory, always that of the CPU, in the dtype of its files."""
+    return {"LLaMA, as it is joined": memory_need(llama, None, torch.bfloat16)["weights"]}
+
+
 def check(folder, need, scheme, device):
     """-> True where need(scheme), {part: bytes}, is there; False where the system does not say what it has. Raises UserError with
     the schemes that would fit.
 
     A KV cache takes memory on a CPU only as a conversation grows; it is counted as full, so that none ends in the middle. What a video
     takes while it is looked at is free again by then."""
-    free, total = available(device), {s: sum(need(s).values()) for s in (scheme, "int8", "int4")}
+    free, total = available(device), sum(need(scheme).values())
     if free is None:
         return False
-    if total[scheme] > free:
+    if total > free:
         parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in need(scheme).items())
-        fits = " and ".join(f"--quantize {s} needs {gigabytes(size)}" for s, size in total.items() if size <= free)
-        raise UserError(f"{folder}: needs {gigabytes(total[scheme])} of memory ({parts}), and {gigabytes(free)} can be had; "
+        others = {s: sum(need(s).values()) for s in ("int8", "int4")}
+        fits = " and ".join(f"--quantize {s} needs {gigabytes(size)}" for s, size in others.items() if size <= free)
+        raise UserError(f"{folder}: needs {gigabytes(total)} of memory ({parts}), and {gigabytes(free)} can be had; "
                         + (fits or "no quantisation would fit; take a smaller model or another machine"))
     return True
 

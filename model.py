@@ -503,7 +503,7 @@ def read_sizes(folder):
     return read_clip_config(clip), read_llama_config(llava)
 
 
-def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, quantize=None, base=None, gates=None):
+def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, device=None, *, quantize=None, base=None, gates=None):
     """A folder of weights -> (VideoChat, eval mode; what it is, in words). Raises UserError.
 
     clip              CLIP: a Hugging Face folder, or OpenAI's ViT-L-14.pt under this name
@@ -514,7 +514,7 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, quant
                       these, and tuned=False passes it by
     base: the folder of the LLaMA that llava adds to, where llava holds delta weights. gates: see load_branch.
     quantize: a key of quant.SCHEMES for the language model, or None; dtype is that of all else, None for what the files have,
-    without a copy."""
+    without a copy. device: where it goes, tensor by tensor; None: nowhere, it stays in the CPU's memory or in the files."""
     clip_path, llava, branch_file, projector_file, chat_file = chat_parts(folder)
     clip = load_clip_model(clip_path).image_only()
     llm, tokenizer, extra = load_llama(llava, quantize=quantize, base=base)
@@ -536,7 +536,7 @@ def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, *, quant
             if rows.shape not in ((2, llm.config.width), (0, llm.config.width)):
                 raise UserError(f"{file}: its start and end rows are {tuple(rows.shape)}, this LLaVA needs (2, {llm.config.width})")
             chat.start_end.data = rows
-    return chat.to(dtype=dtype).eval(), "tuned on video" if learned else "without chat.bin"
+    return chat.to(device=device, dtype=dtype).eval(), "tuned on video" if learned else "without chat.bin"
 
 
 def chat_tensors(chat, dtype):

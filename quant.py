@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import functools
 import glob
+import itertools
 import json
 import mmap
 import os
@@ -139,7 +140,7 @@ class Int8Linear(FrozenLinear):
 
     def product(self, x):
         if x.device.type != "cpu":
-            return F.linear(x, self.weight.to(x.dtype)) * self.scale
+            return F.linear(x, self.numbers().to(x.dtype))
         x = x.float()
         q, scale = round_rows(x)
         y = self.whole_numbers(q, scale)
@@ -149,28 +150,33 @@ class Int8Linear(FrozenLinear):
             y[extreme] += self.whole_numbers(*round_rows(rest))
         return y
 
+    def numbers(self):
+        """-> the weights (N, K) fp32. They are scaled before they are multiplied: sums of whole numbers would not fit into fp16."""
+        return self.weight * self.scale[:, None]
+
     def whole_numbers(self, q, scale):
         """q (M, K) int8, scale (M, 1) -> (M, N) fp32. The sum of K products of int8 is exact in int32 up to K = 133,000."""
         return torch._int_mm(q, self.weight.T).float().mul_(self.scale).mul_(scale)
 
 
 @functools.cache
-def lanes():
-    """How many rows of an int4 weight torch's kernel works on side by side, which decides how they are packed: 64 with AVX512, 32 with
-    AVX2. Raises UserError where it is something else."""
+def packing():
+    """How torch's kernel for int4 wants its weights on this machine -> (rows that it works on side by side, whether a byte holds two that
+    are neighbours): 64 with AVX512, 32 with AVX2, and neighbours without either. Raises UserError where it is something else."""
     q = (torch.arange(64 * 64).view(64, 64) * 37 // 64 % 16).to(torch.uint8)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 2)
-    for n in (64, 32):
-        if torch.equal(unpack(packed, n), q):
-            return n
+    for rows, neighbours in itertools.product((64, 32), (False, True)):
+        if torch.equal(unpack(packed, rows, neighbours), q):
+            return rows, neighbours
     raise UserError("int4: this machine's kernel packs weights in a way that is not known here; take int8 instead")
 
 
-def unpack(packed, n):
-    """packed (N, K / 2) uint8, two numbers a byte -> (N, K) uint8 in 0..15. Of n rows side by side, byte j of column k holds row j in its
-    lower half and row j + n / 2 in its upper half."""
-    blocks = packed.view(-1, packed.shape[1] * 2, n // 2)                            # (N / n, K, n / 2)
-    return torch.cat((blocks & 15, blocks >> 4), 2).transpose(1, 2).flatten(0, 1)    # (N / n, K, n) -> (N, K)
+def unpack(packed, rows, neighbours):
+    """packed (N, K / 2) uint8, two numbers a byte -> (N, K) uint8 in 0..15. Of so many rows side by side, byte j of column k holds in its
+    lower and its upper half the rows 2j and 2j + 1, if these are neighbours, else j and j + rows / 2."""
+    blocks = packed.view(-1, packed.shape[1] * 2, rows // 2)                                      # (N / rows, K, rows / 2)
+    pairs = torch.stack((blocks & 15, blocks >> 4), 3 if neighbours else 2)                       # the last two: rows
+    return pairs.flatten(2).transpose(1, 2).flatten(0, 1)                                         # (N / rows, rows, K) -> (N, K)
 
 
 class Int4Linear(FrozenLinear):
@@ -178,11 +184,11 @@ class Int4Linear(FrozenLinear):
     for packed weights, whose time grows with their number. For many, the weight becomes int8, whose error is small beside that of int4."""
     def __init__(self, tensors, bias=None):
         super().__init__(tensors, bias)
-        self.lanes = lanes()
+        self.packing = packing()
 
     @staticmethod
-    def fits(N, K):
-        return N % lanes() == 0 and K % GROUP == 0
+    def fits(N, K):   # the same everywhere: the longest row of rows that a kernel works on
+        return N % 64 == 0 and K % GROUP == 0
 
     @staticmethod
     def convert(weight):
@@ -215,7 +221,7 @@ class Int4Linear(FrozenLinear):
     def numbers(self, packed, groups, unit=1.0):
         """packed (rows, K / 2), groups (K / GROUP, rows, 2) -> the weights (rows, K) fp32, in units of `unit` (rows, 1)."""
         scale, middle = (groups.float().permute(2, 1, 0) / unit).contiguous().unsqueeze(-1)   # (rows, K / GROUP, 1) each
-        q = unpack(packed, self.lanes).unflatten(1, (-1, GROUP)).float()                      # (rows, K / GROUP, GROUP)
+        q = unpack(packed, *self.packing).unflatten(1, (-1, GROUP)).float()                   # (rows, K / GROUP, GROUP)
         return q.mul_(scale).add_(middle - 8 * scale).flatten(1)
 
 
@@ -237,7 +243,7 @@ def linears(module, scheme):
     found = [(name, m, scheme_of(name, m.out_features, m.in_features, scheme)) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
     odd = [name for name, _, kind in found if kind is not SCHEMES[scheme] and not name.endswith("lm_head")]
     if odd:
-        warnings.warn(f"int4 takes whole groups of {GROUP} inputs and blocks of {lanes()} outputs; {len(odd)} layers are int8 instead: "
+        warnings.warn(f"int4 takes whole groups of {GROUP} inputs and blocks of 64 outputs; {len(odd)} layers are int8 instead: "
                       f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}")
     return found
 
@@ -287,7 +293,7 @@ def weight_files(*folders):
 def origin(scheme, source_files):
     """What a file of quantised weights depends on, as text: the files, this scheme's settings, and how this machine wants them."""
     files = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in sorted(map(os.fspath, source_files))]
-    machine = [FORMAT, weight_levels(), GROUP, lanes()] if scheme == "int4" else [FORMAT, weight_levels()]
+    machine = [FORMAT, weight_levels(), GROUP, *packing()] if scheme == "int4" else [FORMAT, weight_levels()]
     return {"scheme": scheme, "settings": json.dumps(machine), "made_from": json.dumps(files)}
 
 

@@ -6,13 +6,11 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from common import say
+
 CELL = 18       # width of a frame in characters
 HISTORY = 1000  # lines that are kept from run to run
 QUOTES = '"""'
-
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -47,10 +45,12 @@ def frame_lines(frames, times, columns, colour):
 
 
 def show_frames(frames, times):
-    """Frames (T, 3, H, W) uint8 and their times on standard error: in colour where that is a terminal that has some."""
+    """Frames (T, 3, H, W) uint8 and their times on standard error: as pictures where that is a terminal that has colours and the
+    character for them."""
     terminal = sys.stderr.isatty()
     columns = (os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 0) or 80   # 0: it does not know
-    colour = terminal and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    drawable = "\u2580".encode(sys.stderr.encoding, "ignore") != b""
+    colour = terminal and drawable and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
     say("\n".join(frame_lines(frames, times, columns, colour)))
 
 
@@ -86,13 +86,14 @@ def history(path):
         import readline   # its import alone gives input() keys to edit a line, and a history of this run
     except ImportError:   # absent on some systems
         readline = None
-    if readline is None or not (sys.stdin.isatty() and sys.stdout.isatty()):   # input() asks readline only there
+    if not hasattr(readline, "append_history_file") or not (sys.stdin.isatty() and sys.stdout.isatty()):   # input() asks readline only there
         yield
         return
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600))   # what was asked is one's own business
-        readline.read_history_file(path)
+        if os.path.getsize(path):   # libedit, which some Pythons have in readline's place, finds nothing wrong with a file but that it is empty
+            readline.read_history_file(path)
     except OSError as e:
         say(f"({path}: {e.strerror}; what you type is not kept for the next time)")
         yield

@@ -1,13 +1,14 @@
 """The released weights: what there is, fetching it, checking it, and the memory to chat with it.
 
-    python weights.py list             # every file that fits here: bytes, sha256, licence, source, what it is for
+    python weights.py list             # the files that it knows: bytes, sha256, licence, source, what it is for
     python weights.py get clip         # fetches one of them to --out; given again, it goes on or finds that all is there
     python weights.py check weights/released     # what each file is, by its content, and whether they fit together
     python weights.py need llava       # memory to chat with it on a CPU: as it is, in int8 and in int4
 
 A file appears under its final name when all of it is there and nothing in it is known to be wrong; until then it is NAME.part,
 with NAME.part.json beside it that says what it is a part of. `check` loads the parts as chat.py does, but without copying them:
-less than a second for 13 GB. With --hash it reads every byte. Its exit code is 0 for a complete set, else 2.
+less than a second for 13 GB. With --hash it reads every byte. Its exit code is 0 for a part that is whole, and for a set that is complete, for
+a chat or for retrieval, else 2.
 """
 import dataclasses
 import hashlib
@@ -29,10 +30,10 @@ from tqdm import tqdm
 import common
 import memory
 import weightfile
-from clip import CLIPConfig, load_clip
+from clip import CLIPConfig, load_clip, load_clip_model
 from common import UserError
 from llm import LLaMAConfig, is_delta, is_joined, is_meta, load_llama, load_tokenizer, read_llama
-from model import load_chat, projector_part, read_branch_file, read_sizes
+from model import load_branch, load_chat, projector_part, read_branch_file, read_sizes
 from weightfile import shown
 
 
@@ -144,10 +145,12 @@ RELEASED = {
         *hub("lmsys/vicuna-7b-v1.1", "728928c0e101b2eb4950409dc6e7148919a5e2c9"), "llava/",
         {"config.json": File(582), "tokenizer.model": File(about=500e3), "pytorch_model.bin.index.json": File(about=26.8e3),
          "pytorch_model-00001-of-00002.bin": File(None, "5ed572be140240b212049a3e791271eed8a04c40bc732c91a4da4b1469db23b1", 9.98e9),
-         "pytorch_model-00002-of-00002.bin": File(None, "d9382da358f0ec38c4fca3bcf1e3e65274ae4c78090e0775b4bb4dea6a518e08", 3.5e9)}),
+         "pytorch_model-00002-of-00002.bin": File(None, "d9382da358f0ec38c4fca3bcf1e3e65274ae4c78090e0775b4bb4dea6a518e08", 3.5e9)},
+        chat=(CLIPConfig(), LLaMAConfig())),
     "llama": Release(
         "LLaMA-7B of Meta", "the base that llava-delta is added to", "Meta's LLaMA licence, to be accepted first",
-        "https://github.com/facebookresearch/llama", "", "", {}, ask="fill in Meta's form, https://forms.gle/jk851eBVbX1m5TAv5"),
+        "https://github.com/facebookresearch/llama", "", "", {}, ask="fill in Meta's form, https://forms.gle/jk851eBVbX1m5TAv5",
+        chat=(CLIPConfig(), LLaMAConfig())),
 }
 
 
@@ -416,26 +419,54 @@ ENTRIES = ("clip", "llava", "branch.pth", "mm_projector.bin", "chat.bin")   # of
 
 
 def check(cfg):
-    """Prints what each part of a folder of weights is, and whether they make a chat. Raises UserError with the first problem."""
+    """Prints what each part of a folder of weights is, by its content, and whether they make a chat, or at least retrieval. What else could
+    be weights there is named as well: chat.py reads nothing but ENTRIES. Raises UserError with the first problem."""
     what, problems = cfg.what or cfg.out, []
-    entries = [name for name in ENTRIES if os.path.lexists(os.path.join(what, name))]
-    for name in entries or [""]:
+    parts = parts_of(what)
+    entries = [name for name in ENTRIES if name in parts]
+    for name in parts or [""]:
         path = os.path.join(what, name) if name else what
         try:
-            print(f"{name or path}: {look(path)}, {sum(map(size_of, files_of(path))):,} bytes")
+            words = look(path)
+            unread = "" if name in ENTRIES or not name else f"; not read under this name, only as {', '.join(usual(words))}"
+            print(f"{shown(name or path)}: {words}, {sum(map(size_of, files_of(path))):,} bytes{unread}")
         except UserError as e:
             problems.append(str(e))
-            print(f"{name or path}: does not load")
+            print(f"{shown(name or path)}: does not load; {shown(e, longest=300)}")
         if cfg.hash:
             problems += check_hashes(files_of(path))
-    if entries and not {"clip", "llava"} <= set(entries):
-        problems.append(f"{what}: only {', '.join(entries)}; a chat needs clip, llava and a branch, retrieval clip and branch.pth")
+    chat, retrieval = {"clip", "llava"} <= set(entries), entries == ["clip", "branch.pth"]
+    if parts and not (chat or retrieval):
+        problems.append(f"{what}: only {', '.join(entries) or 'files that are not read'}; a chat needs clip, llava and a branch, retrieval clip and branch.pth")
     if problems:
         raise UserError(problems[0])
-    if entries:   # with what was tuned on video, and without
+    if chat:   # with what was tuned on video, and without
         for tuned in [True] + [False] * ({"branch.pth", "chat.bin"} <= set(entries)):
             load_chat(what, tuned=tuned, dtype=None, base=cfg.base or None)
-    print("complete, and the parts fit together" if entries else "whole")
+    if retrieval:
+        load_branch(os.path.join(what, "branch.pth"), load_clip_model(os.path.join(what, "clip")))
+    print("complete, and the parts fit together" + ": for retrieval; a chat needs llava as well" * retrieval if parts else "whole")
+
+
+def parts_of(folder):
+    """The names in a folder of weights: those that chat.py reads, then what else could be a part; [] where it is itself one."""
+    if not os.path.isdir(folder) or is_model(folder):
+        return []
+    others = [name for name in sorted(set(os.listdir(folder)) - set(ENTRIES))
+              if name.endswith((".pt", ".pth", ".bin", ".safetensors")) or is_model(os.path.join(folder, name))]
+    return [name for name in ENTRIES if os.path.lexists(os.path.join(folder, name))] + others
+
+
+def is_model(folder):
+    """Whether this is a folder of one model, by the names that Hugging Face and Meta give its files."""
+    name = re.compile(r"(config|params)\.json|(consolidated|pytorch_model|model)\b.*\.(pth|bin|safetensors)")
+    return os.path.isdir(folder) and any(map(name.fullmatch, os.listdir(folder)))
+
+
+def usual(words):
+    """What `look` says of a part -> the names under which chat.py would read it."""
+    kinds = {"CLIP": "clip", "LLaMA": "llava", "a delta": "llava", "branch": "branch.pth", "projector": "mm_projector.bin"}
+    return ["chat.bin"] if "branch" in words and "projector" in words else [name for sign, name in kinds.items() if words.startswith(sign)]
 
 
 def look(path):
@@ -450,10 +481,11 @@ def look(path):
     words = []
     if folder:
         c, llama, tensors = read_llama(path)
-        delta = is_delta(llama)
+        delta, kind = is_delta(llama), numbers(llama.values())
+        del llama   # shards of Meta are joined in memory, and to load them joins them again
         vocabulary = load_tokenizer(path).vocab_size if delta else load_llama(path)[1].vocab_size
         words.append(f"{'a delta to a LLaMA' if delta else 'LLaMA'}, {layout(path)}, {c.layers} layers of {c.width}, "
-                     f"{c.vocab_size} words ({vocabulary} in its tokenizer), {numbers(llama.values())}")
+                     f"{c.vocab_size} words ({vocabulary} in its tokenizer), {kind}")
     if depth := len({name.split("_S_layers.")[1].split(".")[0] for name in tensors if "_S_layers." in name}):
         branch, tuned = read_branch_file(path)
         old = ", by its older name" if any("timesFPN" in name for name in tensors) else ""
@@ -499,7 +531,7 @@ def check_hashes(paths):
     for path in paths:
         digest, size = sha256(path), size_of(path)
         label = next((label for label, f in known if f.sha256 == digest), None)
-        print(f"    {digest}  {os.path.basename(path)}: {label or 'not in the list'}")
+        print(f"    {digest}  {shown(os.path.basename(path))}: {label or 'not in the list'}")
         problems += [f"{path}: as long as the released {other}, but with other bytes; get it again"
                      for other, f in known if f.size == size and not label]
     return problems

@@ -84,6 +84,18 @@ def test_a_closed_stream_is_one_line(closed):
     assert done.returncode == 2 and done.stderr == "chat.py: standard input or output is closed; give it a file, or /dev/null\n"
 
 
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_answers_do_not_mind_that_nobody_hears_the_rest(weights, video, stderr):
+    command = f'"{sys.executable}" "{chat.__file__}" "{video}" --weights "{weights}" -q "what moves?" --json --max_new_tokens 3 {stderr}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["tokens"] == 3 and done.stderr == ""
+
+
+def test_a_chat_joins_no_group_of_processes(call, weights, video, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")   # as many containers have it, and nobody is there to be met
+    assert call(video, "--weights", weights, "-q", "what?", "--max_new_tokens", 3)[0] == 0
+
+
 def test_no_questions_no_answers(call, weights, video):
     assert call(video, "--weights", weights)[:2] == (0, "")
 
@@ -287,10 +299,41 @@ def test_an_answer_that_fills_the_context_is_said_to_be_cut_and_the_next_questio
     session.ask("what?", pieces.append)
     assert "".join(pieces).strip() and "fill the 200 tokens" in capsys.readouterr().err
     session.ask("and then?", pieces.append)
-    assert [question for question, _ in session.turns] == ["and then?"] and "forgotten, for lack of room: what?" in capsys.readouterr().err
+    assert [question for question, _ in session.turns[session.forgotten:]] == ["and then?"] and "forgotten, for lack of room: what?" in capsys.readouterr().err
     with pytest.raises(UserError, match="no room for an answer"):
         session.ask("why? " * 200, pieces.append)
-    assert [question for question, _ in session.turns] == ["and then?"]
+    assert [question for question, _ in session.turns[session.forgotten:]] == ["and then?"]
+
+
+@pytest.fixture
+def short(weights, video, tokenizer_model, tmp_path):
+    """A chat whose LLaMA reads 300 tokens: room for about three turns."""
+    folder = shutil.copytree(weights, tmp_path / "w")
+    write_llava(folder / "llava", tokenizer_model, context=300)
+    return chat.Session(chat.Config(video, weights=str(folder), max_new_tokens=24))
+
+
+def test_the_oldest_turns_are_forgotten_one_by_one_and_the_next_answer_is_as_if_they_had_never_been(short, monkeypatch, capsys):
+    asked, seen, forward = [f"question {i}?" for i in range(8)], [], short.chat.llm.forward
+    monkeypatch.setattr(short.chat.llm, "forward", lambda *given, **more: seen.append(forward(*given, **more)) or seen[-1])
+    for i, question in enumerate(asked):
+        before, seen[:] = short.forgotten, []
+        short.ask(question, silent)
+        assert ("(forgotten" in capsys.readouterr().err) == (short.forgotten > before) and short.forgotten - before <= 1
+        ids, _ = chat.prompt_ids(short.chat.tokenizer, [*short.turns[short.forgotten:-1], (question, None)])
+        with torch.inference_mode():
+            whole = forward(embeds=short.chat.splice(ids, short.video_tokens)[None])
+        assert (seen[0][0, -1] - whole[0, -1]).abs().max() < 1e-4
+    assert [question for question, _ in short.turns] == asked and 2 <= short.forgotten <= 6
+
+
+def test_what_was_forgotten_is_saved_too(short, tmp_path):
+    for i in range(8):
+        short.ask(f"question {i}?", silent)
+    chat.obey(short, f"/save {tmp_path / 'talk.json'}")
+    turns = json.loads((tmp_path / "talk.json").read_text())["turns"]
+    assert [(turn["question"], turn["answer"]) for turn in turns] == short.turns
+    assert [turn["forgotten"] for turn in turns] == [True] * short.forgotten + [False] * (8 - short.forgotten)
 
 
 def silent(piece):
@@ -339,6 +382,29 @@ def test_what_is_remembered_after_ctrl_c_is_true(session, pieces):
     assert answers[:half] == answers[half + 1:-1]
 
 
+@pytest.mark.parametrize("moment", ["before the cache is cut", "before the prompt is read", "after it"])
+def test_ctrl_c_before_the_first_word_leaves_the_conversation_as_it_was(session, monkeypatch, moment):
+    session.ask("What is this?", silent)
+    turns, forward = list(session.turns), session.chat.llm.forward
+
+    def interrupted(*given, **more):
+        if moment == "after it":
+            forward(*given, **more)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(*(session.kv_cache, "truncate") if "cache" in moment else (session.chat.llm, "forward"), interrupted)
+        session.ask("Never mind?", silent)
+    assert session.turns == turns and len(session.heard) <= session.kv_cache.length
+    answers = []
+    for remembered in (True, False):
+        session.turns = list(turns)
+        if not remembered:
+            session.heard = []
+        answers.append([])
+        session.ask("And that?", answers[-1].append)
+    assert answers[0] == answers[1]
+
+
 def test_nothing_of_one_video_is_remembered_with_another(session, weights, tmp_path):
     other = str(tmp_path / "other.mp4")
     shapes.write_video(other, [np.full((64, 64, 3), 200, np.uint8)] * 12)
@@ -358,6 +424,13 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(session, monk
     pieces = []
     session.ask("what?", pieces.append)
     assert "".join(pieces) == "a\ufffd]0;b\ufffdc\ufffd\ufffd\nd\te\n"
+
+
+def test_stats_of_an_answer_of_one_token(session, capsys):
+    chat.obey(session, "/set max_new_tokens 1")
+    session.ask("what?", silent)
+    chat.obey(session, "/stats")
+    assert re.search(r"answer: 1 token, the first after \d\.\d\d s\n", capsys.readouterr().err)
 
 
 def test_large_frames_are_kept_small(weights, tmp_path):
@@ -509,6 +582,13 @@ def test_a_video_is_decoded_while_weights_are_read(weights, tmp_path, monkeypatc
     monkeypatch.setattr(data, "sample_frames", lambda *given, **more: [sample_frames(*given, **more), decoded.set()][0])
     monkeypatch.setattr(chat, "load_chat", lambda *given, **more: load_chat(*given, **more) if decoded.wait(SECONDS) else None)
     chat.Session(chat.Config(write_video(tmp_path / "new.mp4"), weights=weights))
+
+
+def test_a_video_that_breaks_while_it_is_decoded_beside_the_weights_is_one_line(call, weights, video, monkeypatch):
+    def broken(path, *given, **more):
+        raise data.VideoError(f"{path}: breaks off")
+    monkeypatch.setattr(data, "sample_frames", broken)
+    assert refused(call(video, "--weights", weights, "-q", "what?", "--no-cache"), video, "breaks off")
 
 
 def test_who_leaves_while_a_video_is_decoded_does_not_wait_for_its_end(tmp_path, monkeypatch):

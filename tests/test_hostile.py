@@ -357,6 +357,7 @@ CONFIGS = {
     "a context of 10^12": (dict(max_position_embeddings=10**12), "no such model"),
     "a stretch of NaN": (dict(rope_scaling={"type": "linear", "factor": float("nan")}), "rope_scaling"),
     "a stretch by 0": (dict(rope_scaling={"type": "linear", "factor": 0}), "rope_scaling"),
+    "an epsilon of a million letters": (dict(rms_norm_eps="x" * 10**6), "config.json"), "a theta of escapes": (dict(rope_theta="\x1b[2J" * 1000), "config.json"),
     "an unhashable kind of stretch": (dict(rope_scaling={"type": [1]}), "config.json")}
 
 
@@ -380,11 +381,12 @@ def test_a_config_that_is_no_description_is_refused(weights, content, message):
     ("vision_config", dict(num_hidden_layers=10**9), "vision_layers"), ("vision_config", dict(hidden_size=1 << 40), "vision_width"),
     ("vision_config", dict(image_size=1 << 17), "does not fit"), ("vision_config", dict(patch_size=0), "patch_size"),
     ("text_config", dict(num_hidden_layers=float("nan")), "text_layers"), ("text_config", dict(vocab_size=10**18), "vocab_size"),
-    ("text_config", dict(num_hidden_layers="\x1b[2J" * 1000), "text_layers")])
+    ("text_config", dict(num_hidden_layers="\x1b[2J" * 1000), "text_layers"), ("text_config", dict(layer_norm_eps="x" * 10**6), "asks for layer_norm_eps"),
+    (None, dict(model_type="x" * 10**6), "not 'clip'")])
 def test_sizes_of_a_clip_are_checked_before_it_is_built(weights, section, changes, message):
     path = weights / "clip" / "config.json"
     config = json.loads(path.read_text())
-    config[section].update(changes)
+    (config[section] if section else config).update(changes)
     path.write_text(json.dumps(config))
     refused(load_chat, weights, message)
 

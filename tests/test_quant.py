@@ -121,8 +121,9 @@ def test_a_row_with_extreme_channels_is_as_exact_as_the_weights_are(monkeypatch)
     assert error(q8(x)[2], true[2]) > 0.5   # with steps of 1000 / 127, the others are all zero
 
 
-def test_a_cpu_without_vnni_gets_weights_of_seven_bits_and_exact_sums():
-    """The same machine as oneDNN and torch would see it without VNNI and AVX512; a process of its own, they ask once."""
+@pytest.mark.parametrize("onednn, aten, packing", [("AVX2", "avx2", "(32, False)"), ("SSE41", "default", "(32, True)")])
+def test_a_cpu_without_vnni_gets_weights_of_seven_bits_and_exact_sums(onednn, aten, packing):
+    """The same machine as oneDNN and torch would see it without VNNI and AVX512, and without AVX; a process of its own, they ask once."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AVX2"):
         pytest.skip("not an x86 CPU with AVX2")
     program = """if True:
@@ -133,12 +134,13 @@ def test_a_cpu_without_vnni_gets_weights_of_seven_bits_and_exact_sums():
             for name, kind in (("int8", quant.Int8Linear), ("int4", quant.Int4Linear)):
                 y, true = kind(kind.convert(m.weight)), x @ m.weight.T
                 for rows in (y(x), torch.cat([y(row[None]) for row in x])):
-                    print(name, quant.weight_levels(), quant.lanes(), ((rows - true).norm() / true.norm()).item())"""
+                    print(name, quant.weight_levels(), quant.packing(), ((rows - true).norm() / true.norm()).item())"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"})
+                          env={**os.environ, "ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten})
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert [row[:3] for row in rows] == 2 * [["int8", "63", "32"]] + 2 * [["int4", "63", "32"]]
+    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    rows = [[name, levels, *rest.rsplit(maxsplit=1)] for name, levels, rest in rows]
+    assert [row[:3] for row in rows] == 2 * [["int8", "63", packing]] + 2 * [["int4", "63", packing]]
     assert all(float(row[3]) < (0.03 if row[0] == "int8" else 0.12) for row in rows)
 
 
@@ -153,7 +155,7 @@ def test_a_machine_without_exact_products_is_refused(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- int4
 def test_unpacking_gives_back_what_torch_packed():
     q = torch.randint(0, 16, (192, 128), dtype=torch.int32)
-    assert torch.equal(quant.unpack(torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 2), quant.lanes()).int(), q)
+    assert torch.equal(quant.unpack(torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 2), *quant.packing()).int(), q)
 
 
 def test_the_packed_kernel_computes_what_the_unpacked_numbers_say():
@@ -272,6 +274,18 @@ def test_the_clip_trunk_may_be_int8():
     assert error(clip.encode_image(pixels), reference) < 0.05
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_off_the_cpu_weights_become_floats_of_the_right_size_before_they_are_multiplied(scheme):
+    """There is no GPU here: what it would multiply by is looked at on the CPU, and the way there is walked without numbers."""
+    m = linear(4096, 64)
+    m.weight.data.fill_(0.05)
+    q, x = layer(scheme, m), torch.ones(3, 4096, dtype=torch.float16)
+    weights = q.numbers() if scheme == "int8" else q.numbers(q.weight, q.groups)
+    assert (nn.functional.linear(x, weights.half()) - 204.8).abs().max() < 8   # as whole numbers the sum is 520,192, and fp16 ends at 65,504
+    y = q.to("meta")(x.to("meta"))
+    assert y.shape == (3, 64) and y.dtype == torch.float16 and y.is_meta
+
+
 # ---------------------------------------------------------------------------------------------------- files
 @pytest.fixture
 def folder(tmp_path):
@@ -319,6 +333,15 @@ def test_other_weights_are_quantised_anew_and_it_is_said(folder, change, monkeyp
         load(folder)
     assert os.stat(made).st_mtime_ns != made_at
     assert quant.read_metadata(made) == quant.origin("int8", quant.weight_files(folder))
+
+
+def test_a_file_packed_for_another_cpu_is_made_anew(folder, monkeypatch):
+    load(folder, "int4")
+    made_at = os.stat(folder / "quantised_int4.safetensors").st_mtime_ns
+    monkeypatch.setattr(quant, "packing", lambda: (128, False))
+    with pytest.warns(UserWarning, match="quantised_int4.safetensors: made from other weights, or on another kind of machine; making it again"):
+        load(folder, "int4")
+    assert os.stat(folder / "quantised_int4.safetensors").st_mtime_ns != made_at
 
 
 @pytest.mark.parametrize("damage, what", [("cut", "cut"), ("empty", "the file is empty"), ("foreign", "holds other layers"), ("text", "neither safetensors nor")])

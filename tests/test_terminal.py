@@ -1,5 +1,6 @@
 """What chat.py is on a terminal: pictures made of characters, lines that are typed, and all of it on a pseudo-terminal."""
 import fcntl
+import io
 import json
 import os
 import pty
@@ -66,6 +67,17 @@ def test_without_colour_the_frames_are_only_times(session, monkeypatch, variable
     terminal.show_frames(session.frames, session.times)
     err = capsys.readouterr().err
     assert "\x1b" not in err and "\u2580" not in err and "7: 1.80 s" in err
+
+
+def test_a_terminal_without_the_character_gets_only_times(session, monkeypatch):
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="backslashreplace")
+    monkeypatch.setattr(latin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(latin, "fileno", lambda: 2, raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stderr", latin)
+    terminal.show_frames(session.frames, session.times)
+    assert b"\\u2580" not in (shown := latin.buffer.getvalue()) and b"7: 1.80 s" in shown
 
 
 def test_where_stderr_is_no_terminal_the_frames_are_only_times(session, capsys):
@@ -303,6 +315,16 @@ def test_a_history_that_cannot_be_written_is_said_once_and_harms_nothing(monkeyp
             pass
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and str(path) in err and "not kept" in err
+
+
+def test_a_readline_that_cannot_add_lines_keeps_none(monkeypatch, tmp_path):
+    """Some Pythons have libedit in readline's place, and some of these no append_history_file."""
+    monkeypatch.setitem(sys.modules, "readline", types.SimpleNamespace())
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    with terminal.history(str(tmp_path / "history")):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_there_is_no_history_for_pipes(tmp_path):

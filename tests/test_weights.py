@@ -477,6 +477,47 @@ def test_a_single_file_or_folder_is_told_by_its_content(tiny, capsys):
         check(tiny / "x")
 
 
+def test_what_chat_would_not_read_is_named_with_the_name_that_it_would(tiny, capsys):
+    shutil.copy(tiny / "branch.pth", tiny / "pretrain_btadapter_weight.pth")
+    shutil.copytree(tiny / "llava", tiny / "vicuna")
+    (tiny / "notes.txt").write_text("not weights")
+    check(tiny)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:-1]] == ["clip", "llava", "branch.pth", "chat.bin", "pretrain_btadapter_weight.pth", "vicuna"]
+    assert lines[4].endswith("; not read under this name, only as branch.pth") and lines[5].endswith("; not read under this name, only as llava")
+    cut(tiny / "pretrain_btadapter_weight.pth")
+    with pytest.raises(UserError, match="pretrain_btadapter_weight.pth: cut"):
+        check(tiny)
+    assert re.search("^pretrain_btadapter_weight.pth: does not load; .*: cut", capsys.readouterr().out, re.M)
+
+
+def test_released_files_under_their_own_names_are_no_set_and_are_named(tiny, capsys):
+    for name, released in (("branch.pth", "pretrain_btadapter_weight.pth"), ("chat.bin", "sft.bin"), ("llava", "LLaVA-7B"), ("clip", "clip-vit")):
+        os.rename(tiny / name, tiny / released)
+    with pytest.raises(UserError, match="only files that are not read; a chat needs clip, llava and a branch"):
+        check(tiny)
+    out = capsys.readouterr().out
+    assert [re.search(f"^{name}: .*only as (.*)", out, re.M)[1] for name in ("LLaVA-7B", "clip-vit", "pretrain_btadapter_weight.pth", "sft.bin")] == \
+        ["llava", "clip", "branch.pth", "chat.bin"]
+
+
+def test_a_set_for_retrieval_is_complete_without_a_llava(tiny, capsys):
+    shutil.rmtree(tiny / "llava")
+    os.remove(tiny / "chat.bin")
+    check(tiny)
+    assert capsys.readouterr().out.splitlines()[-1] == "complete, and the parts fit together: for retrieval; a chat needs llava as well"
+    torch.save(branch_tensors(Branch(64, 4, 128), "backbone."), tiny / "branch.pth")
+    with pytest.raises(UserError, match="branch.pth"):
+        check(tiny)
+
+
+def test_names_that_are_no_text_and_readers_that_leave_are_no_tracebacks(tiny):
+    shutil.copy(tiny / "branch.pth", os.fsencode(tiny) + b"/\xff\x1b[2J.pth")
+    for command, code in ((f"check {tiny}", 0), (f"check {tiny} | true", 0), ("list | true", 0)):
+        done = subprocess.run(["bash", "-c", f'set -o pipefail; "{sys.executable}" weights.py {command}'], cwd=ROOT, capture_output=True)
+        assert (done.returncode, done.stderr) == (code, b"") and b"\x1b" not in done.stdout
+
+
 def test_a_delta_is_called_one_and_is_complete_with_its_base(tiny, capsys):
     base = weightfile.read_file(f"{tiny}/llava/model.safetensors")
     whole = shutil.copytree(tiny / "llava", tiny / "base")
