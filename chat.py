@@ -117,7 +117,7 @@ def decoding(path, num_frames, size):
     """Decodes a video in a thread, which libav lets run beside the caller: `with decoding(...) as pictures: ...; pictures()`.
 
     pictures() waits for what the model will see (T, 3, size, size), small pictures (T, 3, h, w), both uint8, and T times, or
-    raises VideoError. Who leaves the block earlier, with an error or Ctrl-C, does not wait for more than one frame."""
+    raises VideoError. Who leaves the block earlier, with an error or Ctrl-C, waits for the next frame that is wanted, not for the last."""
     left = threading.Event()
 
     def keep(picture):
@@ -184,7 +184,7 @@ class Session:
 
         def need(scheme):   # the one chosen, or another that may fit
             kind = dtype if scheme == self.scheme else memory.choose(cfg.dtype, scheme, self.device, llama)[0]
-            return memory.needs(clip, llama, self.num_frames, kind, joined, scheme)
+            return memory.needs(clip, llama, self.num_frames, kind, joined, scheme, self.device)
         if not memory.check(cfg.weights, need, self.scheme, self.device) and cfg.verbose:
             say("(this system does not say how much memory is free, so whether the weights fit was not checked)")
         if joined and self.device.type != "cpu":
@@ -206,7 +206,8 @@ class Session:
         with self.timed("video"), self.unharmed():
             seen = features.recall(entry) if entry else None
         if seen is None:
-            duration = data.probe(path).duration
+            with self.timed("video"):
+                duration = data.probe(path).duration
             with decoding(path, self.num_frames, self.sizes[0].image_size) as pictures:
                 meanwhile()
                 with self.timed("video"):
@@ -216,7 +217,7 @@ class Session:
                     with torch.inference_mode():
                         video_tokens = self.chat.encode_video(data.normalise(pixels)[None].to(self.device))[0]   # (K, D_llm)
             seen = features.Seen(duration, times, frames, video_tokens)
-            with self.unharmed():
+            with self.timed("video"), self.unharmed():
                 if entry:
                     features.keep(entry, seen)
         else:
@@ -261,8 +262,8 @@ class Session:
                 break
             forgotten += 1
         if room < 1:
-            raise UserError(f"no room for an answer: the prompt has {context - room} tokens, and this model reads {context}; "
-                            "ask more briefly")
+            advice = "ask more briefly" if len(self.video_tokens) < context // 2 else f"{len(self.video_tokens)} are the video's; choose fewer --num_frames"
+            raise UserError(f"no room for an answer: the prompt has {context - room} tokens, and this model reads {context}; {advice}")
         if forgotten > self.forgotten:
             say(f"(forgotten, for lack of room: {', '.join(q for q, _ in self.turns[self.forgotten:forgotten])})")
             self.forgotten = forgotten
@@ -462,8 +463,8 @@ def main(cfg):
         with terminal.history(terminal.history_file()):
             return converse(session)
     for line in sys.stdin:
-        if line.strip():
-            answer_line(session, line.strip())
+        if question := line.removeprefix("\ufeff").strip():   # how editors on Windows begin a file
+            answer_line(session, question)
 
 
 if __name__ == "__main__":

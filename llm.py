@@ -262,7 +262,7 @@ def sample(logits, temperature, top_p, generator):
         raise UserError(f"temperature {temperature}, top_p {top_p}: needed are temperature >= 0 and 0 < top_p <= 1")
     if temperature == 0:
         return int(logits.argmax())
-    logits = logits.float().cpu()
+    logits = logits.double().cpu()   # in which every temperature and top_p that can be asked for is more than 0
     probs = ((logits - logits.max()) / temperature).softmax(-1)   # the largest is 0 at any temperature: no overflow
     probs, tokens = probs.sort(descending=True)
     kept = probs.cumsum(-1) - probs < top_p   # what comes before a token does not reach top_p yet
@@ -437,6 +437,8 @@ def load_llama(folder, *, quantize=None, base=None):
     tokens are added. extra: {name: tensor} of what is LLaVA's and not LLaMA's (EXTRA), named as in the file.
     base: the folder of the LLaMA that delta weights add to; with it `folder` must hold such, and without it must not. Any
     other missing, additional or ill-sized tensor raises UserError. quantize: a key of quant.SCHEMES, for inference only."""
+    sources = quant.weight_files(folder, *([base] if base else []))
+    made_from = quant.origin(quantize, sources) if quantize in ("int8", "int4") else None   # before they are read: somebody may replace them
     config, tensors, extra = read_llama(folder)
     if base is not None:
         tensors = add_base(folder, tensors, base, read_llama(base)[1])
@@ -457,7 +459,7 @@ def load_llama(folder, *, quantize=None, base=None):
     load_into(model, tensors, folder)
     model.tie()
     if quantize is not None:
-        model = quant.quantized(model, quantize, quant.weight_files(folder, *([base] if base else [])), folder)
+        model = quant.quantized(model, quantize, made_from, folder)
     return model, tokenizer, extra
 
 
@@ -642,18 +644,18 @@ def is_delta(tensors):
 
 def add_base(folder, delta, base_folder, base):
     """{name: tensor} of a delta and of its base -> their sum in the delta's dtype, a copy. Rows that only the delta has, those
-    of added tokens, are its own. Raises UserError."""
+    of added tokens, are its own. `base` is used up: it may have been joined in memory, and goes as the sum comes. Raises UserError."""
     for source, tensors, expected in ((folder, delta, True), (base_folder, base, False)):
         if is_delta(tensors) != expected:
             raise UserError(f"{source}: whole weights, not a delta; leave out --base" if expected else
                             f"{source}: a delta itself; --base is the folder of the LLaMA that the weights began from")
     total = {}
     for name, t in delta.items():
-        b = base.get(name, torch.empty(0))
+        there, b = name in base, base.pop(name, torch.empty(0))
         grown = name in GROWN and b.ndim == t.ndim == 2 and b.shape[1] == t.shape[1] and 0 < len(b) < len(t)
         if b.shape != t.shape and not grown:
             raise UserError(f"{folder}: {shown(name)} is {tuple(t.shape)}, in the base {base_folder} it is "
-                            f"{tuple(b.shape) if name in base else 'missing'}; is this the LLaMA that it was trained from?")
+                            f"{tuple(b.shape) if there else 'missing'}; is this the LLaMA that it was trained from?")
         b = b.to(t.dtype)
         total[name] = torch.cat((t[:len(b)] + b, t[len(b):])) if grown else t + b
     return total

@@ -4,6 +4,7 @@ import os
 import torch
 
 from common import UserError
+from model import frames_at_once
 from quant import fast_bf16, memory_need
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,23 +37,27 @@ def usual_frames(image_size):
     return 100 if image_size >= 224 else 8
 
 
-def needs(clip, llama, num_frames, dtype, joined, scheme):
+def needs(clip, llama, num_frames, dtype, joined, scheme, device):
     """{part: bytes} of a chat with these sizes, a CLIPConfig and a LLaMAConfig: weights exactly, but for what is thousands of
-    bytes (the branch has three layers, the projector one: LLaVA-1.5's has a second, of 34 MB), a video roughly. Python and torch come on top.
+    bytes (the branch has three layers, the projector one: LLaVA-1.5's has a second, of 34 MB) and for CLIP, which int8 makes smaller once it
+    is read; a video roughly. Python and torch come on top.
 
-    joined: the LLaMA is put together in memory (see llm.is_joined) before it is quantised."""
+    joined: the LLaMA is put together in the CPU's memory (see llm.is_joined) before it is quantised or sent elsewhere."""
     language, c, D = memory_need(llama, scheme, dtype, min(llama.context_length, LONGEST)), clip, clip.vision_width
     attention, patches = 4 * (D + 1) * D, (c.image_size // c.patch_size) ** 2 + 1
     layer = attention + 2 * D * c.vision_mlp + D + c.vision_mlp + 4 * D   # with an MLP, and two LayerNorms
     need = {"LLaMA": language["weights"]}
-    if joined and scheme in ("int8", "int4"):
+    if joined and scheme in ("int8", "int4") and device.type == "cpu":
         need |= joining(llama)
     need["CLIP, image tower"] = dtype.itemsize * (c.vision_layers * layer + (3 * c.patch_size ** 2 + 1 + patches + 4) * D)
     need["branch"] = dtype.itemsize * (3 * (attention + (D + 1) * D + 2 * D + layer) + (1 + 64) * D)   # its own CLS and times
     need["projector"] = dtype.itemsize * (D + 1) * llama.width
-    # what CLIP and branch hold at once for a patch of a frame: measured, 31 numbers times their width in fp32, 40 in bf16 (24 frames, 768 wide)
+    # for a patch of a frame and a number of its width, as measured: CLIP 36 numbers, the branch 70 bytes in fp32 and fewer in bf16; and it
+    # looks at 64 frames at most, or at the means of neighbours
     kept = num_frames * (6 * patches * D + 6 * c.image_size ** 2)   # 3 layers' output, pixels; twice
-    need["video (later KV cache)"] = max((min(num_frames, 128) * patches * 36 * D + kept) * dtype.itemsize, language["kv_cache"])
+    branch = num_frames / -(-num_frames // 64) if num_frames else 0
+    need["video"] = int((min(num_frames, frames_at_once(c, device)) * patches * 36 * D + kept) * dtype.itemsize + branch * patches * D * 70)
+    need["KV cache"] = language["kv_cache"]
     return need
 
 
@@ -65,8 +70,8 @@ def check(folder, need, scheme, device):
     """-> True where need(scheme), {part: bytes}, is there; False where the system does not say what it has. Raises UserError with
     the schemes that would fit.
 
-    A KV cache takes memory on a CPU only as a conversation grows; it is counted as full, so that none ends in the middle. What a video
-    takes while it is looked at is free again by then."""
+    A KV cache takes memory on a CPU only as a conversation grows; it is counted as full, so that none ends in the middle, and beside a
+    video: the next one may be looked at then."""
     free, total = available(device), sum(need(scheme).values())
     if free is None:
         return False

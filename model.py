@@ -165,6 +165,13 @@ def tube_mask(B, N, mask_ratio, generator=None):
 
 
 # ---------------------------------------------------------------------------------------------------- the video encoder
+def frames_at_once(config, device):
+    """How many frames CLIP (CLIPConfig) sees together: enough to keep a GPU busy; on a CPU no more than leave a layer's widest activations
+    at 20 MB in fp32, 4 frames for ViT-L/14. More fit into no cache, and from 32 MB on every tensor is new memory from the kernel: 16 frames
+    take 1.15 times as long a frame, 24 take 1.6 times."""
+    return 128 if device.type != "cpu" else max(1, min(128, (5 << 20) // ((1 + config.patch_tokens) * config.vision_mlp)))
+
+
 class VideoEncoder(nn.Module):
     """Frozen CLIP with a branch beside its last layers.
 
@@ -175,11 +182,12 @@ class VideoEncoder(nn.Module):
         self.clip, self.branch, self.skip_last = clip.requires_grad_(False), branch, skip_last
 
     @torch.no_grad()
-    def backbone_states(self, video, depth, kept=None, chunk=128):
+    def backbone_states(self, video, depth, kept=None, chunk=None):
         """video (B, T, 3, H, W) -> the outputs of the `depth` CLIP layers before the skipped ones, each (B, T, 1+n, D).
 
         CLIP sees every patch; of what it says, only CLS and the patches in `kept` (B, n) are held on to, or all of them. Frames
-        go through in chunks: memory does not grow with CLIP's depth, and activations of many frames never pile up."""
+        go through in chunks (None: of frames_at_once): memory does not grow with CLIP's depth, and activations of many frames never pile up."""
+        chunk = chunk or frames_at_once(self.clip.config, video.device)
         last, T = self.clip.config.vision_layers - self.skip_last, video.shape[1]
         rows = [[] for _ in range(depth)]
         if kept is not None:   # the same patches in every frame of a clip

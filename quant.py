@@ -12,7 +12,7 @@ the speed. To read a prompt it uses each weight for many rows: there arithmetic 
   groups      With 4 bits a whole row is too long for one scale: 15 steps from its lowest to its highest number are too coarse. 64
               neighbours share a scale, and a middle, because their lowest and highest are seldom opposite.
 
-"bf16" rounds nothing; it takes the faster of torch's ways to multiply, weights as they are in the file. "int8" rounds weights and
+"bf16" takes the faster of torch's ways to multiply, with weights as they are in the file, but for fp32, which it rounds to bf16. "int8" rounds weights and
 activations, "int4" weights only. What was measured, and what was not taken, is in LOG.md; errors are in docs/numbers.md.
 All is for inference: rounding has no gradient. Shapes: M rows (tokens), K inputs, N outputs.
 """
@@ -48,7 +48,7 @@ def round_rows(x, levels=127):
     """x (M, K), any float -> q (M, K) int8 in -levels..levels, scale (M, 1) fp32, with |x - q * scale| <= scale / 2."""
     x = x.float()
     scale = (torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)) / levels).clamp(min=TINY)
-    return (x / scale).round().to(torch.int8), scale
+    return (x / scale).round_().to(torch.int8), scale
 
 
 def round_groups(w):
@@ -72,7 +72,7 @@ def weight_levels():
         x, w = torch.full((4, 64), 127, dtype=torch.int8), torch.full((16, 64), levels, dtype=torch.int8)
         if all((torch._int_mm(sign * x[:rows], w.T) == sign * 127 * levels * 64).all() for sign in (-1, 1) for rows in (1, 4)):
             return levels
-    raise UserError("int8: this machine's product of int8 matrices is not exact; take bf16 instead")
+    raise UserError("int8: this machine's product of int8 matrices is not exact; choose --quantize none")
 
 
 # ---------------------------------------------------------------------------------------------------- layers
@@ -107,7 +107,7 @@ def fast_bf16():
 
 
 class BF16Linear(FrozenLinear):
-    """Weights as they are, bf16 or fp16. One row by `mv`, which reads memory faster than `linear` does; many rows in fp32, a part of the
+    """Weights in bf16 or fp16, as they are in most files; fp32 becomes bf16. One row by `mv`, which reads memory faster than `linear` does; many rows in fp32, a part of the
     weight at a time, where the CPU has no arithmetic for bf16 and torch's own way takes three times as long."""
     @staticmethod
     def convert(weight):
@@ -139,8 +139,9 @@ class Int8Linear(FrozenLinear):
         return {"weight": ((N, K), torch.int8), "scale": ((N,), torch.float32)}
 
     def product(self, x):
-        if x.device.type != "cpu":
-            return F.linear(x, self.numbers().to(x.dtype))
+        if x.device.type != "cpu":   # a part of the weight at a time: lm_head in floats would take gigabytes
+            parts = zip(self.weight.split(4096), self.scale.split(4096))
+            return torch.cat([F.linear(x, self.numbers(*part).to(x.dtype)) for part in parts], dim=1)
         x = x.float()
         q, scale = round_rows(x)
         y = self.whole_numbers(q, scale)
@@ -150,9 +151,9 @@ class Int8Linear(FrozenLinear):
             y[extreme] += self.whole_numbers(*round_rows(rest))
         return y
 
-    def numbers(self):
-        """-> the weights (N, K) fp32. They are scaled before they are multiplied: sums of whole numbers would not fit into fp16."""
-        return self.weight * self.scale[:, None]
+    def numbers(self, q, scale):
+        """q (N, K) int8, scale (N,) -> the weights (N, K) fp32. Scaled before they are multiplied: fp16 does not hold sums of whole numbers."""
+        return q * scale[:, None]
 
     def whole_numbers(self, q, scale):
         """q (M, K) int8, scale (M, 1) -> (M, N) fp32. The sum of K products of int8 is exact in int32 up to K = 133,000."""
@@ -168,7 +169,7 @@ def packing():
     for rows, neighbours in itertools.product((64, 32), (False, True)):
         if torch.equal(unpack(packed, rows, neighbours), q):
             return rows, neighbours
-    raise UserError("int4: this machine's kernel packs weights in a way that is not known here; take int8 instead")
+    raise UserError("int4: this machine's kernel packs weights in a way that is not known here; choose --quantize int8")
 
 
 def unpack(packed, rows, neighbours):
@@ -259,14 +260,13 @@ def quantize(module, scheme):
     return module
 
 
-def quantized(model, scheme, source_files, folder):
-    """As quantize, but the work is done once: `folder`/quantised_SCHEME.safetensors is mapped if it was made of just these files (by
-    name, size and time), else made. Where it cannot be written, that is said and the model is quantised in memory. -> model"""
+def quantized(model, scheme, made_from, folder):
+    """As quantize, but the work is done once: `folder`/quantised_SCHEME.safetensors is mapped if it was made of just these files
+    (made_from, what `origin` said of them before they were read), else made. Where it cannot be written, that is said and the model is quantised in memory. -> model"""
     if scheme == "bf16":   # nothing to compute, nothing to keep
         return quantize(model, scheme)
     path, found = os.path.join(folder, f"quantised_{scheme}.safetensors"), linears(model, scheme)
     shapes = {f"{name}.{key}": spec for name, m, kind in found for key, spec in kind.shapes(m.out_features, m.in_features).items()}
-    made_from = origin(scheme, source_files)
     tensors = read_quantised(path, shapes, made_from) if os.path.exists(path) else None
     if tensors is None:
         try:
@@ -284,9 +284,9 @@ def quantized(model, scheme, source_files, folder):
 
 
 def weight_files(*folders):
-    """The files in these folders that weights can be in, but for those that `quantized` writes; and the number of heads in Meta's
+    """The files in these folders, where there are such, that weights can be in, but for those that `quantized` writes; and the number of heads in Meta's
     layout, which decides how rows are sorted."""
-    paths = [os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)) if not name.startswith("quantised_")]
+    paths = [os.path.join(folder, name) for folder in folders if os.path.isdir(folder) for name in sorted(os.listdir(folder)) if not name.startswith("quantised_")]
     return [path for path in paths if path.endswith((".safetensors", ".bin", ".pth", ".pt", "params.json")) and os.path.isfile(path)]
 
 
@@ -298,7 +298,8 @@ def origin(scheme, source_files):
 
 
 def read_quantised(path, shapes, made_from):
-    """{name: tensor}, mapped; None, with a word, if the file is of other weights or damaged."""
+    """{name: tensor}, mapped; None, with a word, if the file is of other weights or cut. A flipped bit among the numbers is not noticed:
+    to look at all of them would take as long as to copy them."""
     try:
         tensors = read_file(path)
         if read_metadata(path) != made_from:

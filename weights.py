@@ -6,8 +6,8 @@
     python weights.py need llava       # memory to chat with it on a CPU: as it is, in int8 and in int4
 
 A file appears under its final name when all of it is there and nothing in it is known to be wrong; until then it is NAME.part,
-with NAME.part.json beside it that says what it is a part of. `check` loads the parts as chat.py does, but without copying them:
-less than a second for 13 GB. With --hash it reads every byte. Its exit code is 0 for a part that is whole, and for a set that is complete, for
+with NAME.part.json beside it that says what it is a part of. `check` loads the parts as chat.py does, but without copying them
+(less than a second for 13 GB) where it can: deltas and several shards of Meta are put together in memory. With --hash it reads every byte. Its exit code is 0 for a part that is whole, and for a set that is complete, for
 a chat or for retrieval, else 2.
 """
 import dataclasses
@@ -178,6 +178,10 @@ class Again(Exception):
     """A try failed in a way that another may not."""
 
 
+class WrongBytes(UserError):
+    """A file is not what was released."""
+
+
 class OnlyHTTPS(urllib.request.HTTPRedirectHandler):
     """Follows redirects to https alone (or from this machine to this machine), and keeps the hash that Hugging Face names on its own
     answer, before it sends one on to the server that has the bytes."""
@@ -243,7 +247,7 @@ def get_file(address, path, file, cfg):
             time.sleep(PAUSE * (1 + failures))
     try:
         check_file(path + ".part", file._replace(sha256=file.sha256 or note["sha256"]), "thrown away; try again")
-    except UserError:
+    except WrongBytes:
         forget(path + ".part")
         raise
     try:
@@ -255,14 +259,14 @@ def get_file(address, path, file, cfg):
 
 
 def check_file(path, file, advice):
-    """Raises UserError where a file is not what was released, as far as that is known."""
+    """Raises WrongBytes where a file is not what was released, as far as that is known; UserError where it cannot be read."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: not a file; {advice}")
     size = size_of(path)
     if not file.may_have(size):
-        raise UserError(f"{path}: {size:,} bytes, but the released file has {file.words()}; {advice}")
+        raise WrongBytes(f"{path}: {size:,} bytes, but the released file has {file.words()}; {advice}")
     if file.sha256 and (found := sha256(path)) != file.sha256:
-        raise UserError(f"{path}: its sha256 is {found}, but that of the released file is {file.sha256}; {advice}")
+        raise WrongBytes(f"{path}: its sha256 is {found}, but that of the released file is {file.sha256}; {advice}")
 
 
 def sha256(path):
@@ -328,6 +332,7 @@ def receive(address, part, file, timeout):
         note = {"address": address, "size": size, "etag": etag if etag.startswith('"') else None,   # a weak one promises no bytes
                 "sha256": linked if re.fullmatch("[0-9a-f]{64}", linked) else None}
         free, missing = shutil.disk_usage(os.path.dirname(part) or ".").free, (size or 0) - start
+        free += size_of(part) if start == 0 else 0   # it begins anew, and what is there goes
         if missing > free:
             raise UserError(f"{part}: {missing:,} bytes are still to come, but the disk has {free:,} left")
         return note | {"size": write(response, part, note, start)}
@@ -539,7 +544,9 @@ def check_hashes(paths):
 
 # ---------------------------------------------------------------------------------------------------- memory
 def need(cfg):
-    """Prints what chat.py would ask a CPU for, part by part, as it is quantised."""
+    """Prints what chat.py would ask a CPU for, part by part, with the LLaMA as it is and quantised."""
+    if cfg.what in RELEASED and cfg.base:
+        raise UserError(f"need {cfg.what}: --base is for a folder of weights; for a delta of the list its base is counted in any case")
     if cfg.what in RELEASED and not RELEASED[cfg.what].chat:
         raise UserError(f"{cfg.what}: not a chat; choose {', '.join(name for name, r in RELEASED.items() if r.chat)}, or a folder of weights")
     folder, cpu = cfg.what or cfg.out, torch.device("cpu")
@@ -548,7 +555,7 @@ def need(cfg):
     columns = {}
     for quantize in ("none", "int8", "int4"):
         dtype, scheme, words = memory.choose("auto", quantize, cpu, llama)
-        columns[words] = memory.needs(clip, llama, memory.usual_frames(clip.image_size), dtype, joined, scheme)
+        columns[words] = memory.needs(clip, llama, memory.usual_frames(clip.image_size), dtype, joined, scheme, cpu)
     parts = list(dict.fromkeys(part for column in columns.values() for part in column))
     print(f"{'GB':26}" + "".join(f"{words:>16}" for words in columns))
     for part in parts:

@@ -147,7 +147,7 @@ def test_a_cpu_without_vnni_gets_weights_of_seven_bits_and_exact_sums(onednn, at
 def test_a_machine_without_exact_products_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "_int_mm", lambda x, w: torch.zeros(len(x), w.shape[1], dtype=torch.int32))
     quant.weight_levels.cache_clear()
-    with pytest.raises(UserError, match="not exact; take bf16 instead"):
+    with pytest.raises(UserError, match="not exact; choose --quantize none"):
         quant.weight_levels()
     quant.weight_levels.cache_clear()
 
@@ -280,7 +280,7 @@ def test_off_the_cpu_weights_become_floats_of_the_right_size_before_they_are_mul
     m = linear(4096, 64)
     m.weight.data.fill_(0.05)
     q, x = layer(scheme, m), torch.ones(3, 4096, dtype=torch.float16)
-    weights = q.numbers() if scheme == "int8" else q.numbers(q.weight, q.groups)
+    weights = q.numbers(q.weight, q.scale) if scheme == "int8" else q.numbers(q.weight, q.groups)
     assert (nn.functional.linear(x, weights.half()) - 204.8).abs().max() < 8   # as whole numbers the sum is 520,192, and fp16 ends at 65,504
     y = q.to("meta")(x.to("meta"))
     assert y.shape == (3, 64) and y.dtype == torch.float16 and y.is_meta
@@ -295,7 +295,7 @@ def folder(tmp_path):
 
 def load(folder, scheme="int8"):
     torch.manual_seed(1)
-    return quant.quantized(small(), scheme, quant.weight_files(folder), folder)
+    return quant.quantized(small(), scheme, quant.origin(scheme, quant.weight_files(folder)), folder)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
