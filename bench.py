@@ -8,7 +8,8 @@
     python bench.py chat      # prompts and answers of a 7B, beside transformers and llama.cpp   -> a table
     python bench.py quality   # what rounding to int8 and int4 costs: a trained tiny LLaVA, CLIP, layers of a 7B   -> a table
 
-Each measurement is a process of its own, and those of a row of a table take turns, after one round that is not counted; the tables have medians.
+Each measurement (but for quality, which takes no time) is a process of its own, and those of a table take turns, after one round (of pretrain: one step)
+that is not counted; the tables have medians.
 The physical limits, what the machine reads and multiplies, are measured in the same run. Peers take part if --peer_python can import them: decord,
 opencv-python-headless, transformers, llama-cpp-python; who cannot is named. Clips (2.7 GB) and weights of the full size with random numbers (28 GB;
 `--layers 2` is a quick look) are made in out/bench when they are first wanted. What is measured is in benchmarks/, and how.

@@ -29,6 +29,7 @@ try:
     import os
     import re
     import threading
+    import warnings
 
     import torch
 
@@ -41,6 +42,7 @@ try:
     from common import UserError, say
     from llm import KVCache, generate, is_joined, stream_text
     from model import SYSTEMS, VIDEO_INDEX, VIDEO_TOKENS, load_chat, prompt_ids, read_sizes
+    from video import DamagedVideo
 except KeyboardInterrupt:   # the imports are most of the start: who changes their mind meanwhile needs no traceback
     print("chat.py: interrupted", file=sys.stderr)
     sys.exit(130)
@@ -207,7 +209,7 @@ class Session:
             seen = features.recall(entry) if entry else None
         if seen is None:
             with self.timed("video"):
-                duration = data.probe(path).duration
+                probed = data.probe(path)
             with decoding(path, self.num_frames, self.sizes[0].image_size) as pictures:
                 meanwhile()
                 with self.timed("video"):
@@ -216,11 +218,13 @@ class Session:
                         quant.quantize(self.chat.encoder.clip.vision_model, "int8")
                     with torch.inference_mode():
                         video_tokens = self.chat.encode_video(data.normalise(pixels)[None].to(self.device))[0]   # (K, D_llm)
-            seen = features.Seen(duration, times, frames, video_tokens)
+            seen = features.Seen(probed.duration, probed.damage, times, frames, video_tokens)
             with self.timed("video"), self.unharmed():
                 if entry:
                     features.keep(entry, seen)
         else:
+            if seen.damage:   # whoever decodes it is told; so is who does not have to
+                warnings.warn(DamagedVideo(f"{path}: {seen.damage}"))
             meanwhile()
         video_tokens = seen.video_tokens.to(self.device)
         self.forget()   # first: a Ctrl-C must not leave the new video with the old conversation

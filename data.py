@@ -39,6 +39,7 @@ class Probe:
     height: int
     rotation: int     # degrees clockwise from the stored to the shown picture: 0, 90, 180 or 270
     codec: str
+    damage: str       # that it is cut, in words, where that can be told without decoding it; else ""
 
 
 # ---------------------------------------------------------------------------------------------------- frames by time
@@ -48,7 +49,7 @@ def probe(path):
         height, width = video.shown_size()
         duration = float((video.end() - video.start) * video.time_base)
         return Probe(duration, float(video.stream.average_rate or 0), width, height, -video.first.rotation % 360,
-                     video.stream.codec_context.codec.canonical_name)
+                     video.stream.codec_context.codec.canonical_name, video.damage)
 
 
 def frames_at(path, times, size=None, keep=None):

@@ -19,7 +19,7 @@ import torch
 from common import UserError
 from weightfile import read_file, read_metadata, write_safetensors
 
-FORMAT = 1                                                      # of an entry; another one is another name
+FORMAT = 2                                                      # of an entry; another one is another name
 MAX_ENTRIES, MAX_BYTES = 256, 1 << 30                           # 100 frames with the tokens of a 7B take about 12 MB
 ENTRY = re.compile(r"[0-9a-f]{32}\.safetensors")
 LEFTOVER = re.compile(ENTRY.pattern + r"\.\d+\.tmp")            # what write_atomic leaves where it is killed, or is just writing
@@ -30,6 +30,7 @@ HOUR = 3600                                                     # seconds; nobod
 class Seen:
     """What the model saw of a video, and what it will remember of it."""
     duration: float              # seconds
+    damage: str                  # what data.probe said of it
     times: list                  # T floats: seconds at which the frames appear
     frames: torch.Tensor         # (T, 3, h, w) uint8, at most data.THUMBNAIL wide
     video_tokens: torch.Tensor   # (K, D_llm)
@@ -81,7 +82,7 @@ def recall(path):
         return None
     tensors, metadata = read_file(path), read_metadata(path)
     try:
-        seen = Seen(float(metadata["duration"]), tensors["times"].tolist(), tensors["frames"], tensors["video_tokens"])
+        seen = Seen(float(metadata["duration"]), metadata["damage"], tensors["times"].tolist(), tensors["frames"], tensors["video_tokens"])
         if metadata["crc32"] != checksum(tensors.values()) or len(seen.times) != len(seen.frames):
             raise ValueError
     except (KeyError, ValueError, TypeError) as e:
@@ -97,7 +98,7 @@ def keep(path, seen):
     tensors = {"times": torch.tensor(seen.times, dtype=torch.float64), "frames": seen.frames, "video_tokens": seen.video_tokens.cpu()}
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)   # pictures of videos are nobody else's business
-        write_safetensors(path, tensors, {"duration": repr(seen.duration), "crc32": checksum(tensors.values())})
+        write_safetensors(path, tensors, {"duration": repr(seen.duration), "damage": seen.damage, "crc32": checksum(tensors.values())})
         prune(folder)
     except OSError as e:
         raise UserError(f"{e.filename or folder}: {e.strerror}")

@@ -422,7 +422,7 @@ class Video:
         slack = (0.25 + 2 / (self.stream.average_rate or 25)) / self.time_base
         certain = self.stream.duration or len(self.container.streams) == 1   # else another track may be the longer one
         if self.cut or certain and self.claimed_end() - end > slack:
-            self.damage = f"cut off or damaged after {self.seconds(end):.2f} s; nothing later can be shown"
+            self.damage = self.damage or f"cut off or damaged after {self.seconds(end):.2f} s; nothing later can be shown"
 
     def end(self):
         """Tick at which the last frame stops being shown, from the last packets; none is decoded."""

@@ -8,7 +8,7 @@ chooses, and so does decord a second time, as it is usually called; so wall time
 compares the pictures: who shows others than ours is pointed at.
 
 `line` asks chat.py one question about longer and longer videos, --num_frames of each, and nothing is taken from its cache. Time to the first
-token counts from the end of the imports: weights, video (decoding, CLIP, branch), prompt. The second table is arithmetic.
+token is what chat.py -v names after its imports: weights, video (decoding, CLIP, branch), prompt. The second table is arithmetic.
 """
 import dataclasses
 import inspect
@@ -19,7 +19,6 @@ import platform
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 
@@ -30,7 +29,7 @@ import common
 import llm
 from benchmarks.clips import Clip, make
 from benchmarks.full_size import make_chat
-from benchmarks.measure import HERE, LAUNCHER, MEGABYTE, Contestant, present, say
+from benchmarks.measure import MEGABYTE, Contestant, last_line, launch, present, say
 
 
 # ---------------------------------------------------------------------------------------------------- contestants
@@ -153,19 +152,14 @@ class Usage:
     extra: float     # MB more than when its imports were done
 
 
-def launch(cfg, contestant, path, case, save=""):
+def decode(cfg, contestant, path, case, save=""):
     """One measurement -> Usage. save: a .npy file for the pictures, thinned."""
     program = CHILD.format(imports=contestant.imports, source=inspect.getsource(contestant.function), name=contestant.function.__name__)
     python = shutil.which(cfg.peer_python) if contestant.package else sys.executable
     numbers = [str(case.count)] + ([str(case.size)] if case.size else [])
-    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, python, "-c", program, save, path, *numbers],
-                          capture_output=True, text=True, cwd=HERE)
-    *printed, last = done.stdout.splitlines()
-    code, process, peak = json.loads(last)
-    if code:
-        raise common.UserError(f"{contestant.name} failed, {case.title}: {(done.stderr.splitlines() or [f'exit code {code}'])[-1]}")
+    printed, process, peak, _ = launch([python, "-c", program, save, path, *numbers], f"{contestant.name}, {case.title},")
     before, after = json.loads(printed[-1])
-    return Usage(process, after[0] - before[0], after[2] - before[2], peak / MEGABYTE, (peak - before[1]) / MEGABYTE)
+    return Usage(process, after[0] - before[0], after[2] - before[2], peak, peak - before[1] / MEGABYTE)
 
 
 def difference(a, b):
@@ -180,11 +174,11 @@ def compare(cfg, case, names):
     with tempfile.TemporaryDirectory() as folder:
         for c in contestants:
             say(f"{case.title}, T = {case.count}: {c.name}, not counted")
-            launch(cfg, c, path, case, os.path.join(folder, "pictures.npy"))
+            decode(cfg, c, path, case, os.path.join(folder, "pictures.npy"))
             pictures[c.name] = np.load(os.path.join(folder, "pictures.npy"))
     for run in range(cfg.runs):
         for c in contestants:
-            usages[c.name].append(launch(cfg, c, path, case))
+            usages[c.name].append(decode(cfg, c, path, case))
             say(f"{case.title}, T = {case.count}: {c.name}, {run + 1} of {cfg.runs}: {usages[c.name][-1].work:.2f} s of CPU for the work")
     medians = {name: Usage(*map(statistics.median, zip(*map(dataclasses.astuple, rows)))) for name, rows in usages.items()}
     return medians, {name: difference(pictures[name], pictures[contestants[0].name]) for name in pictures}
@@ -247,12 +241,9 @@ def one_question(cfg, path):
     """A chat in a process of its own -> (video tokens, seconds to the first token without imports, seconds of it for the video, peak MB)."""
     command = [sys.executable, "chat.py", path, "--weights", os.path.abspath(cfg.weights), "--num_frames", str(cfg.num_frames), "-q",
                "What happens?", "--max_new_tokens", "1", "--no-cache", "--verbose"]
-    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, cwd=HERE)
-    code, _, peak = json.loads(done.stdout.splitlines()[-1])
-    if code:
-        raise common.UserError(f"chat.py failed: {(done.stderr.splitlines() or [f'exit code {code}'])[-1]}")
-    spent = {part: float(seconds) for part, seconds in re.findall(r"(import|video|in all) ([\d.]+) s\b", done.stderr.splitlines()[-1])}
-    return int(re.search(r"(\d+) video tokens", done.stderr)[1]), spent["in all"] - spent["import"], spent["video"], peak / MEGABYTE
+    _, _, peak, said = launch(command, "chat.py")
+    spent = {part: float(seconds) for part, seconds in re.findall(r"(import|video|in all) ([\d.]+) s\b", last_line(said))}
+    return int(re.search(r"(\d+) video tokens", said)[1]), spent["in all"] - spent["import"], spent["video"], peak
 
 
 def line(cfg, clips=None):

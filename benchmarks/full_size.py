@@ -82,7 +82,8 @@ def make_chat(cfg, config, clip_config):
     parts = {"branch.pth": {f"backbone.{name}": t.shape for name, t in branch.state_dict().items()},
              "mm_projector.bin": {"model.mm_projector.weight": torch.Size([config.width, D]), "model.mm_projector.bias": torch.Size([config.width])}}
     for name, shapes in parts.items():
-        weightfile.write_safetensors(os.path.join(folder, name), random_tensors(shapes, torch.float16))
+        if not os.path.exists(os.path.join(folder, name)):
+            weightfile.write_safetensors(os.path.join(folder, name), random_tensors(shapes, torch.float16))
     return folder
 
 

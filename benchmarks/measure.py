@@ -37,18 +37,29 @@ def say(text):
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
+def launch(command, what):
+    """Runs a command in a process of its own, in our folder -> (lines that it printed, CPU seconds, peak MB, what it said on standard error).
+
+    Raises UserError with its last words where it fails; `what` it is, in words."""
+    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, cwd=HERE)
+    *printed, last = done.stdout.splitlines()
+    code, cpu, peak = json.loads(last)
+    if code:
+        raise common.UserError(f"{what} failed: {last_line(done.stderr) or f'exit code {code}'}")
+    return printed, cpu, peak / MEGABYTE, done.stderr
+
+
+def last_line(text):
+    return text.splitlines()[-1] if text.strip() else ""
+
+
 def call(python, what, *functions, arguments):
     """Runs the last of `functions` in a process of its own, to which their texts are sent -> what it returns, through JSON, and its peak MB.
 
     `what` it is, in words, for the error."""
     program = "\n".join(["import json, sys", *map(inspect.getsource, functions), f"print(json.dumps({functions[-1].__name__}(*json.loads(sys.argv[1]))))"])
-    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, shutil.which(python), "-c", program, json.dumps(arguments)],
-                          capture_output=True, text=True, cwd=HERE)
-    *printed, last = done.stdout.splitlines()
-    code, _, peak = json.loads(last)
-    if code:
-        raise common.UserError(f"{what} failed: {(done.stderr.splitlines() or [f'exit code {code}'])[-1]}")
-    return json.loads(printed[-1]), peak / MEGABYTE
+    printed, _, peak, _ = launch([shutil.which(python), "-c", program, json.dumps(arguments)], what)
+    return json.loads(printed[-1]), peak
 
 
 def present(cfg, contestants):
@@ -63,7 +74,7 @@ def present(cfg, contestants):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             names.remove(c.name)
-        print(f"- {c.name}: " + (f"not installed (pip install {c.package}); its rows are left out. {done.stderr.splitlines()[-1]}"
+        print(f"- {c.name}: " + (f"not installed (pip install {c.package}); its rows are left out. {last_line(done.stderr) or f'exit code {done.returncode}'}"
                                  if done.returncode else f"{c.package} {done.stdout.strip()}"))
     print(flush=True)
     return names

@@ -8,7 +8,7 @@ import sys
 from benchmarks.measure import call, present, say
 
 
-def training_steps(precision, mask_ratio, checkpointed, count):   # sent to a process of its own, too
+def training_steps(precision, mask_ratio, checkpointed, count, sizes):   # sent to a process of its own, too
     import time
 
     import torch
@@ -19,19 +19,20 @@ def training_steps(precision, mask_ratio, checkpointed, count):   # sent to a pr
     dtype = pretrain.PRECISIONS[precision]
     torch.manual_seed(0)
     with torch.device("meta"):
-        towers = clip.CLIP(clip.CLIPConfig())
+        towers = clip.CLIP(clip.CLIPConfig(**sizes))
     towers.load_state_dict({name: torch.randn(t.shape, dtype=dtype) * 0.02 for name, t in towers.state_dict().items()}, assign=True)
     branch = model.Branch.beside(towers, drop_path=0.1, checkpointed=checkpointed)
     learner = model.Pretraining(model.VideoEncoder(pretrain.lighten(towers, dtype), branch))
     optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=1e-6)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    video, ids = torch.randn(2, 8, 3, 224, 224), torch.randint(1000, (2, 64))
+    c = towers.config
+    video, ids = torch.randn(2, 8, 3, c.image_size, c.image_size), torch.randint(c.vocab_size, (2, min(64, c.context_length)))
 
     def clock():
         return time.perf_counter(), time.process_time()
     rows = []
     for _ in range(count):
-        kept = model.tube_mask(2, 256, mask_ratio)
+        kept = model.tube_mask(2, c.patch_tokens, mask_ratio)
         moments = [clock()]
         states, text = learner.look(video, ids, kept)
         moments.append(clock())
@@ -42,12 +43,12 @@ def training_steps(precision, mask_ratio, checkpointed, count):   # sent to a pr
         moments.append(clock())
         rows.append([[after - before for before, after in zip(a, b)] for a, b in zip(moments, moments[1:])])   # [part][wall, CPU]
     # the limit: the same number of rows and columns as the first MLP layer has for these 16 frames
-    x, w = torch.randn(16 * 257, 1024, dtype=dtype), torch.randn(4096, 1024, dtype=dtype)
+    x, w = torch.randn(16 * (1 + c.patch_tokens), c.vision_width, dtype=dtype), torch.randn(c.vision_mlp, c.vision_width, dtype=dtype)
     began, products = time.perf_counter(), 0
     while time.perf_counter() - began < 2:
         torch.nn.functional.linear(x, w)
         products += 1
-    return rows[1:], products * 2 * x.numel() * 4096 / (time.perf_counter() - began)   # the first step warms up
+    return rows[1:], products * 2 * x.numel() * c.vision_mlp / (time.perf_counter() - began)   # the first step warms up
 
 
 def trunk_flops(frames=16, layers=24, tokens=257, width=1024):
@@ -62,7 +63,7 @@ def pretrain(cfg):
     for run in range(cfg.runs):
         for case in cases:
             say(f"{case}, {run + 1} of {cfg.runs}")
-            (steps, limit), peak = call(sys.executable, f"a step of {case}", training_steps, arguments=[*case, 3])
+            (steps, limit), peak = call(sys.executable, f"a step of {case}", training_steps, arguments=[*case, 3, {}])
             for parts in steps:
                 wall, cpu = zip(*parts)
                 cases[case].append([sum(wall), sum(cpu), *wall, trunk_flops() / wall[0] / 1e9, limit / 1e9, peak])

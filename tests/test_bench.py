@@ -13,7 +13,7 @@ from PIL import Image
 
 import bench
 from bench import Config
-from benchmarks import chats, clips, frames, full_size, measure
+from benchmarks import chats, clips, frames, full_size, measure, training
 from benchmarks.clips import Clip
 from benchmarks.frames import Case
 from benchmarks.measure import Contestant
@@ -106,7 +106,7 @@ def test_neighbouring_frames_differ_by_more_than_two_contestants_may():
 
 # ---------------------------------------------------------------------------------------------------- measuring
 def test_a_process_is_charged_for_its_own_work_and_memory_alone(folder):
-    usage = frames.launch(config(folder), Contestant("heavy", "numpy", heavy), "", Case(None, 1, []))
+    usage = frames.decode(config(folder), Contestant("heavy", "numpy", heavy), "", Case(None, 1, []))
     assert usage.process > 0.5 and usage.process > usage.work > 0 and usage.wall > 0
     assert 40 <= usage.extra < 60
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / measure.MEGABYTE
@@ -115,7 +115,7 @@ def test_a_process_is_charged_for_its_own_work_and_memory_alone(folder):
 
 def test_importing_is_not_work(folder):
     slow = Contestant("heavy", "time, numpy\nwhile time.process_time() < 0.5: pass", heavy)
-    usage = frames.launch(config(folder), slow, "", Case(None, 1, []))
+    usage = frames.decode(config(folder), slow, "", Case(None, 1, []))
     assert usage.process - usage.work > 0.5
 
 
@@ -135,7 +135,7 @@ def test_our_frames_are_those_of_the_peers(folder):
 
 
 def test_ours_runs_in_a_process_of_its_own(folder, tmp_path):
-    usage = frames.launch(config(folder), frames.OURS, clips.make(folder, SHORT), Case(SHORT, 3, [], 36), str(tmp_path / "frames.npy"))
+    usage = frames.decode(config(folder), frames.OURS, clips.make(folder, SHORT), Case(SHORT, 3, [], 36), str(tmp_path / "frames.npy"))
     assert usage.process > usage.work > 0
     assert (np.load(tmp_path / "frames.npy") == frames.ours(clips.make(folder, SHORT), 3, 36)[:, ::4, ::4]).all()
 
@@ -282,6 +282,24 @@ def test_a_contestant_that_fails_is_one_line():
         measure.call(sys.executable, "the broken one", broken, arguments=["", 1])
 
 
+def kills_itself(path, count):
+    import os
+    os.kill(os.getpid(), 9)
+
+
+def test_a_contestant_that_dies_without_a_word_is_one_line():
+    with pytest.raises(UserError, match="the dying one failed: exit code -9"):
+        measure.call(sys.executable, "the dying one", kills_itself, arguments=["", 1])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_step_of_pretraining_is_measured_in_its_parts(checkpointed):
+    arguments = ["fp32", 0.5, checkpointed, 3, dataclasses.asdict(dataclasses.replace(CLIP, vision_layers=5))]
+    (steps, limit), peak = measure.call(sys.executable, "a small step", training.training_steps, arguments=arguments)
+    assert len(steps) == 2 and all(len(parts) == 3 and all(wall > 0 for wall, _ in parts) for parts in steps)   # CLIP, branch, AdamW
+    assert limit > 0 and peak > 50
+
+
 def test_quality_has_a_number_for_every_scheme(capsys):
     chats.quality(Config("quality"), LLaMAConfig(width=128, mlp=1024, heads=4))   # layers of a 7B take a minute
     columns, _, *rows = cells(capsys.readouterr().out)
@@ -299,5 +317,5 @@ def test_bad_input_is_one_line(folder):
         frames.frames(Config("frames", data=folder, runs=0), [])
     with pytest.raises(UserError, match="--peer_python no_such_python: no such program"):
         frames.frames(config(folder, peer_python="no_such_python"), [Case(SHORT, 3, [])])
-    with pytest.raises(UserError, match="broken failed, 72p x264, 2 s, GOP 10: ValueError: no such luck"):
-        frames.launch(config(folder), Contestant("broken", "numpy", broken), "", Case(SHORT, 3, []))
+    with pytest.raises(UserError, match="broken, 72p x264, 2 s, GOP 10, failed: ValueError: no such luck"):
+        frames.decode(config(folder), Contestant("broken", "numpy", broken), "", Case(SHORT, 3, []))

@@ -13,15 +13,16 @@ import features
 import model
 from common import UserError
 from small import write_branch, write_video
+from video import DamagedVideo
 
 
 @pytest.fixture
 def seen():
-    return features.Seen(2.5, [0.1, 1 / 3], torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8), torch.randn(4, 6).bfloat16())
+    return features.Seen(2.5, "cut off", [0.1, 1 / 3], torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8), torch.randn(4, 6).bfloat16())
 
 
 def same(a, b):
-    return (a.duration, a.times) == (b.duration, b.times) and torch.equal(a.frames, b.frames) and torch.equal(a.video_tokens, b.video_tokens)
+    return (a.duration, a.damage, a.times) == (b.duration, b.damage, b.times) and torch.equal(a.frames, b.frames) and torch.equal(a.video_tokens, b.video_tokens)
 
 
 def test_what_was_kept_is_recalled_bit_for_bit(seen, tmp_path):
@@ -158,7 +159,7 @@ def test_an_entry_that_is_used_is_not_the_oldest(seen, tmp_path, monkeypatch):
 def keep_many(folder, first):
     for i in range(40):
         features.keep(os.path.join(folder, f"{(first + i) % 50:032x}.safetensors"),
-                      features.Seen(1.0, [0.5], torch.full((1, 3, 8, 8), 7, dtype=torch.uint8), torch.ones(2, 3)))
+                      features.Seen(1.0, "", [0.5], torch.full((1, 3, 8, 8), 7, dtype=torch.uint8), torch.ones(2, 3)))
 
 
 def test_two_processes_share_a_folder(tmp_path, monkeypatch):
@@ -226,6 +227,16 @@ def test_a_cache_that_cannot_be_written_is_said_and_harms_nothing(begin, tmp_pat
     assert answer(begin())
     err = capsys.readouterr().err
     assert f"{tmp_path}/c" in err and "going on without it" in err
+
+
+def test_that_a_video_is_cut_is_said_again_when_it_is_not_decoded_again(begin, tmp_path):
+    path = write_video(tmp_path / "cut.mkv", seconds=5)
+    os.truncate(path, os.path.getsize(path) * 3 // 5)
+    for _ in range(2):
+        with pytest.warns(DamagedVideo, match="cut.mkv: cut off or damaged after") as told:
+            begin().open(path)
+        assert len({str(warning.message) for warning in told}) == 1
+    assert len(os.listdir(tmp_path / "c")) == 2   # and the second time it came from here
 
 
 def test_another_video_in_a_conversation_is_kept_too(begin, tmp_path, monkeypatch):

@@ -205,7 +205,7 @@ def test_it_begins_with_what_it_sees_and_how_to_get_help(talk, video, weights):
 
 
 def test_an_answer_comes_in_many_pieces(talk):
-    assert talk.reads > 5
+    assert talk.reads > 30   # a pseudo-terminal hands over 4 kB at once: of an answer in one piece that would be three
 
 
 def test_ctrl_c_stops_an_answer_that_has_begun(talk):
