@@ -428,6 +428,8 @@ def check(cfg):
     be weights there is named as well: chat.py reads nothing but ENTRIES. Raises UserError with the first problem."""
     what, problems = cfg.what or cfg.out, []
     parts = parts_of(what)
+    if os.path.isdir(what) and not parts and not is_model(what):
+        raise UserError(f"{what}: no weights in this folder; it should hold {', '.join(ENTRIES)} or some of them, or be a model itself")
     entries = [name for name in ENTRIES if name in parts]
     for name in parts or [""]:
         path = os.path.join(what, name) if name else what

@@ -501,6 +501,12 @@ def test_released_files_under_their_own_names_are_no_set_and_are_named(tiny, cap
         ["llava", "clip", "branch.pth", "chat.bin"]
 
 
+def test_a_folder_without_weights_is_told_what_it_should_hold(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="no weights in this folder; it should hold clip, llava, branch.pth"):
+        check(tmp_path)
+
+
 def test_a_set_for_retrieval_is_complete_without_a_llava(tiny, capsys):
     shutil.rmtree(tiny / "llava")
     os.remove(tiny / "chat.bin")
