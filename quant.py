@@ -107,8 +107,9 @@ def fast_bf16():
 
 
 class BF16Linear(FrozenLinear):
-    """Weights in bf16 or fp16, as they are in most files; fp32 becomes bf16. One row by `mv`, which reads memory faster than `linear` does; many rows in fp32, a part of the
-    weight at a time, where the CPU has no arithmetic for bf16 and torch's own way takes three times as long."""
+    """Weights in bf16 or fp16, as they are in most files; fp32 becomes bf16. One row by `mv`, which reads memory faster than `linear`
+    does; many rows in fp32, a part of the weight at a time, where the CPU has no arithmetic for bf16 and torch's own way takes three times
+    as long."""
     @staticmethod
     def convert(weight):
         return {"weight": weight.detach().bfloat16() if weight.dtype == torch.float32 else weight.detach()}
@@ -188,7 +189,7 @@ class Int4Linear(FrozenLinear):
         self.packing = packing()
 
     @staticmethod
-    def fits(N, K):   # the same everywhere: the longest row of rows that a kernel works on
+    def fits(N, K):   # 64 rows are what a kernel works on at most; the same everywhere, so that what memory it takes is, too
         return N % 64 == 0 and K % GROUP == 0
 
     @staticmethod
@@ -262,7 +263,8 @@ def quantize(module, scheme):
 
 def quantized(model, scheme, made_from, folder):
     """As quantize, but the work is done once: `folder`/quantised_SCHEME.safetensors is mapped if it was made of just these files
-    (made_from, what `origin` said of them before they were read), else made. Where it cannot be written, that is said and the model is quantised in memory. -> model"""
+    (made_from, what `origin` said of them before they were read), else made. Where it cannot be written, that is said and the model is
+    quantised in memory. -> model"""
     if scheme == "bf16":   # nothing to compute, nothing to keep
         return quantize(model, scheme)
     path, found = os.path.join(folder, f"quantised_{scheme}.safetensors"), linears(model, scheme)
@@ -284,9 +286,10 @@ def quantized(model, scheme, made_from, folder):
 
 
 def weight_files(*folders):
-    """The files in these folders, where there are such, that weights can be in, but for those that `quantized` writes; and the number of heads in Meta's
-    layout, which decides how rows are sorted."""
-    paths = [os.path.join(folder, name) for folder in folders if os.path.isdir(folder) for name in sorted(os.listdir(folder)) if not name.startswith("quantised_")]
+    """The files in these folders, where there are such, that weights can be in, but for those that `quantized` writes; and the number of
+    heads in Meta's layout, which decides how rows are sorted."""
+    paths = [os.path.join(folder, name) for folder in filter(os.path.isdir, folders) for name in sorted(os.listdir(folder))]
+    paths = [path for path in paths if not os.path.basename(path).startswith("quantised_")]
     return [path for path in paths if path.endswith((".safetensors", ".bin", ".pth", ".pt", "params.json")) and os.path.isfile(path)]
 
 

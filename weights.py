@@ -6,9 +6,9 @@
     python weights.py need llava       # memory to chat with it on a CPU: as it is, in int8 and in int4
 
 A file appears under its final name when all of it is there and nothing in it is known to be wrong; until then it is NAME.part,
-with NAME.part.json beside it that says what it is a part of. `check` loads the parts as chat.py does, but without copying them
-(less than a second for 13 GB) where it can: deltas and several shards of Meta are put together in memory. With --hash it reads every byte. Its exit code is 0 for a part that is whole, and for a set that is complete, for
-a chat or for retrieval, else 2.
+with NAME.part.json beside it that says what it is a part of. `check` loads the parts as chat.py does, without copying them where it
+can (less than a second for 13 GB); deltas and several shards of Meta are put together in memory. With --hash it reads every byte. Its
+exit code is 0 for a part that is whole, and for a set that is complete, for a chat or for retrieval, else 2.
 """
 import dataclasses
 import hashlib

@@ -140,6 +140,19 @@ def test_json_is_one_object_a_question(call, weights, video):
     assert second["cached"] > 0   # the sentence before the question
 
 
+def test_what_editors_on_windows_begin_a_file_with_is_no_part_of_a_question(call, weights, video):
+    _, out, _ = call(video, "--weights", weights, "--json", "--max_new_tokens", 3, stdin="\ufeffwhat moves?\n")
+    assert json.loads(out)["question"] == "what moves?"
+
+
+def test_a_video_that_alone_fills_the_context_is_told_by_its_frames(weights, video, tokenizer_model, tmp_path):
+    folder = shutil.copytree(weights, tmp_path / "w")
+    write_llava(folder / "llava", tokenizer_model, context=40)
+    session = chat.Session(chat.Config(video, weights=str(folder), tokens="st_pool", num_frames=60))
+    with pytest.raises(UserError, match=r"no room for an answer: .* are the video's; choose fewer --num_frames"):
+        session.ask("what?", silent)
+
+
 def test_json_is_refused_where_someone_talks(monkeypatch):
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
     with pytest.raises(UserError, match="^--json: is for -q and for questions on standard input"):

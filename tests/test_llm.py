@@ -316,6 +316,8 @@ def test_top_p_draws_only_from_the_fewest_tokens_that_reach_it():
 def test_temperature_towards_zero_becomes_greedy():
     assert draws(1e-6, 1.0, count=50)[1] == 1 and draws(0.0, 1.0, count=5)[1] == 1
     assert sample(-LOGITS, 1e-40, 1.0, torch.Generator()) == 2   # logits / temperature would be inf
+    for temperature, top_p in ((1e-50, 1.0), (1e-300, 0.5), (1.0, 1e-50), (1e-50, 1e-300)):   # what fp32 takes for 0
+        assert sample(LOGITS, temperature, top_p, torch.Generator()) == 1
 
 
 @pytest.mark.parametrize("temperature, top_p", [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.5)])

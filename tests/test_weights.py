@@ -264,6 +264,24 @@ def test_a_part_that_is_whole_is_checked_and_not_asked_for_again(get, monkeypatc
     assert get(refusing(500)) == [] and names(get.folder) == ["a.bin"] and (get.folder / "a.bin").read_bytes() == OLD
 
 
+def test_a_disk_that_cannot_be_read_for_a_moment_costs_no_download(get, monkeypatch):
+    def hiccup(path):
+        raise UserError(f"{path}: Input/output error")
+    with monkeypatch.context() as m, pytest.raises(UserError, match="Input/output error"):
+        m.setattr(weights, "sha256", hiccup)
+        get(honest())
+    assert names(get.folder) == ["a.bin.part", "a.bin.part.json"]
+    assert get(refusing(500)) == [] and (get.folder / "a.bin").read_bytes() == OLD
+
+
+def test_a_part_that_goes_makes_room_for_the_whole(get, monkeypatch):
+    get.folder.mkdir()
+    (get.folder / "a.bin.part").write_bytes(NEW[:2_000_000])   # of unknown origin, so the file is sent from its beginning
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 1_500_000))
+    get(honest())
+    assert (get.folder / "a.bin").read_bytes() == OLD
+
+
 @pytest.mark.parametrize("note", [None, b"{", b"[]", b'{"size": 5}'])
 def test_a_part_of_unknown_origin_is_begun_anew(get, note):
     get.folder.mkdir()
@@ -598,6 +616,8 @@ def test_a_folder_of_weights_is_measured_by_what_is_in_it(capsys):
     assert rows["CLIP, image tower"][0] == round(4 * sum(p.numel() for p in clip.vision_model.parameters()) / 1e9, 3)   # fp32: it is small
     assert rows["LLaMA"][0] == round(4 * sum(p.numel() for p in llama.parameters()) / 1e9, 3)
     assert "LLaMA, as it is joined" in table(capsys, TINY, base=TINY)
+    with pytest.raises(UserError, match="need llava: --base is for a folder of weights"):
+        weights.main(weights.Config("need", "llava", base="x"))
     with pytest.raises(UserError, match="clip: not a chat; choose llava"):
         weights.main(weights.Config("need", "clip"))
     with pytest.raises(UserError, match="clip"):
