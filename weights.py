@@ -473,7 +473,7 @@ def is_model(folder):
 def usual(words):
     """What `look` says of a part -> the names under which chat.py would read it."""
     kinds = {"CLIP": "clip", "LLaMA": "llava", "a delta": "llava", "branch": "branch.pth", "projector": "mm_projector.bin"}
-    return ["chat.bin"] if "branch" in words and "projector" in words else [name for sign, name in kinds.items() if words.startswith(sign)]
+    return ["chat.bin"] if words.startswith("branch") and "projector" in words else [name for sign, name in kinds.items() if words.startswith(sign)]
 
 
 def look(path):

@@ -395,17 +395,18 @@ def test_what_is_remembered_after_ctrl_c_is_true(session, pieces):
     assert answers[:half] == answers[half + 1:-1]
 
 
-@pytest.mark.parametrize("moment", ["before the cache is cut", "before the prompt is read", "after it"])
+@pytest.mark.parametrize("moment", ["before the cache is cut", "after the cache is cut", "before the prompt is read", "after the prompt is read"])
 def test_ctrl_c_before_the_first_word_leaves_the_conversation_as_it_was(session, monkeypatch, moment):
     session.ask("What is this?", silent)
-    turns, forward = list(session.turns), session.chat.llm.forward
+    turns, (owner, name) = list(session.turns), (session.kv_cache, "truncate") if "cache" in moment else (session.chat.llm, "forward")
+    done = getattr(owner, name)
 
     def interrupted(*given, **more):
-        if moment == "after it":
-            forward(*given, **more)
+        if moment.startswith("after"):
+            done(*given, **more)
         raise KeyboardInterrupt
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(*(session.kv_cache, "truncate") if "cache" in moment else (session.chat.llm, "forward"), interrupted)
+        patched.setattr(owner, name, interrupted)
         session.ask("Never mind?", silent)
     assert session.turns == turns and len(session.heard) <= session.kv_cache.length
     answers = []

@@ -725,6 +725,20 @@ def write_delta(folder, trained, base, tokenizer, extra={}, dtype=torch.float16)
     return folder
 
 
+def test_weights_that_are_replaced_while_they_are_read_are_not_filed_under_the_new_ones(tmp_path, small_tokenizer, monkeypatch):
+    save_llama(tmp_path, tiny(), small_tokenizer)
+
+    def read(folder, inner=llm.read_llama):
+        result = inner(folder)
+        os.utime(tmp_path / "model.safetensors", ns=(1, 1))   # another file has taken its place
+        return result
+    with monkeypatch.context() as patched:
+        patched.setattr(llm, "read_llama", read)
+        load_llama(tmp_path, quantize="int8")
+    with pytest.warns(UserWarning, match="quantised_int8.safetensors: made from other weights"):
+        load_llama(tmp_path, quantize="int8")
+
+
 def base_and_trained():
     """A LLaMA, and what little training made of it, with three more tokens."""
     base, trained = tiny(), tiny()

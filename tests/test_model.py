@@ -227,6 +227,13 @@ def test_a_visible_patch_is_marked_with_its_own_place():
     assert relative(tokens, elsewhere) > 1e-3
 
 
+def test_a_cpu_sees_few_large_frames_at_once_and_many_small_ones():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    large, small = CLIPConfig(), CLIPConfig(image_size=64, patch_size=16, vision_width=128, vision_mlp=512)
+    assert [nanobt.frames_at_once(c, cpu) for c in (large, CLIPConfig(image_size=336), CLIPConfig(image_size=1344), small)] == [4, 2, 1, 128]
+    assert nanobt.frames_at_once(large, gpu) == 128
+
+
 def test_the_chunk_of_frames_does_not_change_the_states():
     encoder, video = small_encoder(T=5)
     for a, b in zip(encoder.backbone_states(video, 4), encoder.backbone_states(video, 4, chunk=3)):
