@@ -33,16 +33,12 @@ try:
 
     import torch
 
-    import common
     import data
-    import features
-    import memory
-    import quant
-    import terminal
-    from common import UserError, say
     from llm import KVCache, generate, is_joined, stream_text
     from model import SYSTEMS, VIDEO_INDEX, VIDEO_TOKENS, load_chat, prompt_ids, read_sizes
-    from video import DamagedVideo
+    from plumbing import cli, memory, quant, store, terminal, training
+    from plumbing.cli import UserError, say
+    from plumbing.video import DamagedVideo
 except KeyboardInterrupt:   # the imports are most of the start: who changes their mind meanwhile needs no traceback
     print("chat.py: interrupted", file=sys.stderr)
     sys.exit(130)
@@ -103,13 +99,13 @@ def check_settings(cfg):
 
 
 def put(text):
-    """Part of an answer -> standard output, at once. Raises UserError, and BrokenPipeError, which common.run knows."""
+    """Part of an answer -> standard output, at once. Raises UserError, and BrokenPipeError, which cli.run knows."""
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
-        raise   # see common.run
+        raise   # see cli.run
     except OSError as e:
-        common.forget_output(sys.stdout)
+        cli.forget_output(sys.stdout)
         raise UserError(f"standard output: cannot write: {e.strerror}")
 
 
@@ -159,9 +155,9 @@ class Session:
     begins alike is worked through only from where it differs, so a second question costs its own words.
     spent: {what was waited for since --verbose last reported: seconds}. cost: of the last answer, None before it."""
     def __init__(self, cfg):
-        self.cfg, self.cost, self.weights_state = cfg, None, features.state_of(cfg.weights)
+        self.cfg, self.cost, self.weights_state = cfg, None, store.state_of(cfg.weights)
         self.spent = {"import": IMPORT_SECONDS, "weights": 0.0, "video": 0.0}
-        self.device = common.pick_device(cfg.device)
+        self.device = training.pick_device(cfg.device)
         self.open(cfg.video, meanwhile=self.load)
 
     @contextlib.contextmanager
@@ -204,9 +200,9 @@ class Session:
         What is known from an earlier chat is taken from the cache. That a file is no video, or that its first frame cannot be decoded,
         is said before anything else is done: nobody should wait for gigabytes of weights to hear it."""
         cfg, seen = self.cfg, None
-        entry = features.entry(cfg.cache_dir or features.default_folder(), path, self.how(), self.weights_state) if cfg.cache else None
+        entry = store.entry(cfg.cache_dir or store.default_folder(), path, self.how(), self.weights_state) if cfg.cache else None
         with self.timed("video"), self.unharmed():
-            seen = features.recall(entry) if entry else None
+            seen = store.recall(entry) if entry else None
         if seen is None:
             with self.timed("video"):
                 probed = data.probe(path)
@@ -218,10 +214,10 @@ class Session:
                         quant.quantize(self.chat.encoder.clip.vision_model, "int8")
                     with torch.inference_mode():
                         video_tokens = self.chat.encode_video(data.normalise(pixels)[None].to(self.device))[0]   # (K, D_llm)
-            seen = features.Seen(probed.duration, probed.damage, times, frames, video_tokens)
+            seen = store.Seen(probed.duration, probed.damage, times, frames, video_tokens)
             with self.timed("video"), self.unharmed():
                 if entry:
-                    features.keep(entry, seen)
+                    store.keep(entry, seen)
         else:
             if seen.damage:   # whoever decodes it is told; so is who does not have to
                 warnings.warn(DamagedVideo(f"{path}: {seen.damage}"))
@@ -351,7 +347,7 @@ def save_conversation(session, path):
         "kind": CONVERSATION, "video": os.path.abspath(session.path), "duration": session.duration, "times": session.times,
         "weights": os.path.abspath(cfg.weights), "settings": settings,
         "turns": [{"question": question, "answer": answer, "forgotten": i < session.forgotten} for i, (question, answer) in enumerate(session.turns)]}
-    common.write_atomic(path, lambda f: f.write(json.dumps(conversation).encode() + b"\n"))
+    cli.write_atomic(path, lambda f: f.write(json.dumps(conversation).encode() + b"\n"))
     say(f"wrote {path}")
 
 
@@ -449,7 +445,7 @@ def main(cfg):
             raise UserError(f"--{flag} {getattr(cfg, flag)}: choose one of {', '.join(known)}")
     check_settings(cfg)
     if cfg.num_frames is not None:
-        common.at_least(cfg, num_frames=1)
+        cli.at_least(cfg, num_frames=1)
     if cfg.question is not None and not cfg.question.strip():
         raise UserError("--question: it is empty")
     if sys.stdin is None or sys.stdout is None:
@@ -472,4 +468,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    common.run(main, Config, **FLAGS)
+    cli.run(main, Config, **FLAGS)

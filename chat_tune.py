@@ -28,11 +28,12 @@ import torch.nn as nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import common
 import data
 from clip import load_clip
 from llm import load_llama, save_llama, tokenizer_path
-from model import IGNORE_INDEX, VIDEO_TOKENS, VideoChat, VideoEncoder, chat_tensors, is_marked, load_branch, make_projector, projector_part, prompt_ids
+from model import (IGNORE_INDEX, VIDEO_TOKENS, VideoChat, VideoEncoder, chat_tensors, is_marked, load_branch,
+                   make_projector, projector_part, prompt_ids)
+from plumbing import cli, pictures, training
 
 
 @dataclasses.dataclass
@@ -74,7 +75,7 @@ def collate(items):
     good = [item for item in items if not isinstance(item, data.Skipped)]
     clips, conversations, indices = zip(*good) if good else ((), (), ())
     if len({pixels.shape for pixels in clips}) > 1:
-        raise common.UserError("pictures and videos in one batch; put them into annotation files of their own")
+        raise cli.UserError("pictures and videos in one batch; put them into annotation files of their own")
     pixels = torch.stack(clips) if clips else torch.empty(0)
     return pixels, conversations, indices, [item.message for item in items if isinstance(item, data.Skipped)]
 
@@ -111,20 +112,20 @@ def build(cfg):
     llm, tokenizer, extra = load_llama(cfg.llm)
     words = llm.model.embed_tokens.weight.shape[0]
     if words - tokenizer.vocab_size not in (0, 3):
-        raise common.UserError(f"{cfg.llm}: {words} word embeddings for {tokenizer.vocab_size} tokens; needed are as many, or LLaVA's 3 more")
+        raise cli.UserError(f"{cfg.llm}: {words} word embeddings for {tokenizer.vocab_size} tokens; needed are as many, or LLaVA's 3 more")
     visual, width, projector = clip.config.vision_width, llm.config.width, projector_part(extra)
     # the first stage starts the projector anew; the others go on with the one that the weights hold
     mm_projector = nn.Linear(visual, width) if cfg.stage == "projector" else make_projector(projector, visual, width, cfg.llm)
     branch = load_branch(cfg.branch, clip, skip_last=1, drop_path=cfg.drop_path) if cfg.tokens == "branch" else None
     if branch and branch.balance2 is None:   # the layout of a tuned file cannot say "no gates"; it would come back with some
-        raise common.UserError(f"{cfg.branch}: a branch without gates cannot be tuned for chat; pretrain one with --gated")
+        raise cli.UserError(f"{cfg.branch}: a branch without gates cannot be tuned for chat; pretrain one with --gated")
     marked = cfg.stage != "video" or is_marked(cfg.llm)   # the stages before it make a LLaVA, and ours has the two rows
     return VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, cfg.tokens, marked).float()
 
 
 def save_result(cfg, chat):
     if cfg.stage == "video":
-        common.save_checkpoint(os.path.join(cfg.out, "chat.bin"), chat_tensors(chat, torch.float16))
+        training.save_checkpoint(os.path.join(cfg.out, "chat.bin"), chat_tensors(chat, torch.float16))
         return
     chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)   # LLaVA's <im_patch>, <im_start>, <im_end>, if they are not there yet
     chat.llm.model.embed_tokens.weight.data[-2:] = chat.start_end.data
@@ -136,16 +137,16 @@ def save_result(cfg, chat):
 
 def main(cfg):
     # ------------------------------------------------------------------------------------------------ setup
-    here = common.start_distributed(cfg.device)
+    here = training.start_distributed(cfg.device)
     device = here.device
     for flag, value, known in (("stage", cfg.stage, STAGES), ("tokens", cfg.tokens, VIDEO_TOKENS)):
         if value not in known:
-            raise common.UserError(f"--{flag} {value}: choose one of {', '.join(known)}")
+            raise cli.UserError(f"--{flag} {value}: choose one of {', '.join(known)}")
     if cfg.tokens == "branch" and not cfg.branch:
-        raise common.UserError("--tokens branch needs --branch FILE")
+        raise cli.UserError("--tokens branch needs --branch FILE")
     if cfg.batch_size % here.size:
-        raise common.UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes")
-    common.at_least(cfg, batch_size=1, num_frames=1, seed=0, steps=0, epochs=1, save_every=1, log_every=1)
+        raise cli.UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes")
+    cli.at_least(cfg, batch_size=1, num_frames=1, seed=0, steps=0, epochs=1, save_every=1, log_every=1)
     torch.manual_seed(cfg.seed)
     # ------------------------------------------------------------------------------------------------ model
     chat = build(cfg).to(device)
@@ -163,12 +164,12 @@ def main(cfg):
                 log.add(step=step, **{kind: 100 * right / asked})
     if cfg.eval_only:
         if not questions:
-            raise common.UserError("--eval_only needs --eval_annotations")
+            raise cli.UserError("--eval_only needs --eval_annotations")
         return report(0) if here.first else None
-    common.make_folder(cfg.out)
+    cli.make_folder(cfg.out)
     dataset = data.ConversationDataset(cfg.annotations, cfg.root, cfg.num_frames, size, skip=True)
     if len(dataset) < cfg.batch_size:
-        raise common.UserError(f"--batch_size {cfg.batch_size}: more than the {len(dataset)} conversations of {cfg.annotations}")
+        raise cli.UserError(f"--batch_size {cfg.batch_size}: more than the {len(dataset)} conversations of {cfg.annotations}")
     steps = cfg.steps or cfg.epochs * (len(dataset) // cfg.batch_size)
     # ------------------------------------------------------------------------------------------------ optimizer
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0)
@@ -176,26 +177,26 @@ def main(cfg):
     scaler = torch.amp.GradScaler(enabled=half)
     step, skipped, last = 0, 0, os.path.join(cfg.out, "last.pth")
     if os.path.exists(last):
-        saved = common.load_checkpoint(last)
-        common.check_same_run(saved, last, cfg)
-        common.put_back(trained, saved["trained"], last)
+        saved = training.load_checkpoint(last)
+        training.check_same_run(saved, last, cfg)
+        training.put_back(trained, saved["trained"], last)
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:   # empty after a run in another precision
             scaler.load_state_dict(saved["scaler"])
         step, skipped = saved["step"], saved["skipped"]
     if here.first:
-        log = common.Log(os.path.join(cfg.out, "log.jsonl"), step)
-        common.remove_leftovers(cfg.out)
+        log = training.Log(os.path.join(cfg.out, "log.jsonl"), step)
+        training.remove_leftovers(cfg.out)
     ddp = nn.parallel.DistributedDataParallel(chat) if here.size > 1 else chat
     loader = iter(DataLoader(dataset, batch_sampler=batches(len(dataset), cfg.batch_size, cfg.seed, step, here.rank, here.size),
-                             num_workers=cfg.workers, collate_fn=collate, worker_init_fn=common.leave_signals_to_the_parent))
+                             num_workers=cfg.workers, collate_fn=collate, worker_init_fn=training.leave_signals_to_the_parent))
 
     def after_step():
         if here.first and (step % cfg.save_every == 0 or step == steps):
-            common.save_checkpoint(last, {"trained": {name: p.detach().cpu() for name, p in trained.items()},
+            training.save_checkpoint(last, {"trained": {name: p.detach().cpu() for name, p in trained.items()},
                                           "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                                           "step": step, "skipped": skipped, "config": dataclasses.asdict(cfg)})
-            common.plot(os.path.join(cfg.out, "curve.png"), [(f"chat_tune, {cfg.stage}: loss", {"loss": log.column("loss")})])
+            pictures.plot(os.path.join(cfg.out, "curve.png"), [(f"chat_tune, {cfg.stage}: loss", {"loss": log.column("loss")})])
         bar.update()
     # ------------------------------------------------------------------------------------------------ loop
     chat.train()
@@ -204,24 +205,24 @@ def main(cfg):
         pixels, conversations, _, broken = next(loader)
         for message in broken:
             bar.write(f"skipped: {message}", file=sys.stderr)
-        counts, lost = common.told_by_all(here, len(conversations), len(broken))
+        counts, lost = training.told_by_all(here, len(conversations), len(broken))
         skipped += sum(lost)
         if not any(counts):
-            raise common.UserError(f"{cfg.annotations}: a batch without one readable video under {cfg.root}")
+            raise cli.UserError(f"{cfg.annotations}: a batch without one readable video under {cfg.root}")
         if not all(counts):
             bar.write(f"step {step}: passed by, a process has no readable video", file=sys.stderr)
             step += 1
             after_step()
             continue
         prompts = [prompt_ids(chat.tokenizer, turns, cfg.system) for turns in conversations]
-        common.seed_step(cfg.seed, step, here.rank)
+        training.seed_step(cfg.seed, step, here.rank)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * common.warmup_cosine(step, steps, max(1, round(0.03 * steps)))
+            group["lr"] = cfg.lr * training.warmup_cosine(step, steps, max(1, round(0.03 * steps)))
         with torch.autocast(device.type, torch.float16, enabled=half):
             loss = ddp(data.normalise(pixels.to(device)), prompts)
-        shown = sum(common.told_by_all(here, loss.item())[0]) / here.size   # of the joined batch: all processes stop where one must
+        shown = sum(training.told_by_all(here, loss.item())[0]) / here.size   # of the joined batch: all processes stop where one must
         if not math.isfinite(shown):
-            raise common.UserError(f"step {step}: the loss is {shown}; {last} is kept")
+            raise cli.UserError(f"step {step}: the loss is {shown}; {last} is kept")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -244,4 +245,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    common.run(main, Config)
+    cli.run(main, Config)

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import weightfile
-from common import UserError, make_folder, write_atomic
+from plumbing import weightfile
+from plumbing.cli import UserError, make_folder, write_atomic
 
 VOCABULARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "bpe_simple_vocab_16e6.txt.gz")
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import Dataset, default_collate
 
-from common import UserError, run, write_atomic
-from video import PICTURES, TOLERANCE, VideoError, open_regular, open_video, resize_bicubic
+from plumbing.cli import UserError, run, write_atomic
+from plumbing.video import PICTURES, TOLERANCE, VideoError, open_regular, open_video, resize_bicubic
 
 THUMBNAIL = 240   # pixels, the width of a frame on a contact sheet
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)   # CLIP's statistics of RGB in 0..1

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import quant
-from common import UserError, make_folder, write_atomic
-from weightfile import likely_reason, load_into, map_file, read_file, read_json, read_tensors, shapes_only, shown, write_safetensors
+from plumbing import quant
+from plumbing.cli import UserError, make_folder, write_atomic
+from plumbing.weightfile import (likely_reason, load_into, map_file, read_file, read_json, read_tensors,
+                                 shapes_only, shown, write_safetensors)
 
 ROPE_SCALING = {"default": (), "linear": ("factor",),   # kinds, and what each needs to know
                 "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}

@@ -8,19 +8,25 @@ Shapes: B videos, T frames, N patches a frame, n of them visible under a mask, D
 A video is (B, T, 3, H, W), float, CLIP-normalised. The branch holds (B, 1 + n*T, D): one CLS token for the whole video, then
 the patches, position by position, each position's T frames side by side.
 """
+import hashlib
 import os
 import re
+import sys
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-import weightfile
-from clip import MLP, Attention, load_clip_model, read_clip_config
-from common import UserError
+import data
+from clip import MLP, Attention, load_clip, load_clip_model, read_clip_config
 from llm import load_llama, read_llama_config
+from plumbing import weightfile
+from plumbing.training import leave_signals_to_the_parent
+from plumbing.cli import UserError
 
 OUT_NORM, MIDDLE_NORM = 1e4, 1e2   # the gates' fixed multipliers: they turn a tiny learning rate into a quick decision
 
@@ -220,6 +226,65 @@ class VideoEncoder(nn.Module):
         return self.clip.project_image(state[:, :, 0]).mean(1)
 
 
+# ---------------------------------------------------------------------------------------------------- features of a data set
+@torch.no_grad()
+def encode_videos(encoder, dataset, device, batch_size=16, workers=0, amp=False):
+    """Each video of a data set once -> names, in its order; normalised features, on the CPU in fp32, of the branch (V, P) and of
+    mean-pooled CLIP (V, P); what went wrong with the videos that the data set skips. Under torchrun every process takes its
+    share, and all have the whole result. Raises UserError if no video can be read."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    first = {}   # name: the first item with that video
+    for i, video in enumerate(dataset.videos):
+        first.setdefault(video, i)
+    loader = DataLoader(dataset, batch_size, sampler=list(first.values())[rank::size], num_workers=workers, collate_fn=data.collate_skip,
+                        worker_init_fn=leave_signals_to_the_parent)
+    rows, broken, was_training = [], [], encoder.training
+    encoder.eval()
+    with torch.autocast(device.type, torch.float16, enabled=amp and device.type == "cuda"):
+        for batch in tqdm(loader, desc="encode", leave=False, file=sys.stderr, disable=rank > 0):
+            broken += batch["skipped"]
+            if len(batch["index"]):
+                feature, state = encoder(data.normalise(batch["pixels"].to(device)))   # (B, P), (B, T, 1+N, D): one walk through CLIP serves both
+                rows.append((batch["index"], feature.float().cpu(), encoder.mean_feature(state).float().cpu()))
+    encoder.train(was_training)
+    if size > 1:
+        shares = [None] * size
+        try:
+            dist.all_gather_object(shares, (rows, broken))
+        except RuntimeError as e:   # most likely a video that stopped one of the others
+            raise UserError(f"a process has stopped and says why, or cannot be reached ({str(e).splitlines()[0]})") from e
+        rows, broken = ([item for share in shares for item in share[k]] for k in (0, 1))
+    if not rows:
+        raise UserError(f"none of {len(first)} videos can be read; the first: {broken[0]}")
+    index, branch, mean = (torch.cat(column) for column in zip(*rows))
+    index, order = index.sort()
+    return [dataset.videos[i] for i in index], F.normalize(branch[order], dim=-1), F.normalize(mean[order], dim=-1), broken
+
+
+@torch.no_grad()
+def encode_texts(encoder, tokenizer, texts, length, device, amp=False):
+    """-> normalised features (Q, P), on the CPU in fp32; length: tokens of a text that are read, if CLIP has as many."""
+    length = min(length, encoder.clip.config.context_length)
+    with torch.autocast(device.type, torch.float16, enabled=amp and device.type == "cuda"):
+        rows = [encoder.clip.encode_text(tokenizer(texts[i:i + 256], length).to(device)).float().cpu() for i in range(0, len(texts), 256)]
+    return F.normalize(torch.cat(rows), dim=-1)
+
+
+def owners(dataset, videos):
+    """-> the items of a data set whose video is among `videos`, and the place there of each one's video."""
+    place = {video: i for i, video in enumerate(videos)}
+    return zip(*((i, place[video]) for i, video in enumerate(dataset.videos) if video in place))
+
+
+def encode(encoder, tokenizer, dataset, device, batch_size=16, workers=0, amp=False):
+    """-> normalised features, on the CPU in fp32, a row for each pair: of the branch (Q, P), of mean-pooled CLIP (Q, P), of the
+    captions (Q, P); and what went wrong with the videos that the data set skips, whose pairs are left out. See encode_videos."""
+    videos, branch, mean, broken = encode_videos(encoder, dataset, device, batch_size, workers, amp)
+    items, owner = map(list, owners(dataset, videos))
+    text = encode_texts(encoder, tokenizer, [dataset.captions[i] for i in items], 77, device, amp)
+    return branch[owner], mean[owner], text, broken
+
+
 # ---------------------------------------------------------------------------------------------------- the three losses
 class GatherFeatures(torch.autograd.Function):
     """All ranks' rows, in rank order. Every rank computes the same loss from them, so each one's own rows carry its share of
@@ -334,6 +399,21 @@ def load_branch(path, clip, skip_last=0, drop_path=0.0, *, gates=None):
     width = tensors.get("btadapter_S_layers.0.layer_norm1.weight", torch.empty(0)).numel()
     return weightfile.load_into(branch, wanted, path, reason=None if width in (0, c.vision_width) else (
         f"it looks like a branch for a CLIP {width} wide{' (EVA-CLIP-g)' if width == 1408 else ''}; this one is {c.vision_width}"))
+
+
+def load_encoder(folder, branch_file, device):
+    """-> (VideoEncoder for retrieval in fp32, tokenizer)."""
+    clip, tokenizer = load_clip(os.path.join(folder, "clip"))
+    branch = load_branch(branch_file or os.path.join(folder, "branch.pth"), clip)
+    return VideoEncoder(clip.float(), branch).to(device).eval(), tokenizer
+
+
+def fingerprint(encoder):
+    """A word for the weights, the same for the same numbers. 64 numbers of each tensor will do: training moves all of them."""
+    digest = hashlib.sha256()
+    for name, t in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tuple(t.shape)}".encode() + t.flatten()[::max(1, t.numel() // 64)].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def branch_tensors(branch, prefix, dtype=torch.float32):

@@ -27,11 +27,11 @@ import torch.nn as nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import common
 import data
 from clip import load_clip
-from eval_retrieval import SETTINGS, encode, retrieval_metrics
-from model import Branch, Pretraining, VideoEncoder, branch_tensors, mbca_loss, tube_mask, vtc_loss
+from metrics import retrieval_metrics
+from model import Branch, Pretraining, VideoEncoder, branch_tensors, encode, mbca_loss, tube_mask, vtc_loss
+from plumbing import cli, pictures, training
 
 
 @dataclasses.dataclass
@@ -90,7 +90,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def complete(cfg):
     """A Config with what its recipe says in the place of None. Raises UserError."""
     if cfg.recipe not in RECIPES:
-        raise common.UserError(f"--recipe {cfg.recipe}: choose one of {', '.join(RECIPES)}")
+        raise cli.UserError(f"--recipe {cfg.recipe}: choose one of {', '.join(RECIPES)}")
     recipe = dataclasses.asdict(RECIPES[cfg.recipe])
     return dataclasses.replace(cfg, **{key: value for key, value in recipe.items() if getattr(cfg, key, 0) is None})
 
@@ -102,7 +102,7 @@ def loss_weights(text):
     except ValueError:
         weights = []
     if len(weights) != 3 or not all(0 <= w < math.inf for w in weights) or weights[:2] == [0, 0]:
-        raise common.UserError(f"--losses {text}: needs three numbers, for VTC, MBCA and MBTA, such as 1,0.1,0.8; not both of the first zero")
+        raise cli.UserError(f"--losses {text}: needs three numbers, for VTC, MBCA and MBTA, such as 1,0.1,0.8; not both of the first zero")
     return weights
 
 
@@ -111,9 +111,9 @@ def precision(name, device):
     if name == "auto":
         name = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if name not in PRECISIONS:
-        raise common.UserError(f"--precision {name}: choose one of auto, {', '.join(PRECISIONS)}")
+        raise cli.UserError(f"--precision {name}: choose one of auto, {', '.join(PRECISIONS)}")
     if name == "fp16" and device.type == "cpu":
-        raise common.UserError("--precision fp16: needs a GPU; a CPU can do bf16")
+        raise cli.UserError("--precision fp16: needs a GPU; a CPU can do bf16")
     return PRECISIONS[name]
 
 
@@ -137,7 +137,7 @@ def lr_share(step, epoch_steps, steps, anneal):
     """Share of the peak at a step. Released: up from 5 % over half an epoch, then a cosine 4.5 epochs long that one epoch
     barely enters. Annealed: up over a tenth of the run, then a cosine to zero."""
     if anneal:
-        return common.warmup_cosine(step, steps, max(1, steps // 10))
+        return training.warmup_cosine(step, steps, max(1, steps // 10))
     half = max(2, epoch_steps // 2)
     if step < half:
         return 0.05 + 0.95 * step / (half - 1)
@@ -190,25 +190,25 @@ def backward(ddp, views, text, weights, scaler, reseed, dtype):
 
 
 def curve(path, log):
-    common.plot(path, [("pretraining: loss", {name: log.column(name) for name in ("loss", "vtc", "mbca", "mbta")}),
+    pictures.plot(path, [("pretraining: loss", {name: log.column(name) for name in ("loss", "vtc", "mbca", "mbta")}),
                        ("text to video R@1, %", {name: log.column(f"R@1 {name}") for name in ("branch", "mean-pooled CLIP")})])
 
 
 def main(cfg):
     # ------------------------------------------------------------------------------------------------ setup
     cfg = complete(cfg)
-    here = common.start_distributed(cfg.device)
+    here = training.start_distributed(cfg.device)
     device, dtype, weights = here.device, precision(cfg.precision, here.device), loss_weights(cfg.losses)
-    common.at_least(cfg, batch_size=2, micro_batch=0, together=1, depth=2, num_frames=1, text_length=2, seed=0, steps=0, epochs=1, save_every=1,
+    cli.at_least(cfg, batch_size=2, micro_batch=0, together=1, depth=2, num_frames=1, text_length=2, seed=0, steps=0, epochs=1, save_every=1,
                     log_every=1, eval_every=0, workers=0, mask_ratio=0, drop_path=0, lr=0, weight_decay=0, clip_norm=0)
     if cfg.mask_ratio >= 1 or cfg.drop_path >= 1:
-        raise common.UserError(f"--mask_ratio {cfg.mask_ratio}, --drop_path {cfg.drop_path}: must be less than 1, or nothing is left to learn from")
+        raise cli.UserError(f"--mask_ratio {cfg.mask_ratio}, --drop_path {cfg.drop_path}: must be less than 1, or nothing is left to learn from")
     share = cfg.batch_size // here.size   # of this process
     if cfg.batch_size % here.size or cfg.batch_size % cfg.together:
-        raise common.UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes and of {cfg.together} together")
+        raise cli.UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes and of {cfg.together} together")
     if cfg.micro_batch > share:
-        raise common.UserError(f"--micro_batch {cfg.micro_batch}: more than the {share} clips of a process")
-    common.make_folder(cfg.out)
+        raise cli.UserError(f"--micro_batch {cfg.micro_batch}: more than the {share} clips of a process")
+    cli.make_folder(cfg.out)
     last, final, best = (os.path.join(cfg.out, name) for name in ("last.pth", "branch.pth", "branch_best.pth"))
     torch.manual_seed(cfg.seed)
     # ------------------------------------------------------------------------------------------------ data
@@ -218,17 +218,17 @@ def main(cfg):
                                   min(cfg.text_length, clip.config.context_length), cfg.seed, cfg.min_area)
     epoch_steps = len(dataset) // cfg.batch_size
     if epoch_steps == 0:
-        raise common.UserError(f"--batch_size {cfg.batch_size}: more than the {len(dataset)} clips of {cfg.annotations}")
+        raise cli.UserError(f"--batch_size {cfg.batch_size}: more than the {len(dataset)} clips of {cfg.annotations}")
     steps = cfg.steps or cfg.epochs * epoch_steps
     if steps > 5 * epoch_steps and not cfg.anneal:
-        raise common.UserError(f"{steps} steps are {steps / epoch_steps:.1f} epochs, but the released schedule is at zero after 5; use --anneal")
+        raise cli.UserError(f"{steps} steps are {steps / epoch_steps:.1f} epochs, but the released schedule is at zero after 5; use --anneal")
     eval_every = cfg.eval_every or epoch_steps
     # ------------------------------------------------------------------------------------------------ model
     if cfg.depth > clip.config.vision_layers:
-        raise common.UserError(f"--depth {cfg.depth}: this CLIP has {clip.config.vision_layers} layers")
+        raise cli.UserError(f"--depth {cfg.depth}: this CLIP has {clip.config.vision_layers} layers")
     branch = Branch.beside(clip, cfg.depth, gated=cfg.gated, drop_path=cfg.drop_path, checkpointed=cfg.checkpointed)
     if cfg.num_frames > len(branch.btadapter_time_embed.weight):
-        raise common.UserError(f"--num_frames {cfg.num_frames}: the branch has {len(branch.btadapter_time_embed.weight)} time positions")
+        raise cli.UserError(f"--num_frames {cfg.num_frames}: the branch has {len(branch.btadapter_time_embed.weight)} time positions")
     model = Pretraining(VideoEncoder(lighten(clip, dtype), branch)).to(device)
     # ------------------------------------------------------------------------------------------------ optimizer
     optimizer = make_optimizer(model, RECIPES[cfg.recipe], cfg.lr, cfg.weight_decay)
@@ -237,36 +237,36 @@ def main(cfg):
     step, skipped = 0, 0
     if os.path.exists(last):
         step, skipped = restore(last, model, optimizer, scaler, cfg)
-    if len(set(common.told_by_all(here, step)[0])) > 1:
-        raise common.UserError(f"{last}: not the same for all processes; --out must be a folder that all machines share")
+    if len(set(training.told_by_all(here, step)[0])) > 1:
+        raise cli.UserError(f"{last}: not the same for all processes; --out must be a folder that all machines share")
     if here.first:
-        log = common.Log(os.path.join(cfg.out, "log.jsonl"), step)
-        common.remove_leftovers(cfg.out)
+        log = training.Log(os.path.join(cfg.out, "log.jsonl"), step)
+        training.remove_leftovers(cfg.out)
         print(f"pretrain: steps {step} to {steps}, {epoch_steps} an epoch; {cfg.batch_size} clips a step: {here.size} processes x {share}"
               f"{f', {cfg.micro_batch} at once' if cfg.micro_batch else ''}; {str(dtype).removeprefix('torch.')} on {device.type}", file=sys.stderr)
     ddp = nn.parallel.DistributedDataParallel(model) if here.size > 1 else model
     loader = iter(DataLoader(dataset, batch_sampler=batches(len(dataset), cfg.batch_size, cfg.together, cfg.seed, step, here.rank, here.size),
                              num_workers=cfg.workers, collate_fn=data.collate_skip, pin_memory=device.type == "cuda",
-                             worker_init_fn=common.leave_signals_to_the_parent))
+                             worker_init_fn=training.leave_signals_to_the_parent))
     # ------------------------------------------------------------------------------------------------ evaluation and checkpoints
     watched = cfg.eval_annotations and data.RetrievalDataset(cfg.eval_annotations, cfg.root, cfg.num_frames, size, mode="uniform")
     if watched and (missing := watched.missing()):   # said now, not after an epoch
-        raise common.UserError(f"{cfg.eval_annotations}: {len(missing)} of its videos are not under {cfg.root}, the first is {missing[0]}")
+        raise cli.UserError(f"{cfg.eval_annotations}: {len(missing)} of its videos are not under {cfg.root}, the first is {missing[0]}")
 
     def evaluate():
-        branch_features, mean, text, _ = encode(model.encoder, tokenizer, watched, SETTINGS["own"], device, workers=cfg.workers, amp=dtype == torch.float16)
+        branch_features, mean, text, _ = encode(model.encoder, tokenizer, watched, device, workers=cfg.workers, amp=dtype == torch.float16)
         if here.first:
             log.add(step=step, **{f"R@1 {name}": round(retrieval_metrics(text @ video.T)["R@1"], 2)
                                   for name, video in (("branch", branch_features), ("mean-pooled CLIP", mean))})
             recalls = [recall for _, recall in log.column("R@1 branch")]
             if recalls[-1] > max(recalls[:-1], default=-1):
-                common.save_checkpoint(best, {"state_dict": branch_tensors(branch, "backbone.", torch.float16)})
+                training.save_checkpoint(best, {"state_dict": branch_tensors(branch, "backbone.", torch.float16)})
 
     def save():   # last.pth comes last: a run that is killed before goes on from the one before, and writes all of them again
         if here.first:
-            common.save_checkpoint(final, {"state_dict": branch_tensors(branch, "backbone.", torch.float16)})
+            training.save_checkpoint(final, {"state_dict": branch_tensors(branch, "backbone.", torch.float16)})
             curve(os.path.join(cfg.out, "curve.png"), log)
-            common.save_checkpoint(last, {
+            training.save_checkpoint(last, {
                 "state_dict": {**branch_tensors(branch, "backbone."), **branch_tensors(model.extra_proj, "extra_proj.")},
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step, "skipped": skipped,
                 "config": dataclasses.asdict(cfg)})
@@ -281,7 +281,7 @@ def main(cfg):
     def named(batch):
         return f"videos: {', '.join(dataset.videos[i] for i in batch['index'].tolist())}"
     # ------------------------------------------------------------------------------------------------ loop
-    asked_to_stop = common.on_sigterm()
+    asked_to_stop = training.on_sigterm()
     bar = tqdm(total=steps, initial=step, desc="pretrain", disable=not here.first)
     waited, began, clips = 0.0, time.time(), 0
     while step < steps:
@@ -291,20 +291,20 @@ def main(cfg):
         for message in batch["skipped"]:
             bar.write(f"skipped: {message}", file=sys.stderr)
         # every process must bring as many clips as the others, and stop when they stop
-        counts, stops = common.told_by_all(here, len(batch["index"]), int(asked_to_stop.is_set()))
+        counts, stops = training.told_by_all(here, len(batch["index"]), int(asked_to_stop.is_set()))
         if any(stops):
             save()
             raise SystemExit(143)
         count, skipped = min(counts), skipped + cfg.batch_size - min(counts) * here.size   # broken, or left over for a broken one
         if not any(counts):
-            raise common.UserError(f"{cfg.annotations}: a batch without one readable video under {cfg.root}")
+            raise cli.UserError(f"{cfg.annotations}: a batch without one readable video under {cfg.root}")
         if count * here.size < 2:   # a process has nothing, or there is nothing to contrast with
             bar.write(f"step {step}: passed by, a process has too few readable videos", file=sys.stderr)
             step += 1
             after_step()
             continue
         pixels, ids = (batch[key][:count].to(device, non_blocking=True) for key in ("pixels", "ids"))
-        common.seed_step(cfg.seed, step)   # one draw of masks for the whole batch: the same for any number of processes
+        training.seed_step(cfg.seed, step)   # one draw of masks for the whole batch: the same for any number of processes
         kept = tube_mask(cfg.batch_size, clip.config.patch_tokens, cfg.mask_ratio)[here.rank::here.size][:count].to(device)
         parts = [model.look(data.normalise(p), i, k) for p, i, k in zip(*(x.split(cfg.micro_batch or count) for x in (pixels, ids, kept)))]
         views, text = list(zip([states for states, _ in parts], kept.split(cfg.micro_batch or count))), torch.cat([t for _, t in parts])
@@ -312,15 +312,15 @@ def main(cfg):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         optimizer.zero_grad()
-        losses = backward(ddp, views, text, weights, scaler, lambda part: common.seed_step(cfg.seed, step, here.rank, part + 1), dtype)
-        vtc, mbca, mbta = (sum(said) / here.size for said in common.told_by_all(here, *(part.item() for part in losses)))
+        losses = backward(ddp, views, text, weights, scaler, lambda part: training.seed_step(cfg.seed, step, here.rank, part + 1), dtype)
+        vtc, mbca, mbta = (sum(said) / here.size for said in training.told_by_all(here, *(part.item() for part in losses)))
         loss = sum(weight * part for weight, part in zip(weights, (vtc, mbca, mbta)))
         if not math.isfinite(loss):
-            raise common.UserError(f"step {step}: the loss is {loss}; {named(batch)}; {last} is as it was")
+            raise cli.UserError(f"step {step}: the loss is {loss}; {named(batch)}; {last} is as it was")
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(trained, cfg.clip_norm)
         if not scaler.is_enabled() and not norm.isfinite():   # with a scaler, it is the scaler that passes such a step by
-            raise common.UserError(f"step {step}: the gradient is {norm.item()}; {named(batch)}; {last} is as it was")
+            raise cli.UserError(f"step {step}: the gradient is {norm.item()}; {named(batch)}; {last} is as it was")
         scaler.step(optimizer)
         scaler.update()
         step, clips = step + 1, clips + count * here.size
@@ -338,11 +338,11 @@ def main(cfg):
 
 def restore(path, model, optimizer, scaler, cfg):
     """Puts a checkpoint of this script back -> its step, videos skipped so far. Raises UserError if it is of another run."""
-    saved = common.load_checkpoint(path)
-    common.check_same_run(saved, path, cfg)
+    saved = training.load_checkpoint(path)
+    training.check_same_run(saved, path, cfg)
     weights_now = {f"backbone.{n}": p for n, p in model.encoder.branch.state_dict().items()}
     weights_now |= {f"extra_proj.{n}": p for n, p in model.extra_proj.state_dict().items()}
-    common.put_back(weights_now, saved["state_dict"], path)
+    training.put_back(weights_now, saved["state_dict"], path)
     optimizer.load_state_dict(saved["optimizer"])
     if saved["scaler"]:   # empty after a run in another precision
         scaler.load_state_dict(saved["scaler"])
@@ -350,4 +350,4 @@ def restore(path, model, optimizer, scaler, cfg):
 
 
 if __name__ == "__main__":
-    common.run(main, Config)
+    cli.run(main, Config)

@@ -20,9 +20,9 @@ export D R PYTHON; export -f train tune
 
 for study in ${1:-structure losses depth mask projection chat}; do
     if [ "$study" != chat ]; then
-        [ -e out/ablate/states_test.safetensors ] || $PYTHON ablate.py see
+        [ -e out/ablate/states_test.safetensors ] || $PYTHON -m toy.ablate see
     else   # two at a time, a thread each, as ablate.py does it
         printf '%s\n' {branch,mean,st_pool}" "{0,1,2} | OMP_NUM_THREADS=1 xargs -P 2 -L 1 bash -c 'tune "$@"' tune
     fi
-    $PYTHON ablate.py "$study"
+    $PYTHON -m toy.ablate "$study"
 done

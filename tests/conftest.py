@@ -11,13 +11,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(1)   # small models: threads would only wait for each other
 
-import chat   # noqa: E402
-import common   # noqa: E402
-import shapes   # noqa: E402
-from clip import CLIP, CLIPConfig, Tokenizer, load_clip, save_clip   # noqa: E402
-from llm import LLaMA, LLaMAConfig, save_llama   # noqa: E402
-from model import Branch, branch_tensors   # noqa: E402
-from small import CORPUS, write_branch, write_clip, write_llava, write_video   # noqa: E402
+import chat  # noqa: E402
+from clip import CLIP, CLIPConfig, Tokenizer, load_clip, save_clip  # noqa: E402
+from llm import LLaMA, LLaMAConfig, save_llama  # noqa: E402
+from model import Branch, branch_tensors  # noqa: E402
+from plumbing import training  # noqa: E402
+from small import CORPUS, write_branch, write_clip, write_llava, write_video  # noqa: E402
+from toy import shapes  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def world(tmp_path_factory):
     torch.manual_seed(0)
     save_llama(str(folder / "llama"), LLaMA(LLaMAConfig(vocab_size=300, width=32, layers=2, heads=2, mlp=64, context_length=512)),
                str(folder / "tokenizer.model"))
-    common.save_checkpoint(folder / "branch.pth", {"state_dict": branch_tensors(Branch.beside(load_clip(str(folder / "clip"))[0], 2), "backbone.")})
+    training.save_checkpoint(folder / "branch.pth", {"state_dict": branch_tensors(Branch.beside(load_clip(str(folder / "clip"))[0], 2), "backbone.")})
     return folder
 
 

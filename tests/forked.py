@@ -17,8 +17,8 @@ import traceback
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
-import common
 import pretrain
+from plumbing import cli
 
 
 def die_in_the_middle_of_save(number):
@@ -52,7 +52,7 @@ def child(job, rank, port, errors):
         code = 0
     except SystemExit as e:
         code = e.code
-    except common.UserError as e:
+    except cli.UserError as e:
         print(e, file=sys.stderr, flush=True)
         code = 2
     except BaseException:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from clip import CLIP, CLIPConfig, Tokenizer, save_clip
-from common import save_checkpoint
 from llm import LLaMA, LLaMAConfig, load_tokenizer, save_llama
 from model import Branch, branch_tensors
+from plumbing.training import save_checkpoint
 
 CORPUS = ["USER: which way does the red circle move? ASSISTANT: left, then up.", "what goes right? a blue square."] * 20
 

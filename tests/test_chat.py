@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 
 import chat
-import common
 import data
-import memory
-import shapes
-from common import UserError, save_checkpoint
 from model import Branch, branch_tensors
+from plumbing import cli, memory
+from plumbing.cli import UserError
+from plumbing.training import save_checkpoint
+from plumbing.weightfile import read_file, write_safetensors
 from small import write_branch, write_clip, write_llava, write_video
-from weightfile import read_file, write_safetensors
+from toy import shapes
 
 SECONDS = 60   # until a program that says nothing is given up: a guard, not a measurement
 
@@ -35,7 +35,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
         code = 0
         try:
-            common.run(chat.main, chat.Config, **chat.FLAGS)
+            cli.run(chat.main, chat.Config, **chat.FLAGS)
         except SystemExit as e:
             code = e.code
         return code, *capsys.readouterr()

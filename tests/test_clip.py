@@ -15,9 +15,9 @@ from torch import nn
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import clip as clip_module
-import weightfile
 from clip import CLIP, CLIPConfig, Tokenizer, load_clip, save_clip
-from common import UserError
+from plumbing import weightfile
+from plumbing.cli import UserError
 
 FIXTURES = os.path.join(ROOT, "tests", "fixtures")
 TINY = os.path.join(FIXTURES, "clip_tiny")

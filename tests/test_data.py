@@ -1,5 +1,4 @@
 """data.py: which frames are shown, what their pixels become, what is refused, what the data sets yield."""
-import ctypes
 import fractions
 import json
 import os
@@ -14,34 +13,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-import video
-from common import UserError
+from plumbing import video
+from films import FPS, HEIGHT, WIDTH, Opened, number, numbers, picture, silence
+from plumbing.cli import UserError
 
 torch.set_num_threads(1)
-HEIGHT, WIDTH, FPS, FRAMES = 64, 96, 25, 60
+FRAMES = 60
 
 
 # ---------------------------------------------------------------------------------------------------- clips that can be read
-def picture(number):
-    """(64, 96, 3) uint8: eight blocks, left to right, are the bits of `number`, lowest first; the top left is bright."""
-    image = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
-    for bit in range(8):
-        image[24:56, 12 * bit:12 * bit + 12] = 220 if number >> bit & 1 else 40
-    image[:12, :24] = 220
-    return image
-
-
-def number(frame):
-    """The number in a (3, H, W) frame, of any size that picture() was scaled to."""
-    height, width = frame.shape[1:]
-    blocks = frame[:, int(height * 0.55):int(height * 0.70)].float().mean((0, 1)).reshape(8, -1)   # (8 bits, columns)
-    return sum(int(block[1:-1].mean() > 128) << bit for bit, block in enumerate(blocks))
-
-
-def numbers(frames):
-    return [number(frame) for frame in frames]
-
-
 def write(path, codec, frames=FRAMES, pts=None, options={}, rotate=None, fps=FPS, sound=False, container={}, time_base=None):
     """A clip whose i-th frame shows the number i at time pts[i] (default i) of a time base (default 1 / fps)."""
     with av.open(str(path), "w", options=container) as out:
@@ -62,12 +42,6 @@ def write(path, codec, frames=FRAMES, pts=None, options={}, rotate=None, fps=FPS
         if sound:
             out.mux(audio.encode())
     return str(path)
-
-
-def silence(i):
-    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1920), np.float32), format="fltp", layout="mono")
-    frame.rate, frame.pts = 48000, 1920 * i
-    return frame
 
 
 CLIPS = {   # name: (file, encoder, options)
@@ -287,20 +261,6 @@ CLIP_NAMERS = {
                     'mimeType="video/mp4"><Representation id="0" bandwidth="1"><BaseURL>{clip}</BaseURL></Representation>'
                     '</AdaptationSet></Period></MPD>',
     "stream.strm": "{clip}\n"}
-
-
-class Opened:
-    """Has anybody opened this file? Asks the kernel (inotify), since libav does not open files through Python."""
-    def __init__(self, path):
-        libc = ctypes.CDLL(None, use_errno=True)
-        self.fd = libc.inotify_init1(os.O_NONBLOCK)
-        assert libc.inotify_add_watch(self.fd, os.fsencode(path), 0x20) >= 0   # IN_OPEN
-
-    def __bool__(self):
-        try:
-            return len(os.read(self.fd, 4096)) > 0
-        except BlockingIOError:
-            return False
 
 
 @pytest.mark.parametrize("renamed", [False, True])

@@ -8,7 +8,7 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOCUMENT = os.path.join(ROOT, "docs", "paper-vs-code.md")
 FLAG = re.compile(r"(\w+\.py) --(\w[\w-]*)(=\S+| \S+)?")   # script.py --flag, --flag=default or --flag value
-NAME = re.compile(r"([a-z]\w*)((?:\.[A-Za-z_]\w*)+)")      # module.name, module.Class.method
+NAME = re.compile(r"((?:plumbing\.)?[a-z]\w*)((?:\.[A-Za-z_]\w*)+)")      # module.name, module.Class.method
 
 
 def in_code_font(text):
@@ -57,9 +57,10 @@ def trouble(words):
             return f"the default is {ast.unparse(default) if default else 'missing: the flag is required'}"
         return None
     if found := NAME.fullmatch(words):
-        if not os.path.isfile(os.path.join(ROOT, f"{found[1]}.py")):
+        file = found[1].replace(".", "/") + ".py"
+        if not os.path.isfile(os.path.join(ROOT, file)):
             return "no such module"
-        names = defined(body(f"{found[1]}.py"))
+        names = defined(body(file))
         for part in found[2][1:].split("."):
             if part not in names:
                 return f"{part} is not defined there"

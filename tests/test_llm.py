@@ -13,9 +13,10 @@ import sentencepiece
 import torch
 
 import llm
-from common import UserError
-from llm import KVCache, LLaMA, LLaMAConfig, generate, load_llama, load_tokenizer, sample, save_llama, stream_text
-from weightfile import read_tensors, write_safetensors
+from llm import (KVCache, LLaMA, LLaMAConfig, generate, load_llama, load_tokenizer, sample, save_llama,
+                 stream_text)
+from plumbing.cli import UserError
+from plumbing.weightfile import read_tensors, write_safetensors
 
 FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures")
 CORPUS = ["the quick brown fox jumps over the lazy dog", "a red circle moves left, then up", "what goes right?"] * 20

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 
 import model as nanobt
 from clip import CLIP, CLIPConfig
-from common import UserError, save_checkpoint
 from llm import load_llama, save_llama
-from model import (IGNORE_INDEX, VIDEO_INDEX, VIDEO_TOKENS, Branch, Pretraining, VideoEncoder, branch_tensors, load_branch,
-                   load_chat, prompt_ids, tube_mask)
-from weightfile import read_file, read_tensors
+from model import (IGNORE_INDEX, VIDEO_INDEX, VIDEO_TOKENS, Branch, Pretraining, VideoEncoder, branch_tensors,
+                   load_branch, load_chat, prompt_ids, tube_mask)
+from plumbing.cli import UserError
+from plumbing.training import save_checkpoint
+from plumbing.weightfile import read_file, read_tensors
 
 FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures")
 CONFIG = CLIPConfig(image_size=56, patch_size=14, vision_width=64, vision_layers=6, vision_heads=2, vision_mlp=256, text_width=32,

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-import common
 import pretrain
 from clip import load_clip
-from common import UserError
 from model import Branch, Pretraining, VideoEncoder, load_branch, mbca_loss, tube_mask, vtc_loss
-from weightfile import read_file
+from plumbing import training
+from plumbing.cli import UserError
+from plumbing.weightfile import read_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -52,7 +52,7 @@ def forked():
 def same_run(one, other):
     """Two folders of --out that hold the same run: log, weights, optimizer, to the bit. The log of a run has no times in it."""
     assert log_of(one) == log_of(other)
-    a, b = (common.load_checkpoint(os.path.join(folder, "last.pth")) for folder in (one, other))
+    a, b = (training.load_checkpoint(os.path.join(folder, "last.pth")) for folder in (one, other))
     for part in ("state_dict",), ("optimizer", "state"):
         x, y = a, b
         for key in part:
@@ -87,7 +87,7 @@ def test_a_finished_run_can_be_extended_and_other_settings_are_refused(world, tm
 
 def test_pretrain_writes_the_released_key_names_and_they_load(world, tmp_path):
     pretrain.main(pretraining(world, tmp_path, steps=1))
-    names = set(common.load_checkpoint(tmp_path / "last.pth")["state_dict"])
+    names = set(training.load_checkpoint(tmp_path / "last.pth")["state_dict"])
     assert {"backbone.balance1", "backbone.btadapter_T_layers.1.temporal_fc.weight", "extra_proj.1.bias"} <= names
     clip, _ = load_clip(str(world / "clip"))
     assert load_branch(tmp_path / "last.pth", clip).depth == 2
@@ -204,7 +204,7 @@ def take_steps(world, forked, tmp_path_factory):
                               save_every=100)
             answer = forked(cfg, size=size)
             assert answer["codes"] == [0] * size, answer["stderr"]
-            known[steps, size, micro_batch] = common.load_checkpoint(out / "last.pth"), log_of(out)
+            known[steps, size, micro_batch] = training.load_checkpoint(out / "last.pth"), log_of(out)
         return known[steps, size, micro_batch]
     return run
 
@@ -277,8 +277,8 @@ def test_a_step_for_which_a_process_has_no_video_is_passed_by_all(world, forked,
     answer = forked(cfg, size=2)
     assert answer["codes"] == [0, 0] and answer["stderr"].count("passed by") >= 2, answer["stderr"]
     rows = log_of(cfg.out)   # eight clips make four steps an epoch, one of which is passed by
-    assert len(rows) == 6 and common.load_checkpoint(tmp_path / "out" / "last.pth")["step"] == 8
-    assert common.load_checkpoint(tmp_path / "out" / "last.pth")["skipped"] == 2 * 2
+    assert len(rows) == 6 and training.load_checkpoint(tmp_path / "out" / "last.pth")["step"] == 8
+    assert training.load_checkpoint(tmp_path / "out" / "last.pth")["skipped"] == 2 * 2
 
 
 def test_a_gradient_that_is_no_number_leaves_the_last_checkpoint(world, tmp_path, monkeypatch):
@@ -311,7 +311,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(world, straight, forked, tmp
     cfg = watched(world, tmp_path / "out", workers=workers, save_every=1000)
     answer = forked(cfg, signal=signal.SIGTERM, rows=3)
     assert answer["codes"] == [143], answer["stderr"]
-    assert 0 < common.load_checkpoint(tmp_path / "out" / "last.pth")["step"] < 8
+    assert 0 < training.load_checkpoint(tmp_path / "out" / "last.pth")["step"] < 8
     assert forked(cfg)["codes"] == [0]
     same_run(straight, cfg.out)
 
@@ -382,7 +382,7 @@ def test_the_recipe_sets_each_group_of_learning_rates(world, tmp_path):
     rates = {}
     for recipe in pretrain.RECIPES:
         pretrain.main(pretraining(world, tmp_path / recipe, steps=1, recipe=recipe, losses="1,1,1"))
-        groups = common.load_checkpoint(tmp_path / recipe / "last.pth")["optimizer"]["param_groups"]
+        groups = training.load_checkpoint(tmp_path / recipe / "last.pth")["optimizer"]["param_groups"]
         rates[recipe] = {group["factor"]: len(group["params"]) for group in groups}
     assert rates["paper"].keys() == {1} and rates["released"].keys() == {10, 100}
     assert rates["released"][100] == 2 * 12 + 2   # two temporal layers (attention 8, norm 2, temporal_fc 2), two gates

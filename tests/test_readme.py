@@ -7,30 +7,34 @@ import sys
 
 import pytest
 
-import ablate
-import bench
 import chat
 import chat_tune
 import data
 import eval_retrieval
 import pretrain
-import shapes
-import weights
-from common import parse
+import search
+from bench import __main__ as bench
+from plumbing.cli import parse
+from toy import ablate, shapes
+from weights import __main__ as weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = {"chat.py": (chat, chat.FLAGS), "chat_tune.py": (chat_tune, {}), "pretrain.py": (pretrain, {}),
-           "eval_retrieval.py": (eval_retrieval, eval_retrieval.FLAGS), "shapes.py": (shapes, dict(positional=["stage"])),
-           "data.py": (data, dict(positional=["video"])), "bench.py": (bench, dict(positional=["stage"])), "ablate.py": (ablate, dict(positional=["stage"])), "weights.py": (weights, weights.FLAGS)}
+STAGE = dict(positional=["stage"])
+SCRIPTS = {   # as it is typed: its file, its module, how it is parsed
+    "chat.py": ("chat.py", chat, chat.FLAGS), "chat_tune.py": ("chat_tune.py", chat_tune, {}), "pretrain.py": ("pretrain.py", pretrain, {}),
+    "eval_retrieval.py": ("eval_retrieval.py", eval_retrieval, {}), "search.py": ("search.py", search, search.FLAGS),
+    "data.py": ("data.py", data, dict(positional=["video"])), "-m toy.shapes": ("toy/shapes.py", shapes, STAGE),
+    "-m toy.ablate": ("toy/ablate.py", ablate, STAGE), "-m bench": ("bench/__main__.py", bench, STAGE),
+    "-m weights": ("weights/__main__.py", weights, weights.FLAGS)}
 
 
 def commands():
     """Every command line of this repository's scripts in code blocks of the documents, in docstrings and in runs/."""
-    for name in ("README.md", "docs/numbers.md", *SCRIPTS, "runs/tiny.sh", "runs/ablate.sh"):
+    for name in ("README.md", "docs/numbers.md", *(file for file, _, _ in SCRIPTS.values()), "runs/tiny.sh", "runs/ablate.sh"):
         with open(os.path.join(ROOT, name)) as f:
             text = re.sub(r"\\\n\s*", "", f.read())   # joined lines
         for line in text.splitlines():
-            found = re.search(r"(?:^\s*|[ |/])(?:python|torchrun [^.]*?|\$PYTHON|train) (?:-m torch[^ ]* )?(\w+\.py)( .*|$)", line.split("   #")[0])
+            found = re.search(r"(?:^\s*|[ |/])(?:python|torchrun [^.]*?|\$PYTHON|train) (?:-m torch[^ ]* )?(\w+\.py|-m [\w.]+)( .*|$)", line.split("   #")[0])
             if found and found[1] in SCRIPTS and "`" not in line:
                 rest = found[2] + (" --clip c --root r" if re.match(r"\s*train ", line) else "")
                 yield name, found[1], re.sub(r"\s(\||&&|->|>|<|#).*", "", rest.replace('"$@"', "").replace("$seed", "0").replace('"$study"', "losses"))
@@ -38,7 +42,7 @@ def commands():
 
 @pytest.mark.parametrize("where, script, rest", list(commands()))
 def test_every_printed_command_has_flags_that_exist(where, script, rest):
-    module, flags = SCRIPTS[script]
+    _, module, flags = SCRIPTS[script]
     parse(module.Config, shlex.split(rest), **flags)
 
 

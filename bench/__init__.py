@@ -1,0 +1,1 @@
+"""What `python -m bench` measures, a file for each kind of thing."""

@@ -1,1 +1,0 @@
-"""What bench.py measures, a file for each kind of thing."""

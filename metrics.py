@@ -1,0 +1,32 @@
+"""Every number that is printed, as plain functions of tensors."""
+import math
+
+import torch
+
+from plumbing.cli import UserError
+
+
+# ---------------------------------------------------------------------------------------------------- retrieval
+def ranks(similarity, right=None):
+    """similarity (Q, G), right (Q, G) bool: the right answers to a query, at least one (default: column i for query i)
+    -> (better (Q,), tied (Q,)) float: how many wrong ones score higher than the best right one, and how many things score
+    exactly as high: that one, and wrong ones."""
+    if not similarity.isfinite().all():
+        raise UserError("similarities that are not numbers; are the weights damaged, or is half precision too coarse (--no-amp)?")
+    right = torch.eye(len(similarity), dtype=torch.bool) if right is None else right
+    best = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)   # (Q, 1)
+    better, tied = ((similarity > best) & ~right).sum(1), ((similarity == best) & ~right).sum(1)
+    return better.double(), tied.double() + 1
+
+
+def recall_at_k(similarity, k, right=None):
+    """Share of queries with a right answer among the first k, in percent. Ties are broken by a fair coin, in expectation."""
+    better, tied = ranks(similarity, right)
+    return 100 * ((k - better) / tied).clamp(0, 1).mean().item()
+
+
+def retrieval_metrics(similarity, right=None):
+    """similarity (Q, G) -> {"R@1", "R@5", "R@10" in percent, "MdR", "MnR": median and mean rank, from 1; ties count half}."""
+    better, tied = ranks(similarity, right)
+    rank = better + (tied - 1) / 2 + 1
+    return {**{f"R@{k}": recall_at_k(similarity, k, right) for k in (1, 5, 10)}, "MdR": rank.quantile(0.5).item(), "MnR": rank.mean().item()}

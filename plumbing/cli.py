@@ -1,0 +1,130 @@
+"""What every script needs and no reader of the method: flags, errors that are one line, files written whole."""
+import argparse
+import dataclasses
+import inspect
+import os
+import re
+import select
+import sys
+import types
+import typing
+import warnings
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what is wrong, in which file, what to do. Scripts print it and exit with code 2.
+
+    Weights that do not fit add the table of what does not, on lines of its own."""
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+def parse(Config, argv=None, positional=(), short={}):
+    """Command line -> Config. Every field of the dataclass is a flag; its trailing comment is the help text. A field whose flag
+    is a word of Python ends in an underscore.
+
+    positional: names of fields that are given without a flag; short: {field: letter}."""
+    module = sys.modules[Config.__module__]
+    comments = dict(re.findall(r"^    (\w+):.*? # (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field, kind in ((f, typing.get_type_hints(Config)[f.name]) for f in dataclasses.fields(Config)):
+        if isinstance(kind, types.UnionType):   # `int | None`: the flag, if given, is an int
+            kind = next(k for k in kind.__args__ if k is not type(None))
+        required = field.default is dataclasses.MISSING
+        shown = "required" if required else f"default: {field.default}"
+        options = {"help": f"{comments.get(field.name, '')} ({shown})".replace("%", "%%").strip()}
+        if not required:
+            options["default"] = field.default
+        if field.name in positional:
+            parser.add_argument(field.name, type=kind, **({} if required else {"nargs": "?"}), **options)
+            continue
+        names = [f"-{short[field.name]}"] if field.name in short else []
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options.update(type=kind, required=required, metavar=kind.__name__.upper())
+        parser.add_argument(*names, "--" + field.name.rstrip("_"), dest=field.name, **options)
+    return Config(**vars(parser.parse_intermixed_args(argv)))   # flags may stand between positional ones
+
+
+def say(text):
+    """A line on standard error. Where that cannot be written there is nobody to tell, and the work goes on."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        forget_output(sys.stderr)
+
+
+def forget_output(stream):
+    """What is still in a stream that cannot be written goes nowhere, else Python tries again as it ends, and complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def run(main, Config, **flags):
+    """The end of every script: parse, run, and turn bad input into one line and exit code 2, Ctrl-C into 130.
+
+    A reader of standard output who has left (`| head -1`) ends the program without a word."""
+    folder, name = os.path.split(sys.argv[0])
+    name = os.path.basename(folder) if name == "__main__.py" else name   # of `python -m toy`
+    warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"   # for people: no line of source code
+    if sys.stderr is None:   # closed; and print would take standard output instead
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")   # names of files need not be UTF-8
+    try:
+        main(parse(Config, **flags))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)   # asks for nothing, but errors are told in any case
+        if not poll.poll(0):   # it was another pipe
+            raise
+        forget_output(sys.stdout)
+    except UserError as e:
+        message = str(e).strip()
+        if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+            # an error from a loader's process comes with that process's traceback; its last line is the message
+            message = re.sub(r"^[\w.]+(VideoError|UserError): ", "", message.splitlines()[-1])
+        say(f"{name}: {message}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say(f"{name}: interrupted")
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+def make_folder(path):
+    """Makes a folder and those above it, where they are missing. Raises UserError."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot make this folder: {e.strerror}")
+
+
+def at_least(cfg, **bounds):
+    """Raises UserError for the first field of `cfg` that is below its bound."""
+    for name, bound in bounds.items():
+        if not getattr(cfg, name) >= bound:   # nor may it be NaN
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {bound}")
+
+
+def write_atomic(path, write):
+    """Calls write(file) on a temporary file beside `path`, then renames it: the old file or the whole new one, never half.
+
+    Raises UserError where the folder cannot be written."""
+    path = os.fspath(path)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:   # torch.save puts an error of its own in front of that of a full disk
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{path}: cannot write: {cause.strerror}")
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)

@@ -1,0 +1,70 @@
+"""Plots and bars as PNG files."""
+import math
+
+from plumbing.cli import write_atomic
+
+
+def plot(path, panels, width=900, height=360):
+    """Line plots as a PNG, one panel below another over the same x. panels: [(title, {label: [(x, y), ...]})]; empty series are
+    left out, and what lies above four times the median of its panel is cut: the first steps would flatten all others."""
+    from PIL import Image, ImageDraw, ImageFont  # here, because chat starts without plots
+    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
+    image = Image.new("RGB", (width, height * len(panels)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    all_xs = [x for _, series in panels for points in series.values() for x, y in points if math.isfinite(y)] or [0]
+    x0, x1 = min([0, *all_xs]), max(all_xs) or 1
+    for row, (title, series) in enumerate(panels):
+        series = {label: points for label, points in series.items() if points}
+        left, right, top, bottom = 70, width - 20, row * height + 54, (row + 1) * height - 34
+        draw.text((left, top - 46), title, "black", ImageFont.load_default(16))
+        draw.rectangle((left, top, right, bottom), outline="#888888")
+        ys = sorted(y for points in series.values() for _, y in points if math.isfinite(y))
+        if not ys:
+            continue
+        y0, y1 = min(0, ys[0]), min(ys[-1], 4 * ys[len(ys) // 2]) if ys[len(ys) // 2] > 0 else ys[-1]
+        y1 = y1 if y1 > y0 else y0 + 1
+        for ticks, low, high, horizontal in ((nice_ticks(x0, x1), x0, x1, True), (nice_ticks(y0, y1), y0, y1, False)):
+            for tick in ticks:
+                share, text = (tick - low) / (high - low), f"{tick:g}"
+                if horizontal:
+                    x = left + share * (right - left)
+                    draw.text((x - draw.textlength(text, font) / 2, bottom + 6), text, "black", font)
+                else:
+                    y = bottom - share * (bottom - top)
+                    draw.line((left, y, right, y), "#e4e4e4")
+                    draw.text((left - 8 - draw.textlength(text, font), y - 9), text, "black", font)
+        label_x = left
+        for colour, (label, points) in zip(colours * 9, series.items()):
+            line = [(left + (x - x0) / (x1 - x0) * (right - left), bottom - (min(y, y1) - y0) / (y1 - y0) * (bottom - top))
+                    for x, y in points if math.isfinite(y)]
+            draw.line(line, colour, 2) if len(line) > 1 else draw.point(line, colour)
+            draw.line((label_x, top - 14, label_x + 18, top - 14), colour, 3)
+            draw.text((label_x + 24, top - 23), label, "black", font)
+            label_x += 44 + draw.textlength(label, font)
+    write_atomic(path, lambda f: image.save(f, "PNG"))
+
+
+def bars(path, title, rows, unit=""):
+    """Horizontal bars from zero as a PNG, with a whisker from the lowest to the highest. rows: [(label, value, lowest, highest)]."""
+    from PIL import Image, ImageDraw, ImageFont
+    font, longest = ImageFont.load_default(15), max(high for *_, high in rows) or 1
+    left = 30 + round(max(font.getlength(label) for label, *_ in rows))
+    image = Image.new("RGB", (900, 70 + 34 * len(rows)), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((20, 14), title, "black", ImageFont.load_default(16))
+    for i, (label, value, low, high) in enumerate(rows):
+        top, value_x, low_x, high_x = 50 + 34 * i, *(left + (900 - 110 - left) * x / longest for x in (value, low, high))
+        draw.text((left - 10 - font.getlength(label), top + 3), label, "black", font)
+        draw.rectangle((left, top, value_x, top + 24), "#1f77b4")
+        if high > low:
+            draw.line((low_x, top + 12, high_x, top + 12), "black", 2)
+        draw.text((max(value_x, high_x) + 8, top + 3), f"{value:.{1 if longest >= 10 else 2}f}{unit}", "black", font)
+    write_atomic(path, lambda f: image.save(f, "PNG"))
+
+
+def nice_ticks(low, high):
+    """About five round numbers between low and high."""
+    raw = (high - low) / 5
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+    return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

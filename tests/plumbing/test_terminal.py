@@ -1,0 +1,333 @@
+"""What chat.py is on a terminal: pictures made of characters, lines that are typed, and all of it on a pseudo-terminal."""
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import sys
+import termios
+import types
+
+import pytest
+import torch
+from PIL import Image
+
+import chat
+from plumbing import terminal
+from small import write_video
+
+SECONDS = 60   # until a program that says nothing is given up: a guard, not a measurement
+
+
+# ---------------------------------------------------------------------------------------------------- frames on a terminal
+def plain(text):
+    """What one reads of text on a terminal: no escape sequences, and of a line that was begun anew only the last version."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n")
+    return re.sub(r"[^\n]*\r", "", text)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 64), (64, 20), (400, 2), (2, 400)], ids=str)
+@pytest.mark.parametrize("columns", [10, 40, 80, 200])
+def test_no_line_of_frames_is_wider_than_the_terminal(columns, shape):
+    frames, times = torch.zeros(7, 3, *shape, dtype=torch.uint8), [0.25 * i for i in range(7)]
+    for colour in (True, False):
+        lines = terminal.frame_lines(frames, times, columns, colour)
+        assert max(map(len, map(plain, lines))) <= columns
+        if columns >= 40:
+            assert all(f"{i}: {t:.2f} s" in plain("\n".join(lines)) for i, t in enumerate(times))
+
+
+def test_80_columns_hold_four_pictures_and_40_hold_two():
+    frames = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
+    for columns, across in ((80, 4), (40, 2)):
+        lines = terminal.frame_lines(frames, [0.0] * 8, columns, True)
+        assert plain(lines[0]).count("\u2580") == 18 * across and len(lines) == 8 // across * (9 + 1)
+
+
+def test_a_half_block_has_the_upper_pixel_as_its_colour_and_the_lower_as_its_ground():
+    picture = torch.tensor([[[1, 4]], [[2, 5]], [[3, 6]]], dtype=torch.uint8).transpose(1, 2)   # (3, 2, 1)
+    assert terminal.half_blocks(picture) == ["\x1b[38;2;1;2;3;48;2;4;5;6m\u2580\x1b[0m"]
+
+
+@pytest.mark.parametrize("variable", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
+def test_without_colour_the_frames_are_only_times(session, monkeypatch, variable, capsys):
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+    terminal.show_frames(session.frames, session.times)
+    assert "\u2580" in capsys.readouterr().err
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    terminal.show_frames(session.frames, session.times)
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and "\u2580" not in err and "7: 1.80 s" in err
+
+
+def test_a_terminal_without_the_character_gets_only_times(session, monkeypatch):
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="backslashreplace")
+    monkeypatch.setattr(latin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(latin, "fileno", lambda: 2, raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stderr", latin)
+    terminal.show_frames(session.frames, session.times)
+    assert b"\\u2580" not in (shown := latin.buffer.getvalue()) and b"7: 1.80 s" in shown
+
+
+def test_where_stderr_is_no_terminal_the_frames_are_only_times(session, capsys):
+    terminal.show_frames(session.frames, session.times)
+    assert "\x1b" not in (err := capsys.readouterr().err) and "0: 0.10 s" in err
+
+
+# ---------------------------------------------------------------------------------------------------- as a person does
+class Terminal:
+    """chat.py on a pseudo-terminal. `text` is all that came out of it, without escape sequences."""
+    def __init__(self, *arguments, columns, state):
+        command = [sys.executable, os.path.abspath(chat.__file__), *map(str, arguments)]
+        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
+        environment |= {"TERM": "xterm-256color", "INPUTRC": os.devnull, "PYTHONUTF8": "1", "LC_ALL": "C.UTF-8",
+                        "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(state)}   # small models: threads would only wait for each other
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)   # it is ignored in what a shell started in the background, and inherited
+            os.execve(sys.executable, command, environment)
+        self.raw, self.reads = b"", 0
+        self.resize(columns)
+
+    def resize(self, columns):
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    @property
+    def text(self):
+        return plain(self.raw.decode(errors="replace"))
+
+    def read(self):
+        """Waits for more. False once the program has gone."""
+        assert select.select([self.fd], [], [], SECONDS)[0], f"nothing more comes after: {self.text[-2000:]}"
+        try:
+            new = os.read(self.fd, 65536)
+        except OSError:   # how Linux says that the other side is closed
+            new = b""
+        self.raw, self.reads = self.raw + new, self.reads + 1
+        return bool(new)
+
+    def until(self, condition):
+        while not condition():
+            assert self.read(), f"ended too early: {self.text[-2000:]}"
+
+    def prompt(self):
+        """-> what has been printed since the last call, once the program waits for a line."""
+        self.until(lambda: self.text.endswith("\n> ") or self.text == "> ")
+        out, self.raw = self.text.removesuffix("> "), b""
+        return out
+
+    def press(self, keys):
+        os.write(self.fd, keys)
+
+    def interrupt(self):
+        """Ctrl-C, once more if nothing happens: Python misses one that comes between its prompt and its waiting for a key."""
+        for _ in range(SECONDS // 2):
+            self.press(b"\x03")
+            if select.select([self.fd], [], [], 2)[0]:
+                return
+        raise AssertionError("Ctrl-C is not answered")
+
+    def type(self, line):
+        self.press(line.encode() + b"\r")
+
+    def do(self, line):
+        """Types a line -> what it prints until the next prompt, without the echo."""
+        self.type(line)
+        self.until(lambda: "\n" in self.text)   # after a resize the prompt is drawn once more before the echo
+        return self.prompt().split("\n", 1)[1]
+
+    def leave(self, key):
+        self.press(key)
+        while self.read():
+            pass
+        status = os.waitpid(self.pid, 0)[1]
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(status)
+
+
+UP = b"\x1b[A"
+
+
+@pytest.fixture(scope="module")
+def talk(weights, video, tmp_path_factory):
+    """One conversation, from the first line to Ctrl-D, with weights that never end an answer -> what was printed at each step."""
+    folder = tmp_path_factory.mktemp("talk")
+    other, bad = write_video(folder / "other.mp4", 48, 64, 1), folder / "bad.mp4"
+    bad.write_text("not a video")
+    t = types.SimpleNamespace(folder=folder, other=other)
+    person = Terminal(video, "--weights", weights, "--max_new_tokens", 1000, columns=80, state=folder)
+    t.welcome = person.prompt()
+
+    person.type("what moves?")   # and does not want to hear all of it
+    person.until(lambda: len(person.text) > len("what moves?\n") + 3)
+    person.press(b"\x03")
+    t.stopped, before = person.prompt(), person.reads
+    t.answers = [person.do("which way?")]
+    t.reads = person.reads - before
+    t.stats = person.do("/stats")
+    person.press(UP + UP)   # past /stats
+    t.answers.append(person.do(""))
+    t.set = [person.do("/set max_new_tokens 5"), person.do("/set")]
+    person.type('"""what moves,')
+    person.until(lambda: person.text.endswith("\n... "))
+    t.answers.append(person.do('and which way?"""'))
+    t.help = person.do("/help")
+    t.wide = person.do("/frames")
+    person.resize(40)
+    t.narrow = person.do("/frames")
+    t.png = person.do(f"/frames {folder}/frames.png")
+    t.saved = person.do(f"/save {folder}/talk.json")
+
+    t.complaints = [(path, person.do(f"/video {path}")) for path in (bad, folder / "nowhere.mp4", folder)]
+    t.still = person.do("/frames")
+    t.video = person.do(f"/video {other}")
+    t.others = person.do("/frames")
+    t.reset, t.dance, t.nothing = person.do("/reset"), person.do("/dance"), person.do("")
+    person.interrupt()
+    t.ctrl_c = person.prompt()
+    t.code = person.leave(b"\x04")
+    return t
+
+
+def test_it_begins_with_what_it_sees_and_how_to_get_help(talk, video, weights):
+    assert video in talk.welcome and weights in talk.welcome and "/help" in talk.welcome
+
+
+def test_an_answer_comes_in_many_pieces(talk):
+    assert talk.reads > 30   # a pseudo-terminal hands over 4 kB at once: of an answer in one piece that would be three
+
+
+def test_ctrl_c_stops_an_answer_that_has_begun(talk):
+    assert talk.stopped.endswith("\n(stopped)\n") and "cut after" not in talk.stopped
+
+
+def test_after_ctrl_c_the_next_answers_are_whole(talk):
+    for answer in talk.answers[:2]:
+        assert answer.endswith("\n(cut after 1000 tokens, see --max_new_tokens)\n") and len(answer) > 1000
+
+
+def test_stats_say_what_the_last_answer_took(talk):
+    assert re.fullmatch(r"video: 5 tokens from 8 frames\nprompt: \d+ tokens known, \d+ new\n"
+                        r"answer: 1000 tokens, the first after \d\.\d\d s, then [\d.]+ a second\n"
+                        r"memory: 0\.\d\d GB, of it 0\.\d+ GB KV cache for \d+ tokens\n", talk.stats)
+    known, new = map(int, re.search(r"(\d+) tokens known, (\d+) new", talk.stats).groups())
+    assert known > new > 0   # the conversation before, and the question
+
+
+def test_arrow_up_brings_a_question_back(talk):
+    with open(talk.folder / "talk.json") as f:
+        assert [turn["question"] for turn in json.load(f)["turns"]] == ["what moves?", "which way?", "which way?", "what moves,\nand which way?"]
+
+
+def test_three_quotes_hold_a_question_of_several_lines(talk):
+    assert "(cut after 5 tokens" in talk.answers[2]
+
+
+def test_set_changes_the_next_answer_and_shows_what_can_be_changed(talk):
+    assert talk.set == ["", "temperature 0.0\ntop_p 1.0\nmax_new_tokens 5\nseed 0\n"]
+
+
+def test_help_names_every_command(talk):
+    for command in ('"""', "/frames", "/video", "/reset", "/set", "/stats", "/save", "/quit", "Ctrl-C"):
+        assert command in talk.help
+
+
+def test_frames_fit_into_80_and_into_40_columns(talk):
+    times = [(str(i), f"{int(2.5 * i + 1.25) / 10:.2f}") for i in range(8)]   # the middles of 8 stretches, at 10 frames a second
+    for columns, pictures in ((80, talk.wide), (40, talk.narrow)):
+        lines = pictures.split("\n")
+        assert "\u2580" in lines[0] and columns // 2 < max(map(len, lines)) <= columns
+        assert re.findall(r"(\d): (\d\.\d\d) s", pictures) == times
+
+
+def test_frames_and_the_conversation_are_written_to_files(talk):
+    assert (talk.png, talk.saved) == (f"wrote {talk.folder}/frames.png\n", f"wrote {talk.folder}/talk.json\n")
+    assert Image.open(talk.folder / "frames.png").format == "PNG"
+
+
+def test_a_video_that_is_broken_is_one_line_and_the_old_one_stays(talk):
+    for path, complaint in talk.complaints:
+        assert str(path) in complaint.replace("\n", "") and complaint.count("\n") == 1
+    assert talk.still == talk.narrow
+
+
+def test_another_video_takes_its_place(talk):
+    assert talk.other in talk.video and talk.others != talk.narrow
+
+
+def test_commands_and_keys_that_ask_nothing_are_answered_in_a_line(talk):
+    assert (talk.reset, talk.dance, talk.nothing) == ("a new conversation\n", "/dance: not a command; /help lists them\n", "")
+    assert "Ctrl-D or /quit leaves" in talk.ctrl_c
+
+
+def test_ctrl_d_leaves_with_exit_code_0(talk):
+    assert talk.code == 0
+
+
+def test_the_shipped_weights_answer_a_question_of_the_run_before(talk):
+    """A second run: what was typed in the first is still above the first line."""
+    person = Terminal("--max_new_tokens", 50, columns=80, state=talk.folder)
+    assert "sample.mp4" in person.prompt()
+    person.press(UP)
+    person.until(lambda: person.text.endswith("/dance"))
+    person.press(b"\x15")   # Ctrl-U: not that one
+    with open(os.path.join(os.path.dirname(chat.__file__), "assets", "sample.answers")) as f:
+        assert person.do("What colour is the shape?") == f.readline()
+    assert person.leave(b"/quit\r") == 0
+    lines = (talk.folder / "nanobt" / "history").read_text().splitlines()
+    assert lines.count("what moves?") == 1 and lines[-2:] == ["What colour is the shape?", "/quit"]
+
+
+# ---------------------------------------------------------------------------------------------------- lines that are typed
+@pytest.mark.parametrize("lines, text", [
+    (['"""one line"""'], "one line"), (['"""', "two", "lines", '"""'], "two\nlines"), (['""""""'], ""),
+    (['"""a "" b', 'c""" d', 'e"""'], 'a "" b\nc""" d\ne'), (['"""', "  for i in x:", "      print(i)  ", '"""  '], "  for i in x:\n      print(i)")])
+def test_a_question_ends_where_a_line_ends_with_three_quotes(monkeypatch, lines, text):
+    rest = iter(lines[1:])
+    monkeypatch.setattr(terminal, "read_line", lambda prompt: next(rest))
+    assert terminal.rest_of(lines[0]) == text and next(rest, None) is None
+
+
+@pytest.mark.parametrize("base, path", [("/state", "/state/nanobt/history"), ("", "/home/me/.nanobt_history"), ("relative", "/home/me/.nanobt_history")])
+def test_the_history_is_in_the_folder_for_state_or_else_at_home(monkeypatch, base, path):
+    monkeypatch.setenv("XDG_STATE_HOME", base)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert terminal.history_file() == path
+
+
+def test_a_history_that_cannot_be_written_is_said_once_and_harms_nothing(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    for path in (tmp_path / "file" / "history", tmp_path):   # a file where a folder should be, a folder where a file should be
+        with terminal.history(str(path)):
+            pass
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and str(path) in err and "not kept" in err
+
+
+def test_a_readline_that_cannot_add_lines_keeps_none(monkeypatch, tmp_path):
+    """Some Pythons have libedit in readline's place, and some of these no append_history_file."""
+    monkeypatch.setitem(sys.modules, "readline", types.SimpleNamespace())
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    with terminal.history(str(tmp_path / "history")):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_is_no_history_for_pipes(tmp_path):
+    with terminal.history(str(tmp_path / "history")):   # pytest's standard input is no terminal
+        pass
+    assert list(tmp_path.iterdir()) == []
