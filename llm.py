@@ -393,12 +393,17 @@ class TiktokenTokenizer:
         return self.model.decode([int(i) for i in ids if i < self.words])
 
 
-def load_tokenizer(folder):
-    """The tokenizer.model of a folder, of either kind, told apart by content. Raises UserError."""
+def load_tokenizer(folder, rows=None):
+    """The tokenizer.model of a folder, of either kind, told apart by content. rows: how many the word embeddings beside it
+    have; LLaVA's have more than its tokenizer has tokens. Raises UserError, also where they are fewer."""
     path = tokenizer_path(folder)
     if not os.path.exists(path) and os.path.exists(os.path.join(folder, "tokenizer.json")):
         raise UserError(f"{path}: missing; put the release's original tokenizer.model there (tokenizer.json is not read)")
-    return open_tokenizer(path)
+    tokenizer = open_tokenizer(path)
+    if rows is not None and tokenizer.vocab_size > rows:
+        raise UserError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.model, but {rows} in the weights; "
+                        "they do not belong together")
+    return tokenizer
 
 
 def tokenizer_path(folder):
@@ -430,42 +435,45 @@ NOT_LLAMA = ("embedding_multiplier", "residual_multiplier", "attention_multiplie
 RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")   # a table that older files also store
 
 
-def load_llama(folder, *, quantize=None, base=None):
+def load_llama(folder, quantize=None, base=None):
     """The folder of a LLaMA, Vicuna or LLaVA, in Hugging Face's layout or Meta's -> (LLaMA, tokenizer, extra).
 
-    Weights are adopted from the file's memory map in the file's dtype, not copied; what of that cannot be kept, read_meta and
-    add_base say. Sizes come from config.json or params.json, but that of the vocabulary from embed_tokens, which grows when
-    tokens are added. extra: {name: tensor} of what is LLaVA's and not LLaMA's (EXTRA), named as in the file.
-    base: the folder of the LLaMA that delta weights add to; with it `folder` must hold such, and without it must not. Any
-    other missing, additional or ill-sized tensor raises UserError. quantize: a key of quant.SCHEMES, for inference only."""
+    As read_llama, build_llama and load_tokenizer. Raises UserError.
+    base: the folder of the LLaMA that delta weights add to; with it `folder` must hold such, and without it must not."""
     sources = quant.weight_files(folder, *([base] if base else []))
-    made_from = quant.origin(quantize, sources) if quantize in ("int8", "int4") else None   # before they are read: somebody may replace them
+    made_from = quant.origin(quantize, sources) if quantize in ("int8", "int4") else None   # somebody may replace the files
     config, tensors, extra = read_llama(folder)
     if base is not None:
         tensors = add_base(folder, tensors, base, read_llama(base)[1])
     elif is_delta(tensors):
         raise UserError(f"{folder}: a delta: trained weights less those of the LLaMA that they began from; name the folder of "
                         "that LLaMA: --base FOLDER")
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.model, but {config.vocab_size} in the weights; "
-                        "they do not belong together")
-    layers = len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")})
-    if layers != config.layers:   # before anything is built: a description can claim a billion
-        raise UserError(f"{folder}: described as {config.layers:,} layers, but its weights have {layers:,}; is a file of it missing?")
+    tokenizer = load_tokenizer(folder, config.vocab_size)
+    return build_llama(folder, config, tensors, quantize, made_from), tokenizer, extra
+
+
+def build_llama(folder, config, tensors, quantize=None, made_from=None):
+    """What read_llama found in `folder` -> LLaMA. Tensors are adopted, in the dtype of the file, whose memory they map.
+
+    quantize: a key of quant.SCHEMES, for inference only. made_from: what quant.origin said of the files before
+    they were read (None: it is asked now). A missing, additional or ill-sized tensor raises UserError."""
     if config.tied:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     with shapes_only():
         model = LLaMA(config)
     load_into(model, tensors, folder)
     model.tie()
-    if quantize is not None:
-        model = quant.quantized(model, quantize, made_from, folder)
-    return model, tokenizer, extra
+    if quantize in ("int8", "int4") and made_from is None:
+        made_from = quant.origin(quantize, quant.weight_files(folder))
+    return model if quantize is None else quant.quantized(model, quantize, made_from, folder)
 
 
 def read_llama(folder):
-    """A folder in either layout -> (LLaMAConfig, {name: tensor} as in a Hugging Face LLaMA, extra as above). Raises UserError."""
+    """The weights of a folder in Hugging Face's layout or Meta's, mapped -> (LLaMAConfig, tensors, extra). Raises UserError.
+
+    tensors: {Hugging Face name: tensor}; of Meta's, queries and keys are copies, and so are all of several shards. extra:
+    {name: tensor} of what is LLaVA's and not LLaMA's (EXTRA), named as in the file. Sizes come from config.json or
+    params.json, but that of the vocabulary from embed_tokens, which grows when tokens are added."""
     if is_meta(folder):
         config, tensors, extra = *read_meta(folder), {}
     else:
@@ -477,6 +485,9 @@ def read_llama(folder):
     dtypes = {t.dtype for t in tensors.values()}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         raise UserError(f"{folder}: tensors of {', '.join(sorted(map(str, dtypes)))}; needed is one of fp32, bf16, fp16")
+    layers = len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")})
+    if layers != config.layers:   # before anything is built: a description can claim a billion
+        raise UserError(f"{folder}: described as {config.layers:,} layers, but its weights have {layers:,}; is a file of it missing?")
     return config, tensors, extra
 
 

@@ -22,6 +22,7 @@ import functools
 import glob
 import itertools
 import json
+import math
 import mmap
 import os
 import sys
@@ -334,6 +335,22 @@ def release(t):
     if sys.platform == "linux" and t.device.type == "cpu":
         start, end = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE, (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, end - start)), 21)   # MADV_PAGEOUT, of <sys/mman.h>
+
+
+def nbytes(module, scheme, dtype):
+    """Bytes that `module` takes once its Linears are of `scheme` (None: as they are) and all else is of `dtype`.
+
+    Told by the shapes of its tensors, so that it may be on the meta device. A tensor that two modules share counts once."""
+    sizes = {}
+    for name, m in module.named_modules():
+        for key, t in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)):
+            if scheme and isinstance(m, nn.Linear) and key == "weight":
+                kind = scheme_of(name, *t.shape, scheme)
+                size = sum(math.prod(shape) * number.itemsize for shape, number in kind.shapes(*t.shape).values())
+                sizes[t if kind is BF16Linear else name] = size
+            else:
+                sizes[t] = t.numel() * dtype.itemsize
+    return sum(sizes.values())
 
 
 def memory_need(config, scheme=None, dtype=torch.bfloat16, context_length=None):

@@ -13,7 +13,7 @@ from llm import KVCache, LLaMA, LLaMAConfig, generate, load_llama
 from plumbing import quant
 from plumbing.cli import UserError
 from plumbing.quant import GROUP, SCHEMES, Int4Linear, Int8Linear, quantize
-from plumbing.weightfile import read_file, write_safetensors
+from plumbing.weightfile import read_file, shapes_only, write_safetensors
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LLAVA = os.path.join(ROOT, "weights", "tiny", "llava")
@@ -127,7 +127,8 @@ def test_a_cpu_without_vnni_gets_weights_of_seven_bits_and_exact_sums(onednn, at
     if torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AVX2"):
         pytest.skip("not an x86 CPU with AVX2")
     program = """if True:
-        import torch, quant
+        import torch
+        from plumbing import quant
         torch.manual_seed(0)
         m, x = torch.nn.Linear(256, 64, bias=False), torch.randn(20, 256)
         with torch.no_grad():
@@ -391,10 +392,12 @@ def test_load_llama_quantises_and_its_file_lies_beside_the_originals(world, tmp_
 def test_memory_need_is_what_the_model_has(scheme, tied):
     model = small(tied=tied).bfloat16()
     need = quant.memory_need(model.config, scheme)
+    with shapes_only():
+        described = LLaMA(model.config)
     if scheme:
         quantize(model, scheme)
     storages = {t.untyped_storage().data_ptr(): t.nbytes for t in model.state_dict().values()}
-    assert need["weights"] == sum(storages.values())
+    assert need["weights"] == sum(storages.values()) == quant.nbytes(described, scheme, torch.bfloat16)
     cache = KVCache(model.config, 1, 64, "cpu", torch.bfloat16)
     assert need["kv_cache"] == sum(t.nbytes for t in cache.k + cache.v)
 
