@@ -36,7 +36,9 @@ try:
     import data
     from llm import KVCache, generate, is_joined, stream_text
     from model import SYSTEMS, VIDEO_INDEX, VIDEO_TOKENS, load_chat, prompt_ids, read_sizes
-    from plumbing import cli, memory, quant, store, terminal, training
+    from plumbing import cli
+    from plumbing import features as store
+    from plumbing import memory, quant, terminal, training
     from plumbing.cli import UserError, say
     from plumbing.video import DamagedVideo
 except KeyboardInterrupt:   # the imports are most of the start: who changes their mind meanwhile needs no traceback

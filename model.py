@@ -25,8 +25,8 @@ import data
 from clip import MLP, Attention, load_clip, load_clip_model, read_clip_config
 from llm import load_llama, read_llama_config
 from plumbing import weightfile
-from plumbing.training import leave_signals_to_the_parent
 from plumbing.cli import UserError
+from plumbing.training import leave_signals_to_the_parent
 
 OUT_NORM, MIDDLE_NORM = 1e4, 1e2   # the gates' fixed multipliers: they turn a tiny learning rate into a quick decision
 

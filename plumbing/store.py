@@ -1,123 +1,93 @@
-"""What the model saw of a video, kept on disk: a second chat about it neither decodes the video nor runs CLIP.
+"""Tensors that are computed once and kept: what a chat saw of a video, quantised weights, rows of a search.
 
-An entry is one safetensors file: the video tokens, the times of the frames, small pictures of them. Its name is a hash of all
-that the tokens follow from: which file (path, size, time of change), how it was looked at, and by which weights. So nothing has
-to be thrown away when something changes; it is just not found again, and the oldest entries make room for new ones.
+An entry is one safetensors file. Its name is a hash of its key, and the key is all that the tensors follow
+from. Nothing is ever invalidated: when a file, a flag or the code changes, the old entry is not found again.
 """
 import contextlib
-import dataclasses
-import glob
 import hashlib
 import json
 import os
 import re
 import time
-import zlib
-
-import torch
 
 from plumbing.cli import UserError
 from plumbing.weightfile import read_file, read_metadata, write_safetensors
 
-FORMAT = 2                                                      # of an entry; another one is another name
-MAX_ENTRIES, MAX_BYTES = 256, 1 << 30                           # 100 frames with the tokens of a 7B take about 12 MB
-ENTRY = re.compile(r"[0-9a-f]{32}\.safetensors")
-LEFTOVER = re.compile(ENTRY.pattern + r"\.\d+\.tmp")            # what write_atomic leaves where it is killed, or is just writing
-HOUR = 3600                                                     # seconds; nobody writes an entry for longer
+HOUR = 3600   # seconds; a temporary file that is older was left by a process that was killed
 
 
-@dataclasses.dataclass
-class Seen:
-    """What the model saw of a video, and what it will remember of it."""
-    duration: float              # seconds
-    damage: str                  # what data.probe said of it
-    times: list                  # T floats: seconds at which the frames appear
-    frames: torch.Tensor         # (T, 3, h, w) uint8, at most data.THUMBNAIL wide
-    video_tokens: torch.Tensor   # (K, D_llm)
+class Store:
+    """A folder of entries. prefix: how their file names begin. max_bytes: beyond it the entries that were
+    used longest ago make room; None: all stay."""
+    def __init__(self, folder, max_bytes=None, prefix=""):
+        self.folder, self.max_bytes, self.prefix = folder, max_bytes, prefix
+
+    def path(self, key):
+        """key: whatever JSON can hold -> the file of its entry, which need not exist."""
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+        return os.path.join(self.folder, f"{self.prefix}{digest}.safetensors")
+
+    def get(self, key):
+        """-> ({name: mapped tensor}, {name: text}), or None. Raises UserError for a damaged entry."""
+        path = self.path(key)
+        if not os.path.exists(path):
+            return None
+        entry = read_file(path), read_metadata(path)
+        with contextlib.suppress(OSError):   # a read-only folder
+            os.utime(path)                   # used now: the others are older
+        return entry
+
+    def put(self, key, tensors, metadata={}, values=None):
+        """Writes an entry, atomically; see write_safetensors. Raises UserError if it cannot be written."""
+        try:
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)   # videos are nobody else's business
+            write_safetensors(self.path(key), tensors, metadata, values)
+            self.tidy()
+        except OSError as e:
+            raise UserError(f"{e.filename or self.folder}: {e.strerror}")
+
+    def tidy(self):
+        """Removes the oldest entries beyond max_bytes, never the newest, and what killed processes left."""
+        ours = re.compile(rf"{re.escape(self.prefix)}[0-9a-f]{{32}}\.safetensors(\.\d+\.tmp)?")
+        entries, gone, total = [], [], 0
+        for file in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):   # here and below: another process tidies, too
+                found, status = ours.fullmatch(file.name), file.stat()
+                if found and not found[1]:
+                    entries.append((status.st_mtime_ns, status.st_size, file.path))
+                elif found and time.time() - status.st_mtime > HOUR:
+                    gone.append(file.path)
+        for i, (_, size, path) in enumerate(sorted(entries, reverse=True)):
+            total += size
+            if i and self.max_bytes is not None and total > self.max_bytes:
+                gone.append(path)
+        for path in gone:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
 
 
-def default_folder():
-    """$XDG_CACHE_HOME/nanobt, or ~/.cache/nanobt where that is not set to an absolute path, as its specification says."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "nanobt")
+def state_of(path):
+    """A file -> its real path, size, time of change; a folder -> those of its files but quantised copies.
 
-
-def state_of(weights):
-    """Name, size and time of change of every file in a folder of weights and in its folders: two levels are all there is.
-
-    But for quantised copies, which appear later and follow from the others. To be taken before the weights are read: whoever
-    replaces them later must not have the tokens of the old ones filed under the new."""
-    names = [name for pattern in ("*", "*/*") for name in glob.glob(pattern, root_dir=weights)
-             if os.path.isfile(os.path.join(weights, name)) and not os.path.basename(name).startswith("quantised_")]
+    This is what "the same file as before" means everywhere. Take it before you read. Raises UserError."""
     try:
-        return [os.path.realpath(weights), *((name, status.st_size, status.st_mtime_ns) for name in sorted(names)
-                                             for status in [os.stat(os.path.join(weights, name))])]
-    except OSError as e:   # gone since
-        raise UserError(f"{e.filename}: {e.strerror}")
+        path = os.path.realpath(path)
+        if os.path.isdir(path):
+            names = [name for name in sorted(os.listdir(path)) if not name.startswith(("quantised_", "."))]
+            return [state_of(os.path.join(path, name)) for name in names]
+        status = os.stat(path)
+    except (OSError, ValueError) as e:   # ValueError: a NUL in the name
+        raise UserError(f"{path}: {getattr(e, 'strerror', e)}")
+    return [os.fsencode(path).decode(errors="backslashreplace"), status.st_size, status.st_mtime_ns]
 
 
-def entry(folder, video, how, weights):
-    """-> the path of the entry for a video that is looked at in some way (`how`) by weights (what state_of said); JSON can hold both.
-
-    None where there is no such video: whoever opens it says what is wrong."""
-    try:
-        status = os.stat(video)
-    except (OSError, ValueError):
-        return None
-    key = json.dumps([FORMAT, os.path.realpath(video), status.st_size, status.st_mtime_ns, how, weights])
-    return os.path.join(folder, hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32] + ".safetensors")
-
-
-def checksum(tensors):
-    """CRC-32 of the numbers: a file can be damaged without being cut."""
-    crc = 0
-    for t in tensors:
-        crc = zlib.crc32(t.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
-    return str(crc)
-
-
-def recall(path):
-    """-> Seen, mapped from an entry; None where there is none. Raises UserError for one that is damaged."""
-    if not os.path.exists(path):
-        return None
-    tensors, metadata = read_file(path), read_metadata(path)
-    try:
-        seen = Seen(float(metadata["duration"]), metadata["damage"], tensors["times"].tolist(), tensors["frames"], tensors["video_tokens"])
-        if metadata["crc32"] != checksum(tensors.values()) or len(seen.times) != len(seen.frames):
-            raise ValueError
-    except (KeyError, ValueError, TypeError) as e:
-        raise UserError(f"{path}: this entry of the cache is damaged") from e
-    with contextlib.suppress(OSError):   # a folder that is read-only, or another process that has just removed it
-        os.utime(path)                   # used now: others are older
-    return seen
-
-
-def keep(path, seen):
-    """Seen -> an entry, atomically; the oldest go where there are too many. Raises UserError where the folder cannot be written."""
-    folder = os.path.dirname(path)
-    tensors = {"times": torch.tensor(seen.times, dtype=torch.float64), "frames": seen.frames, "video_tokens": seen.video_tokens.cpu()}
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)   # pictures of videos are nobody else's business
-        write_safetensors(path, tensors, {"duration": repr(seen.duration), "damage": seen.damage, "crc32": checksum(tensors.values())})
-        prune(folder)
-    except OSError as e:
-        raise UserError(f"{e.filename or folder}: {e.strerror}")
-
-
-def prune(folder):
-    """Removes the oldest entries beyond MAX_ENTRIES or MAX_BYTES, but never the newest, and what a killed process left half written.
-    Other files are left alone."""
-    entries, gone, total = [], [], 0
-    for file in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):   # here and below: another process does the same
-            if ENTRY.fullmatch(file.name):
-                entries.append((file.stat().st_mtime_ns, file.stat().st_size, file.path))
-            elif LEFTOVER.fullmatch(file.name) and time.time() - file.stat().st_mtime > HOUR:
-                gone.append(file.path)
-    for i, (_, size, path) in enumerate(sorted(entries, reverse=True)):
-        total += size
-        if i and (i >= MAX_ENTRIES or total > MAX_BYTES):
-            gone.append(path)
-    for path in gone:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
+def code_of(*modules):
+    """A digest of the bytecode of modules: it changes with the code, but not with comments."""
+    digest, codes = hashlib.sha256(), [module.__spec__.loader.get_code(module.__name__) for module in modules]
+    while codes:
+        code = codes.pop()
+        codes += [const for const in code.co_consts if hasattr(const, "co_code")]
+        plain = [sorted(map(repr, const)) if isinstance(const, frozenset) else repr(const)
+                 for const in code.co_consts if not hasattr(const, "co_code")]   # a set has no order
+        digest.update(code.co_code + repr((code.co_names, plain)).encode())
+    return digest.hexdigest()

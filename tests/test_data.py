@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from plumbing import video
 from films import FPS, HEIGHT, WIDTH, Opened, number, numbers, picture, silence
+from plumbing import video
 from plumbing.cli import UserError
 
 torch.set_num_threads(1)

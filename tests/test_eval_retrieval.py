@@ -15,6 +15,7 @@ from eval_retrieval import SETTINGS, Config
 from plumbing import cli, training, weightfile
 from plumbing.cli import UserError
 from toy import shapes
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(ROOT, "weights", "tiny")
 

@@ -8,6 +8,7 @@ import metrics
 from metrics import retrieval_metrics
 from plumbing import weightfile
 from plumbing.cli import UserError
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 

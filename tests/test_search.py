@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from films import film
 
 import data
 import model
 import search
-from search import Config
+from films import film
 from model import VideoEncoder
 from plumbing import cli, training, weightfile
 from plumbing.cli import UserError
+from search import Config
 from toy import shapes
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(ROOT, "weights", "tiny")
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from films import FPS, Opened, film, number, numbers, picture
 from torch.utils.data import DataLoader, Dataset
 
 import data
+from films import FPS, Opened, film, number, numbers, picture
 from plumbing import video
 
 FRAMES = 30
@@ -157,7 +157,7 @@ def attack(path, starts, pictures, rng):
         check(path, starts, pictures, [instants[min(i + step, n - 1)], instants[i]])
 
 
-@pytest.mark.filterwarnings("error::video.DamagedVideo")   # whole files: no reason to warn
+@pytest.mark.filterwarnings("error::plumbing.video.DamagedVideo")   # whole files: no reason to warn
 @pytest.mark.parametrize("name", CLIPS)
 def test_every_time_gives_bit_for_bit_the_frame_of_a_whole_decode(clips, name):
     *_, more = CLIPS[name]
@@ -172,7 +172,7 @@ def test_every_time_gives_bit_for_bit_the_frame_of_a_whole_decode(clips, name):
     attack(clips[name], starts, pictures, random.Random(name))
 
 
-@pytest.mark.filterwarnings("error::video.DamagedVideo")
+@pytest.mark.filterwarnings("error::plumbing.video.DamagedVideo")
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("name", ["h264 long gop", "h264 open gop ts", "hevc mkv", "vp9 live webm", "av1 mp4", "mpeg4 avi",
                                   "mpeg4 avi with B-frames", "h264 in fragments", "gif"])
@@ -188,7 +188,7 @@ def test_very_short_clips_are_exact_too(tmp_path, name, length):
 UNLISTED = ["h264 short gop", "h264 open gop mp4", "hevc mp4", "hevc open gop mp4", "vp9 mp4", "mpeg4 mp4 with B-frames", "mpeg4 mp4"]
 
 
-@pytest.mark.filterwarnings("error::video.DamagedVideo")
+@pytest.mark.filterwarnings("error::plumbing.video.DamagedVideo")
 @pytest.mark.parametrize("name", UNLISTED)
 def test_an_mp4_without_a_list_of_keyframes_is_exact_too(tmp_path, clips, name):
     path, mp4 = tmp_path / "unlisted.mp4", open(clips[name], "rb").read()
@@ -197,7 +197,7 @@ def test_an_mp4_without_a_list_of_keyframes_is_exact_too(tmp_path, clips, name):
     attack(path, *whole(clips[name]), random.Random(name))
 
 
-@pytest.mark.filterwarnings("ignore::video.DamagedVideo")
+@pytest.mark.filterwarnings("ignore::plumbing.video.DamagedVideo")
 @pytest.mark.parametrize("name", UNLISTED)
 def test_frames_are_exact_though_the_list_of_keyframes_names_others(tmp_path, clips, name):
     path, mp4 = tmp_path / "other.mp4", open(clips[name], "rb").read()
@@ -231,7 +231,7 @@ def test_keep_sees_every_frame_as_frames_at_returns_it(clips):
 
 
 # ---------------------------------------------------------------------------------------------------- frames by number
-@pytest.mark.filterwarnings("error::video.DamagedVideo")
+@pytest.mark.filterwarnings("error::plumbing.video.DamagedVideo")
 @pytest.mark.parametrize("name", CLIPS)
 def test_linspace_runs_from_the_first_frame_to_the_last_whatever_their_times(clips, name):
     *_, more = CLIPS[name]
