@@ -266,49 +266,11 @@ class Strings(collections.abc.Sequence):
         return self.text[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass")
 
 
-def read_counts(path):
-    """ActivityNet's num_file: a JSON dict {name: number of frames} -> the same dict. Raises UserError."""
-    rows = read_rows(path)
-    counts = rows[0][1]
-    if len(rows) > 1 or not isinstance(counts, dict) or not all(type(n) is int and n > 0 for n in counts.values()):
-        raise UserError(f"{path}: needs one JSON dict of names and whole numbers of frames above 0")
-    return counts
-
-
-def read_classes(path):
-    """Names of classes, one a line -> [name]; its place in the list is a class's label. Raises UserError."""
-    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
-    if "" in names or not names:
-        raise UserError(f"{path}, line {names.index('') + 1 if names else 1}: needs the name of a class")
-    return names
-
-
-def read_labels(path, classes, offset):
-    """Lines `path label`, parted by white space, the last of it in the line -> [(video, label + offset)], labels from 0 to
-    classes - 1. Raises UserError with the line."""
-    rows = []
-    for number, line in enumerate(read_text(path).rstrip().splitlines(), 1):
-        video, label = (line.rsplit(None, 1) + ["", ""])[:2]
-        if not label.isdecimal() or not 0 <= int(label) + offset < classes:
-            raise UserError(f"{path}, line {number}: needs a path and a label from {-offset} to {classes - 1 - offset}")
-        rows.append((video, int(label) + offset))
-    if not rows:
-        raise UserError(f"{path}: no rows in it")
-    return rows
-
-
 def locate(root, name):
     """The file of a video that annotations name, maybe without its extension or as Video-ChatGPT's features, `<id>.pkl`."""
     path = os.path.join(root, name.removesuffix(".pkl"))
     candidates = (path + extension for extension in ("", ".mp4", ".mkv", ".webm", ".avi"))
     return next(filter(os.path.isfile, candidates), path)
-
-
-def sample_folder(folder, count, num_frames, mode, keep):
-    """A video that is kept as pictures 000001.jpg, 000002.jpg, ...: `num_frames` of its `count` frames by the rule `mode` of
-    INDEX_RULES -> list of what keep(picture) returns. For a picture that is missing, the next one. Raises VideoError."""
-    pairs = ([os.path.join(folder, f"{i + k:06d}.jpg") for k in (1, 2)] for i in INDEX_RULES[mode](count, num_frames))
-    return [keep(read_picture(next(filter(os.path.isfile, pair), pair[0]))) for pair in pairs]
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
@@ -361,71 +323,26 @@ def collate_skip(items):
     return {"pixels": pixels, "index": index, "skipped": skipped, **({"ids": ids[0]} if ids else {})}
 
 
-class EvaluationDataset(Dataset):
-    """Videos as the released evaluations see them. Item i -> (pixels (T, 3, H, W) uint8, i).
+class RetrievalDataset(Dataset):
+    """Pairs of video and caption, as an evaluation sees them. Item i -> (pixels (T, 3, H, W) uint8, i).
 
-    short: the short side before the crop, 256 for DiDeMo, LSMDC and ActivityNet. counts: {name without extension: frames}, for
-    videos that are folders of pictures. A broken video raises VideoError, or gives Skipped if skip."""
-    def __init__(self, videos, root, num_frames, image_size, short=None, mode="test", skip=False, counts={}):
-        self.videos, self.root, self.num_frames, self.image_size, self.short = videos, root, num_frames, image_size, short
-        self.mode, self.skip, self.counts = mode, skip, counts
+    annotations: JSON lines {"video", "caption"}. Raises UserError for bad rows, VideoError for a broken video."""
+    def __init__(self, annotations, root, num_frames, image_size):
+        rows = read_rows(annotations)
+        self.videos = [field(row, where, "video") for where, row in rows]
+        self.captions = [field(row, where, "caption") for where, row in rows]
+        self.root, self.num_frames, self.image_size = root, num_frames, image_size
+
+    def missing(self):
+        """Names of the videos that are not there."""
+        return [v for v in dict.fromkeys(self.videos) if not os.path.isfile(locate(self.root, v))]
 
     def __len__(self):
         return len(self.videos)
 
-    def folder(self, video):
-        """Where the pictures of a video are, and how many; None if it is a file."""
-        name = os.path.splitext(video)[0]
-        path = os.path.join(self.root, name)
-        return (path, self.counts[name]) if name in self.counts and os.path.isdir(path) else None
-
-    def missing(self):
-        """Names of the videos that are not there."""
-        return [v for v in dict.fromkeys(self.videos) if not self.folder(v) and not os.path.isfile(locate(self.root, v))]
-
     def __getitem__(self, i):
-        def pixels(picture):   # one by one: sixty-four pictures as filmed take hundreds of megabytes
-            return eval_pixels(picture[None], self.image_size, self.short)[0]   # (3, size, size)
-        try:
-            if folder := self.folder(self.videos[i]):
-                frames = sample_folder(*folder, self.num_frames, self.mode, pixels)
-            else:
-                frames, _ = sample_frames(locate(self.root, self.videos[i]), self.num_frames, self.mode, keep=pixels)
-        except VideoError as e:
-            if self.skip:
-                return Skipped(str(e))
-            raise
-        return torch.stack(frames), i
-
-
-class RetrievalDataset(EvaluationDataset):
-    """Pairs of video and text, for retrieval: the text of videos[i] is captions[i].
-
-    annotations: JSON lines or a JSON list of {"video", "caption"}, or a JSON dict {video: caption or captions}. Each caption
-    makes a pair of its own (MSR-VTT), or all captions of a row make one text, joined=True (DiDeMo, ActivityNet)."""
-    def __init__(self, annotations, root, num_frames, image_size, short=None, mode="test", joined=False, skip=False, counts={}):
-        videos, self.captions = [], []
-        rows = read_rows(annotations)
-        if len(rows) == 1 and isinstance(rows[0][1], dict) and "video" not in rows[0][1]:
-            rows = [(f"{annotations}, {video!r}", {"video": video, "caption": value}) for video, value in rows[0][1].items()]
-        for where, row in rows:
-            video, value = field(row, where, "video"), row.get("caption")
-            texts = [value] if isinstance(value, str) else value
-            if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t for t in texts):
-                raise UserError(f"{where}: needs a caption or a list of captions, none of them empty")
-            texts = [" ".join(texts)] if joined else texts
-            videos += [video] * len(texts)
-            self.captions += texts
-        super().__init__(videos, root, num_frames, image_size, short, mode, skip, counts)
-
-
-class RecognitionDataset(EvaluationDataset):
-    """Videos of actions: that of videos[i] is classes[labels[i]]. See read_labels and read_classes; offset: what to add to a label
-    of the file to count from 0."""
-    def __init__(self, annotations, classes, offset, root, num_frames, image_size, short=None, mode="test", skip=False):
-        self.classes = read_classes(classes)
-        videos, self.labels = zip(*read_labels(annotations, len(self.classes), offset))
-        super().__init__(videos, root, num_frames, image_size, short, mode, skip)
+        frames, _ = sample_frames(locate(self.root, self.videos[i]), self.num_frames, "uniform")
+        return eval_pixels(frames, self.image_size), i
 
 
 class ConversationDataset(Dataset):
@@ -450,7 +367,7 @@ class ConversationDataset(Dataset):
     def __getitem__(self, i):
         row = self.rows[i]
 
-        def pixels(picture):   # one by one, as above
+        def pixels(picture):   # one by one: sixty-four pictures as filmed take hundreds of megabytes
             return self.pixels(picture[None], self.image_size)[0]   # (3, size, size)
         try:
             if "image" in row:

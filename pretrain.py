@@ -249,7 +249,7 @@ def main(cfg):
                              num_workers=cfg.workers, collate_fn=data.collate_skip, pin_memory=device.type == "cuda",
                              worker_init_fn=training.leave_signals_to_the_parent))
     # ------------------------------------------------------------------------------------------------ evaluation and checkpoints
-    watched = cfg.eval_annotations and data.RetrievalDataset(cfg.eval_annotations, cfg.root, cfg.num_frames, size, mode="uniform")
+    watched = cfg.eval_annotations and data.RetrievalDataset(cfg.eval_annotations, cfg.root, cfg.num_frames, size)
     if watched and (missing := watched.missing()):   # said now, not after an epoch
         raise cli.UserError(f"{cfg.eval_annotations}: {len(missing)} of its videos are not under {cfg.root}, the first is {missing[0]}")
 

@@ -474,22 +474,12 @@ def test_collate_skip_drops_broken_videos_and_says_which(world):
     assert len(nothing["index"]) == 0 and len(nothing["skipped"]) == 1
 
 
-def test_retrieval_makes_a_pair_of_every_caption_or_joins_them(world):
-    annotations = lines(world / "a.json", {"good.mp4": ["one", "two"], "page/17": "three"})
-    items = data.RetrievalDataset(annotations, world, 4, 28)
-    assert items.videos == ["good.mp4", "good.mp4", "page/17"] and items.captions == ["one", "two", "three"]
-    pixels, index = items[2]   # the name lacks its extension
-    assert index == 2 and torch.equal(pixels, data.eval_pixels(data.sample_frames(world / "good.mp4", 4, "test")[0], 28))
-    joined = data.RetrievalDataset(annotations, world, 4, 28, short=32, joined=True)
-    assert joined.captions == ["one two", "three"]
-    assert torch.equal(joined[0][0], data.eval_pixels(data.sample_frames(world / "good.mp4", 4, "test")[0], 28, 32))
-
-
-def test_retrieval_reads_json_lines_and_lists_alike(world):
-    rows = [{"video": "good.mp4", "caption": "one"}, {"video": "good.mp4", "caption": ["two"]}]
-    for path in (lines(world / "a.jsonl", *rows), lines(world / "a.json", rows)):
-        assert data.RetrievalDataset(path, world, 4, 28).captions == ["one", "two"]
-    assert data.RetrievalDataset(lines(world / "b.jsonl", rows[0]), world, 4, 28).captions == ["one"]
+def test_retrieval_shows_uniform_frames_and_says_which_videos_are_missing(world):
+    rows = [{"video": video, "caption": caption} for video, caption in (("page/17", "one"), ("nowhere.mp4", "two"))]
+    items = data.RetrievalDataset(lines(world / "a.jsonl", *rows), world, 4, 28)
+    assert items.captions == ["one", "two"] and items.missing() == ["nowhere.mp4"]
+    pixels, index = items[0]   # the name lacks its extension
+    assert index == 0 and torch.equal(pixels, data.eval_pixels(data.sample_frames(world / "good.mp4", 4, "uniform")[0], 28))
 
 
 def test_a_broken_retrieval_video_stops_also_in_a_worker_process(world):
@@ -548,8 +538,7 @@ def conversations(folder, annotations):
     (captions, [GOOD, {"video": 7, "caption": "x"}], "line 2: needs 'video'"),
     (captions, [GOOD, "[1, 2]\n"], "line 2: needs 'video'"),
     (captions, [""], "no rows"),
-    (retrieval, [{"a.mp4": "x", "b.mp4": []}], "'b.mp4': needs a caption"),
-    (retrieval, [[GOOD, {"video": "b.mp4", "caption": [1]}]], "entry 2: needs a caption"),
+    (retrieval, [[GOOD, {"video": "b.mp4", "caption": [1]}]], "entry 2: needs 'caption'"),
     (conversations, [[talk("q", "a", video="v"), talk("q", video="v")]], "entry 2: messages"),
     (conversations, [[talk("q", "a", video="v"), 5]], "entry 2: needs 'video'"),
     (conversations, [talk("q", "a")], "a.jsonl: needs 'video'"),

@@ -11,7 +11,7 @@ from PIL import Image
 import data
 import eval_retrieval
 import model
-from eval_retrieval import SETTINGS, Config
+from eval_retrieval import SETTINGS, Config, EvaluationSet
 from plumbing import cli, training, weightfile
 from plumbing.cli import UserError
 from toy import shapes
@@ -58,14 +58,13 @@ def scoring(world, **options):
 # ---------------------------------------------------------------------------------------------------- encode
 def test_a_video_with_several_captions_is_read_once_and_has_a_row_for_each(world, tmp_path, monkeypatch):
     path = write(tmp_path / "a.json", {"1.mp4": ["one", "two"], "0.mp4": ["three"]})
-    dataset = data.RetrievalDataset(path, world, 4, 64)
-    asked, get = [], data.RetrievalDataset.__getitem__
-    monkeypatch.setattr(data.RetrievalDataset, "__getitem__", lambda self, i: asked.append(i) or get(self, i))
+    dataset = EvaluationSet(scoring(world, annotations=path), SETTINGS["own"], 64)
+    asked, get = [], EvaluationSet.__getitem__
+    monkeypatch.setattr(EvaluationSet, "__getitem__", lambda self, i: asked.append(i) or get(self, i))
     encoder, tokenizer = model.load_encoder(TINY, "", torch.device("cpu"))
-    branch, mean, text, broken = model.encode(encoder, tokenizer, dataset, torch.device("cpu"))
-    assert asked == [0, 2] and branch.shape == mean.shape == text.shape == (3, 128) and broken == []
-    assert torch.equal(branch[0], branch[1]) and not torch.equal(branch[1], branch[2])
-    assert torch.allclose(branch[2], torch.nn.functional.normalize(encoder.encode_video(data.normalise(get(dataset, 2)[0])[None]), dim=1), atol=1e-6)
+    videos, branch, mean, broken = model.encode_videos(encoder, dataset, torch.device("cpu"))
+    assert asked == [0, 2] and videos == ["1.mp4", "0.mp4"] and branch.shape == mean.shape == (2, 128) and broken == []
+    assert torch.allclose(branch[1], torch.nn.functional.normalize(encoder.encode_video(data.normalise(get(dataset, 2)[0])[None]), dim=1), atol=1e-6)
 
 
 def encode_in_a_group(rank, size, folder):
@@ -73,9 +72,9 @@ def encode_in_a_group(rank, size, folder):
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     torch.set_num_threads(1)
     encoder, tokenizer = model.load_encoder(TINY, "", torch.device("cpu"))
-    dataset = data.RetrievalDataset(os.path.join(folder, "a.jsonl"), folder, 8, 64, mode="uniform", skip=True)
-    *features, broken = model.encode(encoder, tokenizer, dataset, torch.device("cpu"), batch_size=2)
-    training.save_checkpoint(os.path.join(folder, f"{rank} of {size}"), {"features": features, "broken": broken})
+    cfg = config(annotations=os.path.join(folder, "a.jsonl"), root=folder, skip_broken=True)
+    videos, branch, mean, broken = model.encode_videos(encoder, EvaluationSet(cfg, SETTINGS["own"], 64), torch.device("cpu"), batch_size=2)
+    training.save_checkpoint(os.path.join(folder, f"{rank} of {size}"), {"videos": videos, "branch": branch, "mean": mean, "broken": broken})
 
 
 def test_two_processes_have_both_the_features_of_one_in_its_order(world, tmp_path):
@@ -88,8 +87,8 @@ def test_two_processes_have_both_the_features_of_one_in_its_order(world, tmp_pat
     one, *both = (training.load_checkpoint(tmp_path / name) for name in ("0 of 1", "0 of 2", "1 of 2"))
     for two in both:
         assert two["broken"] == one["broken"] and len(one["broken"]) == 1
-        for a, b in zip(one["features"], two["features"], strict=True):
-            assert len(a) == 9 and torch.allclose(a, b, atol=1e-6)
+        assert two["videos"] == one["videos"] == [f"{i}.mp4" for i in range(8)]
+        assert all(torch.allclose(two[what], one[what], atol=1e-6) for what in ("branch", "mean"))
 
 
 # ---------------------------------------------------------------------------------------------------- score
@@ -148,8 +147,8 @@ def test_the_papers_numbers_stand_beside_ours_where_the_sets_match_and_only_ther
     ("activitynet", [{"video": "0.mp4", "caption": ["a", "b"]}, {"video": "1.mp4", "caption": ["c"]}], ["a b", "c"], 64, 73)])
 def test_released_annotations_and_settings(world, tmp_path, monkeypatch, name, rows, captions, frames, short):
     setting = dataclasses.replace(SETTINGS[name], size=(len(captions),))
-    dataset = eval_retrieval.open_dataset(scoring(world, dataset=name, annotations=write(tmp_path / "a", rows)), setting, 64)
-    assert dataset.captions == captions
+    dataset = EvaluationSet(scoring(world, dataset=name, annotations=write(tmp_path / "a", rows)), setting, 64)
+    assert dataset.texts == captions
     expected = data.eval_pixels(data.sample_frames(world / "1.mp4", frames, "test")[0], 64, short)
     assert torch.equal(dataset[len(captions) - 1][0], expected)
 
@@ -168,7 +167,7 @@ def test_activitynet_as_folders_of_frames_with_a_hole_and_as_a_file(world, tmp_p
     shutil.copy(world / "0.mp4", tmp_path / "v_2.mp4")
     annotations = write(tmp_path / "a", [{"video": f"v_{i}.mp4", "caption": ["a"]} for i in (1, 2)])
     cfg = scoring(tmp_path, dataset="activitynet", annotations=annotations, num_file=write(tmp_path / "n", {"v_1": 40, "v_2": 9}))
-    dataset = eval_retrieval.open_dataset(cfg, dataclasses.replace(SETTINGS["activitynet"], size=(2,), num_frames=3), 64)
+    dataset = EvaluationSet(cfg, dataclasses.replace(SETTINGS["activitynet"], size=(2,), num_frames=3), 64)
     pixels, _ = dataset[0]
     assert pixels.shape == dataset[1][0].shape == (3, 3, 64, 64)
     assert data.uniform_sample_test(40, 3) == [6, 19, 32]   # from 0; the files count from 1, and the 20th is missing
@@ -179,22 +178,23 @@ def test_activitynet_as_folders_of_frames_with_a_hole_and_as_a_file(world, tmp_p
 
 
 @pytest.mark.parametrize("name, what, message", [
-    ("num_file", "[1]", "needs one JSON dict"), ("num_file", '{"v": 0}', "above 0"), ("num_file", '{"v": true}', "above 0"),
+    ("num_file", "[1]", "needs one JSON dict"), ("num_file", '{"v": 0}', "above 0"), ("num_file", '{"v": true}', "above 0"), ("pairs", '{"a.mp4": "x", "b.mp4": []}', "'b.mp4': needs a caption"),
+    ("pairs", '[{"video": "a.mp4", "caption": [1]}]', "entry 1: needs a caption"),
     ("classes", "a\n\nb", "line 2: needs the name"), ("classes", "", "line 1: needs the name"),
     ("labels", "v.mp4 3", "line 1: needs a path and a label from 1 to 2"), ("labels", "v.mp4 1\n\nv.mp4 1", "line 2: needs"),
-    ("labels", "v.mp4 0", "line 1"), ("labels", "v.mp4 1\nv.mp4 x", "line 2"), ("labels", "", "no rows")])
-def test_bad_files_of_counts_classes_and_labels_are_user_errors_that_name_the_line(tmp_path, name, what, message):
+    ("labels", "v.mp4 0", "line 1"), ("labels", "v.mp4 1\nv.mp4 x", "line 2"), ("labels", "", "line 1")])
+def test_bad_files_of_a_test_set_are_user_errors_that_name_the_line(tmp_path, name, what, message):
     path = write(tmp_path / "a", what)
-    read = {"num_file": data.read_counts, "classes": data.read_classes, "labels": lambda path: data.read_labels(path, 2, -1)}[name]
+    read = {"pairs": eval_retrieval.read_pairs, "num_file": eval_retrieval.read_counts, "classes": eval_retrieval.read_classes, "labels": lambda path: eval_retrieval.read_labels(path, 2, -1)}[name]
     with pytest.raises(UserError, match=message):
         read(path)
 
 
 # ---------------------------------------------------------------------------------------------------- recognition
 def test_labels_are_the_last_word_of_a_line_with_the_offset_of_the_data_set(tmp_path):
-    rows = data.read_labels(write(tmp_path / "a", "playing guitar/x y.mp4 0\nb.mp4\t2\n"), 3, 0)
-    assert rows == [("playing guitar/x y.mp4", 0), ("b.mp4", 2)]
-    assert data.read_labels(write(tmp_path / "a", "b.mp4\t1\nc.mp4\t3"), 3, -1) == [("b.mp4", 0), ("c.mp4", 2)]
+    videos, labels = eval_retrieval.read_labels(write(tmp_path / "a", "playing guitar/x y.mp4 0\nb.mp4\t2\n"), 3, 0)
+    assert videos == ["playing guitar/x y.mp4", "b.mp4"] and labels == [0, 2]
+    assert eval_retrieval.read_labels(write(tmp_path / "a", "b.mp4\t1\nc.mp4\t3"), 3, -1) == (["b.mp4", "c.mp4"], [0, 2])
 
 
 def test_top_1_and_top_5_are_those_worked_by_hand(capsys):
@@ -226,8 +226,8 @@ def test_recognition_of_the_toy_worlds_colours(world, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"dataset": "k400"}, "needs --classes"), ({"dataset": "msrvtt", "classes": "x"}, "has no names of classes"), ({"annotations": ""}, "--annotations is needed"),
-    ({"dataset": "imagenet"}, "--dataset imagenet: choose"), ({"num_file": "x"}, "has no folders of frames"), ({"batch_size": 0}, "--batch_size 0"),
+    ({"dataset": "k400"}, "needs --classes"), ({"dataset": "msrvtt", "classes": "x"}, "has no names of classes"), ({"annotations": "", "dataset": "msrvtt"}, "--annotations is needed"),
+    ({"dataset": "imagenet"}, "--dataset imagenet: choose"), ({"batch_size": 0}, "--batch_size 0"),
     ({"weights": "nowhere"}, "nowhere"), ({"from_": "nowhere"}, "nowhere: No such file")])
 def test_scoring_refuses_what_it_cannot_use(world, options, message):
     refused(message, **{**vars(scoring(world)), **options})
@@ -240,3 +240,12 @@ def test_a_set_with_too_few_classes_is_refused(world, tmp_path):
 
 def test_a_flag_may_be_a_word_of_python():
     assert cli.parse(Config, ["--from", "x"]).from_ == "x"
+
+
+def test_without_annotations_it_is_the_toy_world_and_one_line_says_how_to_render_it(world, tmp_path, capsys):
+    refused("test_captions.jsonl: no such file; `python -m toy render`", root=str(tmp_path))
+    for i in range(8):
+        os.symlink(world / f"{i}.mp4", tmp_path / f"{i}.mp4")
+    shutil.copy(world / "captions.jsonl", tmp_path / "test_captions.jsonl")
+    eval_retrieval.main(config(root=str(tmp_path)))
+    assert "evaluated 8 of 8 captions" in capsys.readouterr().out

@@ -417,7 +417,7 @@ def static_accuracy(video, clips, encode_text):
 
 def score(cfg):
     """The method's claim: twins, statics and retrieval on held-out combinations, mean-pooled CLIP beside branches of several seeds."""
-    dataset = data.RetrievalDataset(os.path.join(cfg.data, "test_captions.jsonl"), cfg.data, 8, SIZE, mode="uniform")
+    dataset = data.RetrievalDataset(os.path.join(cfg.data, "test_captions.jsonl"), cfg.data, 8, SIZE)
     fields = [f.name for f in dataclasses.fields(Clip)]
     with open(os.path.join(cfg.data, "test_captions.jsonl")) as f:
         clips = [Clip(**{name: row[name] for name in fields}) for row in map(json.loads, f)]
