@@ -94,7 +94,9 @@ def exact_answers(chat, dataset, system, device, batch_size=32, workers=0):
     exactly when, with the right answer fed in, every next token has the highest logit. An answer beyond the context is wrong."""
     counts = collections.defaultdict(lambda: [0, 0])
     chat.eval()
-    for pixels, conversations, indices, _ in tqdm(DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers), desc="ask", leave=False):
+    loader = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers,
+                        worker_init_fn=training.leave_signals_to_the_parent)
+    for pixels, conversations, indices, _ in tqdm(loader, desc="ask", leave=False):
         prompts = [prompt_ids(chat.tokenizer, turns, system) for turns in conversations]
         logits, target = chat.logits(data.normalise(pixels.to(device)), prompts)
         learned = torch.tensor([sum(label != IGNORE_INDEX for label in labels) for _, labels in prompts], device=target.device)

@@ -179,7 +179,7 @@ def make_index(cfg):
     cli.make_folder(os.path.dirname(os.path.abspath(cfg.index)))
     todo = [(name, e.done) for name, e in sorted(files.items()) if not e.complete(cfg.window)]
     loader = DataLoader(Windows(folder, todo, cfg.window, cfg.batch_size, NUM_FRAMES, encoder.clip.config.image_size),
-                        batch_size=None, num_workers=cfg.workers)
+                        batch_size=None, num_workers=cfg.workers, worker_init_fn=training.leave_signals_to_the_parent)
     saved = time.monotonic()
     try:
         with tqdm(total=len(todo), desc="index", unit=" files", leave=False, file=sys.stderr) as bar:

@@ -1,7 +1,9 @@
 """What the training loops have in common and is no lesson: processes, signals, checkpoints, a log."""
+import atexit
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -142,6 +144,14 @@ def leave_signals_to_the_parent(worker):
     """worker_init_fn for a DataLoader: Ctrl-C and SIGTERM reach the whole group, and the script itself decides what they mean."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register   # after multiprocessing's own, so it is called before that one
+def end_loaders():
+    """Python ends its child processes with SIGTERM and waits for them. A loader's ignore it: that would last for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch's handler would report their end as an error
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def seed_step(seed, step, rank=0, part=0):

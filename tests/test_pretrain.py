@@ -319,10 +319,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(world, straight, forked, tmp
 def test_a_restart_by_torchrun_goes_on_from_the_last_checkpoint(world, tmp_path):
     """One of two processes is killed; torchrun starts both again. Its two rounds must not share a store: see README."""
     cfg = pretraining(world, tmp_path / "out", steps=30, save_every=1)
-    flags = [f"--{'' if value is not False else 'no-'}{name}" + ("" if isinstance(value, bool) else f"={value}")
-             for name, value in dataclasses.asdict(cfg).items() if value is not None]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1",
-               os.path.join(ROOT, "pretrain.py"), *flags]
+               os.path.join(ROOT, "pretrain.py"), *flags_of(cfg)]
     env, log = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, tmp_path / "out" / "log.jsonl"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as run:
         try:
@@ -368,6 +366,42 @@ def test_the_best_look_at_the_watched_set_is_kept(world, tmp_path, monkeypatch):
     assert all(torch.equal(best[name], second[name]) for name in best)
     assert not all(torch.equal(best[name], third[name]) for name in best)
     assert [row["R@1 branch"] for row in log_of(tmp_path / "3") if "R@1 branch" in row] == [10, 30, 20]
+
+
+# ---------------------------------------------------------------------------------------------------- it ends
+def flags_of(cfg):
+    return [f"--{'' if value is not False else 'no-'}{name}" + ("" if isinstance(value, bool) else f"={value}")
+            for name, value in dataclasses.asdict(cfg).items() if value is not None]
+
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_error_in_the_loss_ends_the_program_though_a_loader_is_at_work(world, tmp_path, size):
+    """No UserError: a GPU out of memory, say, or a mistake in what a reader has changed."""
+    script = tmp_path / "changed.py"
+    script.write_text("import pretrain\nfrom plumbing import cli\n\n\ndef loss(*features):\n    raise RuntimeError('a mistake')\n\n\n"
+                      "pretrain.vtc_loss = loss\ncli.run(pretrain.main, pretrain.Config)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size), str(script),
+                           *flags_of(pretraining(world, tmp_path / "out", workers=1))],
+                          capture_output=True, text=True, env=ENV, timeout=60)
+    assert done.returncode == 1 and "RuntimeError: a mistake" in done.stderr and "DataLoader worker" not in done.stderr
+
+
+@pytest.mark.parametrize("number, code, last", [(signal.SIGINT, 130, "pretrain.py: interrupted"), (signal.SIGTERM, 143, "")])
+def test_a_signal_to_all_processes_is_for_the_script_to_answer(world, tmp_path, number, code, last):
+    """Its loader's process gets the signal too, and neither dies of it nor prints a traceback."""
+    cfg = pretraining(world, tmp_path / "out", workers=1, steps=100_000, save_every=100_000)
+    with subprocess.Popen([sys.executable, os.path.join(ROOT, "pretrain.py"), *flags_of(cfg)], stderr=subprocess.PIPE, text=True,
+                          env=ENV, start_new_session=True) as run:
+        deadline, log = time.monotonic() + 60, tmp_path / "out" / "log.jsonl"
+        while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(run.pid, number)
+        errors = run.communicate(timeout=60)[1]
+    assert run.returncode == code and "Traceback" not in errors and last in errors, errors
+    assert os.path.exists(tmp_path / "out" / "last.pth") == (number == signal.SIGTERM)
 
 
 # ---------------------------------------------------------------------------------------------------- recipes, precision
