@@ -215,7 +215,7 @@ class Session:
                     if self.scheme in ("int8", "int4") and self.device.type == "cpu":   # 100 frames are 16e12 operations, a prompt 4e12
                         quant.quantize(self.chat.encoder.clip.vision_model, "int8")
                     with torch.inference_mode():
-                        video_tokens = self.chat.encode_video(data.normalise(pixels)[None].to(self.device))[0]   # (K, D_llm)
+                        video_tokens = self.chat.encode_video(pixels[None].to(self.device))[0]   # (K, D_llm)
             seen = store.Seen(probed.duration, probed.damage, times, frames, video_tokens)
             with self.timed("video"), self.unharmed():
                 if entry:

@@ -98,7 +98,7 @@ def exact_answers(chat, dataset, system, device, batch_size=32, workers=0):
                         worker_init_fn=training.leave_signals_to_the_parent)
     for pixels, conversations, indices, _ in tqdm(loader, desc="ask", leave=False):
         prompts = [prompt_ids(chat.tokenizer, turns, system) for turns in conversations]
-        logits, target = chat.logits(data.normalise(pixels.to(device)), prompts)
+        logits, target = chat.logits(pixels.to(device), prompts)
         learned = torch.tensor([sum(label != IGNORE_INDEX for label in labels) for _, labels in prompts], device=target.device)
         right = ((logits.argmax(-1) == target) & (target != IGNORE_INDEX)).sum(1) == learned   # (B,)
         for i, ok in zip(indices, right.tolist()):
@@ -221,7 +221,7 @@ def main(cfg):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * training.warmup_cosine(step, steps, max(1, round(0.03 * steps)))
         with torch.autocast(device.type, torch.float16, enabled=half):
-            loss = ddp(data.normalise(pixels.to(device)), prompts)
+            loss = ddp(pixels.to(device), prompts)
         shown = sum(training.told_by_all(here, loss.item())[0]) / here.size   # of the joined batch: all processes stop where one must
         if not math.isfinite(shown):
             raise cli.UserError(f"step {step}: the loss is {shown}; {last} is kept")

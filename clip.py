@@ -24,6 +24,8 @@ from torch import nn
 from plumbing import weightfile
 from plumbing.cli import UserError, make_folder, write_atomic
 
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)   # of RGB in 0..1, where CLIP was trained
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 VOCABULARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "bpe_simple_vocab_16e6.txt.gz")
 
 
@@ -101,7 +103,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(width, heads, mlp) for _ in range(layers))
 
-    def walk(self, x, causal=False):
+    def states(self, x, causal=False):
         """x: (B, L, D). Yields x itself, then the output of each layer: layers + 1 states."""
         yield x
         for layer in self.layers:
@@ -110,6 +112,11 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------- the two towers
+def normalise(pixels):
+    """(..., 3, H, W) uint8 -> fp32 with CLIP's mean and spread. Pixels stay bytes up to here: a quarter of the memory."""
+    return (pixels / 255 - MEAN.to(pixels.device)) / STD.to(pixels.device)
+
+
 def table(rows, width):
     """An embedding whose numbers are still to be filled in."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
@@ -136,6 +143,11 @@ class ImageTower(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.vision_width, eps=1e-5)     # sic: the name in every released file
         self.encoder = Encoder(config.vision_width, config.vision_heads, config.vision_mlp, config.vision_layers)
         self.post_layernorm = nn.LayerNorm(config.vision_width, eps=1e-5)
+
+    def states(self, pixels):
+        """pixels: (B, 3, H, W), normalised floats. Yields the states that CLIP.image_states describes."""
+        x = self.embeddings(pixels.to(self.embeddings.patch_embedding.weight.dtype))
+        yield from self.encoder.states(self.pre_layrnorm(x))
 
 
 class TextEmbeddings(nn.Module):
@@ -194,24 +206,22 @@ class CLIP(nn.Module):
         return self
 
     def image_states(self, pixels):
-        """pixels: (B, 3, H, W), float, CLIP-normalised, of the size in config. Yields vision_layers + 1 states (B, 1 + N, D).
+        """pixels: (B, 3, H, W) uint8, of the size in config. Yields vision_layers + 1 states (B, 1 + N, D).
 
         CLS stands first. State 0 enters the first layer, state i leaves the i-th. A generator: a caller keeps the states
-        that it needs and may stop early. Raises ValueError for pixels of another size or kind."""
+        that it needs and may stop early."""
         size = self.config.image_size
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or not pixels.is_floating_point():
-            raise ValueError(f"{pixels.dtype} pixels of shape {tuple(pixels.shape)}, but this CLIP sees floats (B, 3, {size}, {size})")
-        tower = self.vision_model
-        x = tower.embeddings(pixels.to(tower.embeddings.patch_embedding.weight.dtype))
-        yield from tower.encoder.walk(tower.pre_layrnorm(x))
+        assert pixels.ndim == 4 and pixels.shape[1:] == (3, size, size) and pixels.dtype == torch.uint8, \
+            f"{pixels.dtype} pixels of shape {tuple(pixels.shape)}, but this CLIP sees uint8 (B, 3, {size}, {size})"
+        yield from self.vision_model.states(normalise(pixels))
 
     def text_states(self, ids):
         """ids: (B, S) int64. Yields text_layers + 1 states (B, S, D), none of them through final_layer_norm yet.
 
-        Raises ValueError where S is above config.context_length."""
-        if ids.ndim != 2 or ids.shape[1] > self.config.context_length:
-            raise ValueError(f"ids of shape {tuple(ids.shape)}, but this CLIP reads (B, up to {self.config.context_length})")
-        yield from self.text_model.encoder.walk(self.text_model.embeddings(ids), causal=True)
+        S may be less than config.context_length."""
+        assert ids.ndim == 2 and ids.shape[1] <= self.config.context_length, \
+            f"ids of shape {tuple(ids.shape)}, but this CLIP reads (B, up to {self.config.context_length})"
+        yield from self.text_model.encoder.states(self.text_model.embeddings(ids), causal=True)
 
     def project_image(self, tokens):
         """Tokens of the last image state (..., D) -> the shared space (..., P), not normalised.
@@ -220,7 +230,7 @@ class CLIP(nn.Module):
         return self.visual_projection(self.vision_model.post_layernorm(tokens.to(self.visual_projection.weight.dtype)))
 
     def encode_image(self, pixels):
-        """pixels: (B, 3, H, W), CLIP-normalised -> (B, P): the CLS token, not normalised."""
+        """pixels: (B, 3, H, W) uint8 -> (B, P): the CLS token, not normalised."""
         for x in self.image_states(pixels):
             pass
         return self.project_image(x[:, 0])

@@ -2,8 +2,7 @@
 
     python data.py video.mp4    # what it is, and a picture of its frames with their times   -> sheet.png
 
-A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W): uint8 RGB while it is pictures, float once it is normalised for
-CLIP. Nothing guesses T from a shape. Time is counted in seconds from the moment at which the first frame is shown.
+A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W), uint8 RGB. Nothing guesses T from a shape. Time is counted in seconds from the moment at which the first frame is shown.
 How a frame is found in a file, and why no file can do harm, is in video.py.
 """
 import array
@@ -26,8 +25,6 @@ from plumbing.cli import UserError, run, write_atomic
 from plumbing.video import PICTURES, TOLERANCE, VideoError, open_regular, open_video, resize_bicubic
 
 THUMBNAIL = 240   # pixels, the width of a frame on a contact sheet
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)   # CLIP's statistics of RGB in 0..1
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 @dataclasses.dataclass
@@ -123,12 +120,6 @@ INDEX_RULES = {"seq": get_seq_frames, "test": uniform_sample_test, "train": unif
 
 
 # ---------------------------------------------------------------------------------------------------- pixels
-def normalise(frames):
-    """(..., 3, H, W) in 0..255, uint8 or float -> float with CLIP's mean and spread. Data sets leave it to whoever has the GPU:
-    pixels travel from process to process as bytes."""
-    return (frames / 255 - MEAN.to(frames.device)) / STD.to(frames.device)
-
-
 def resize(frames, height, width):
     """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bilinear without antialiasing, rounded: OpenCV's INTER_LINEAR.
 

@@ -5,7 +5,7 @@ Layers, names and formulas are those of the released code (github.com/farewellth
 differ from the paper in places; docs/paper-vs-code.md lists them all.
 
 Shapes: B videos, T frames, N patches a frame, n of them visible under a mask, D width, P projection, S text length.
-A video is (B, T, 3, H, W), float, CLIP-normalised. The branch holds (B, 1 + n*T, D): one CLS token for the whole video, then
+A video is (B, T, 3, H, W) uint8. The branch holds (B, 1 + n*T, D): one CLS token for the whole video, then
 the patches, position by position, each position's T frames side by side.
 """
 import hashlib
@@ -244,7 +244,7 @@ def encode_videos(encoder, dataset, device, batch_size=16, workers=0, amp=False)
         for batch in tqdm(loader, desc="encode", leave=False, file=sys.stderr, disable=rank > 0):
             broken += batch["skipped"]
             if len(batch["index"]):
-                feature, state = encoder(data.normalise(batch["pixels"].to(device)))   # (B, P), (B, T, 1+N, D): one walk through CLIP serves both
+                feature, state = encoder(batch["pixels"].to(device))   # (B, P), (B, T, 1+N, D): one walk through CLIP serves both
                 rows.append((batch["index"], feature.float().cpu(), encoder.mean_feature(state).float().cpu()))
     encoder.train(was_training)
     if size > 1:

@@ -190,7 +190,7 @@ def make_index(cfg):
                     entry.features = []
                 else:
                     with torch.autocast(here.device.type, torch.float16, enabled=cfg.amp and here.device.type == "cuda"):
-                        feature = encoder.encode_video(data.normalise(pixels.to(here.device))).float().cpu()   # (B, P)
+                        feature = encoder.encode_video(pixels.to(here.device)).float().cpu()   # (B, P)
                     entry.features.append(F.normalize(feature, dim=-1))
                 bar.set_postfix_str(f"{entry.done} windows of {name}")
                 bar.update(entry.complete(cfg.window))

@@ -244,7 +244,7 @@ def gpu_chat(path, prompt, tokens):
     memory = torch.ones(1 << 30, device="cuda")
     towers = clip.CLIP(clip.CLIPConfig()).bfloat16().cuda().eval()
     encoder = video.VideoEncoder(towers, video.Branch.beside(towers).bfloat16().cuda().eval(), skip_last=1)
-    frames = torch.randn(1, 100, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+    frames = torch.randint(256, (1, 100, 3, 224, 224), dtype=torch.uint8, device="cuda")
     with torch.inference_mode():
         return result | {"read": memory.nbytes / best(memory.sum), "frames": best(lambda: video.branch_tokens(encoder, frames))}
 
@@ -272,7 +272,8 @@ def quality(cfg, config=None):
         rows = [model(ids)[0] for ids in prompts]
         logits[scheme] = torch.cat([row - row.mean(-1, keepdim=True) for row in rows])   # a constant makes no difference to softmax
         answers[scheme] = [list(llm.generate(model, ids, max_new_tokens=12, stop_ids=tokenizer.stop_ids)) for ids in prompts]
-        pixels = torch.randn(8, 3, towers.config.image_size, towers.config.image_size, generator=torch.Generator().manual_seed(0))
+        pixels = torch.randint(256, (8, 3, towers.config.image_size, towers.config.image_size), dtype=torch.uint8,
+                               generator=torch.Generator().manual_seed(0))
         features[scheme] = towers.float().encode_image(pixels)
 
     def row(what, error, numbers):

@@ -26,7 +26,8 @@ def training_steps(precision, mask_ratio, checkpointed, count, sizes):   # sent 
     optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=1e-6)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     c = towers.config
-    video, ids = torch.randn(2, 8, 3, c.image_size, c.image_size), torch.randint(c.vocab_size, (2, min(64, c.context_length)))
+    video = torch.randint(256, (2, 8, 3, c.image_size, c.image_size), dtype=torch.uint8)
+    ids = torch.randint(c.vocab_size, (2, min(64, c.context_length)))
 
     def clock():
         return time.perf_counter(), time.process_time()

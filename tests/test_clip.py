@@ -52,13 +52,24 @@ def assert_close(a, b):
     assert (a - b).abs().max() < 1e-5
 
 
+def encode_floats(clip, pixels):
+    """encode_image for pixels that were recorded as normalised floats."""
+    *_, x = clip.vision_model.states(pixels)
+    return clip.project_image(x[:, 0])
+
+
+def noise(*shape):
+    """uint8 pixels."""
+    return torch.randint(256, shape, dtype=torch.uint8)
+
+
 def small_merges(tokenizer, count):
     return [(tokenizer.symbols[a], tokenizer.symbols[b]) for a, b in list(tokenizer.merges)[:count]]
 
 
 # ---------------------------------------------------------------------------------------------------- towers
 def test_every_image_state_equals_transformers(tiny, expected):
-    states = list(tiny[0].image_states(expected["pixels"]))
+    states = list(tiny[0].vision_model.states(expected["pixels"]))
     assert len(states) == 4
     for i, x in enumerate(states):
         assert_close(x, expected[f"image_states.{i}"])
@@ -73,7 +84,7 @@ def test_every_text_state_equals_transformers(tiny, expected):
 
 
 def test_features_equal_transformers(tiny, expected):
-    assert_close(tiny[0].encode_image(expected["pixels"]), expected["image_features"])
+    assert_close(encode_floats(tiny[0], expected["pixels"]), expected["image_features"])
     assert_close(tiny[0].encode_text(expected["ids"]), expected["text_features"])
 
 
@@ -82,7 +93,7 @@ def test_every_projected_image_token_equals_transformers(tiny, expected):
 
 
 def test_scaled_cosines_equal_transformers(tiny, expected):
-    images = nn.functional.normalize(tiny[0].encode_image(expected["pixels"]), dim=-1)
+    images = nn.functional.normalize(encode_floats(tiny[0], expected["pixels"]), dim=-1)
     texts = nn.functional.normalize(tiny[0].encode_text(expected["ids"]), dim=-1)
     assert_close(tiny[0].logit_scale.exp() * images @ texts.T, expected["logits_per_image"])
 
@@ -91,11 +102,19 @@ def test_the_walk_over_layers_computes_only_what_is_taken(tiny, expected):
     ran = []
     hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i))
              for i, layer in enumerate(tiny[0].vision_model.encoder.layers)]
-    walk = tiny[0].image_states(expected["pixels"])
+    walk = tiny[0].vision_model.states(expected["pixels"])
     next(walk), next(walk)
     for hook in hooks:
         hook.remove()
     assert ran == [0]
+
+
+def test_clip_normalises_pixels_with_its_own_statistics(tiny):
+    x = clip_module.normalise(torch.tensor([0, 255]).byte().view(2, 1, 1, 1).expand(2, 3, 1, 1))
+    assert x.flatten(1)[0].tolist() == pytest.approx([-1.7922626, -1.7520971, -1.4802198], abs=1e-5)   # -mean / std
+    assert x.flatten(1)[1].tolist() == pytest.approx([1.9303361, 2.0748837, 2.1458969], abs=1e-5)      # (1 - mean) / std
+    pixels = noise(2, 3, 28, 28)
+    assert torch.equal(tiny[0].encode_image(pixels), encode_floats(tiny[0], clip_module.normalise(pixels)))
 
 
 def test_text_is_causal(tiny, expected):
@@ -114,11 +133,11 @@ def test_padding_does_not_change_a_text(tiny, expected):
 
 
 def test_pixels_and_ids_of_another_size_are_named(tiny):
-    with pytest.raises(ValueError, match=r"\(1, 3, 32, 28\).*\(B, 3, 28, 28\)"):
-        tiny[0].encode_image(torch.zeros(1, 3, 32, 28))
-    with pytest.raises(ValueError, match="torch.uint8 pixels"):   # not normalised yet
-        tiny[0].encode_image(torch.zeros(1, 3, 28, 28, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"\(1, 17\).*16"):
+    with pytest.raises(AssertionError, match=r"\(1, 3, 32, 28\).*\(B, 3, 28, 28\)"):
+        tiny[0].encode_image(noise(1, 3, 32, 28))
+    with pytest.raises(AssertionError, match="torch.float32 pixels"):   # normalised already
+        tiny[0].encode_image(torch.zeros(1, 3, 28, 28))
+    with pytest.raises(AssertionError, match=r"\(1, 17\).*16"):
         tiny[0].encode_text(torch.zeros(1, 17, dtype=torch.int64))
 
 
@@ -147,7 +166,7 @@ def test_a_fresh_model_has_no_number_left_unset(monkeypatch):
 def test_a_fresh_model_learns_to_match_its_batch():
     torch.manual_seed(0)
     model = CLIP(dataclasses.replace(OPENAI_SIZES, vocab_size=20))
-    pixels, ids = torch.randn(6, 3, 16, 16), torch.cat((torch.randint(0, 19, (6, 5)), torch.full((6, 1), 19)), 1)
+    pixels, ids = noise(6, 3, 16, 16), torch.cat((torch.randint(0, 19, (6, 5)), torch.full((6, 1), 19)), 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(30):
@@ -305,7 +324,7 @@ def test_an_archive_of_openai_equals_the_hugging_face_folder(openai_model, token
     assert a.config == b.config == OPENAI_SIZES
     assert {p.dtype for p in a.parameters()} == {dtype}
     assert a_tokenizer.merges == b_tokenizer.merges
-    pixels, ids = torch.randn(2, 3, 16, 16), a_tokenizer(["a cat", "two dogs"], 12)
+    pixels, ids = noise(2, 3, 16, 16), a_tokenizer(["a cat", "two dogs"], 12)
     assert all(torch.equal(p, b.state_dict()[name]) for name, p in a.state_dict().items())
     assert_close(a.float().encode_image(pixels), b.float().encode_image(pixels))
     assert_close(a.encode_text(ids), b.encode_text(ids))
@@ -323,7 +342,7 @@ def test_saving_and_loading_give_the_same_model_and_tokenizer(tiny, tmp_path, ex
     model, tokenizer = load_clip(tmp_path / "new" / "folder")
     assert model.config == tiny[0].config
     assert tokenizer.symbols == tiny[1].symbols and tokenizer.merges == tiny[1].merges
-    assert torch.equal(model.encode_image(expected["pixels"]), tiny[0].encode_image(expected["pixels"]))
+    assert torch.equal(*(encode_floats(m, expected["pixels"]) for m in (model, tiny[0])))
     assert torch.equal(model.encode_text(expected["ids"]), tiny[0].encode_text(expected["ids"]))
 
 

@@ -349,12 +349,6 @@ def test_a_file_cut_before_its_first_frame_is_a_video_error(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- pixels
-def test_normalise_uses_clips_statistics():
-    x = data.normalise(torch.tensor([0, 255]).byte().view(2, 1, 1, 1).expand(2, 3, 1, 1))
-    assert x.flatten(1)[0].tolist() == pytest.approx([-1.7922626, -1.7520971, -1.4802198], abs=1e-5)   # -mean / std
-    assert x.flatten(1)[1].tolist() == pytest.approx([1.9303361, 2.0748837, 2.1458969], abs=1e-5)      # (1 - mean) / std
-
-
 def test_resize_is_bilinear_without_antialiasing():
     row = torch.tensor([0, 100]).byte().expand(1, 3, 1, 2)
     assert data.resize(row, 1, 4)[0, 0, 0].tolist() == [0, 25, 75, 100]   # pixel centres at -0.25, 0.25, 0.75, 1.25

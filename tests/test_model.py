@@ -34,6 +34,7 @@ def recorded_encoder(gated=True, skip_last=0, tmp_path=None):
     path = os.path.join(tmp_path, "branch.pth")
     save_checkpoint(path, {"meta": {}, "state_dict": {k: v for k, v in tensors.items() if gated or "balance" not in k}})
     clip = recorded_clip()
+    clip.image_states = clip.vision_model.states   # recorded with pixels that were normalised floats already
     branch = load_branch(path, clip, skip_last)
     for layer in [*branch.btadapter_T_layers, *branch.btadapter_S_layers]:
         layer.p = 0.0   # recorded without stochastic depth
@@ -51,12 +52,12 @@ def relative(a, b):
 
 
 def small_encoder(T=4, seed=0, **options):
-    """-> (encoder with a lively branch: nothing is zero, video (2, T, 3, 56, 56))."""
+    """-> (encoder with a lively branch: nothing is zero, video (2, T, 3, 56, 56) uint8)."""
     torch.manual_seed(seed)
     branch = Branch(64, 2, 256, 4, drop_path=0.0, **options)
     for name, p in branch.named_parameters():
         torch.nn.init.normal_(p, std={"balance1": 1e-4, "balance2": 1e-2}.get(name, 0.3))
-    return VideoEncoder(recorded_clip(), branch), torch.randn(2, T, 3, 56, 56)
+    return VideoEncoder(recorded_clip(), branch), torch.randint(256, (2, T, 3, 56, 56), dtype=torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------- parity
@@ -79,7 +80,7 @@ def test_tokens_of_every_branch_layer_equal_the_released_code(gates, tmp_path):
 
 
 def test_backbone_states_equal_the_released_code(tmp_path):
-    states = list(recorded_clip().image_states(CASES["T5.video"].flatten(0, 1)))
+    states = list(recorded_clip().vision_model.states(CASES["T5.video"].flatten(0, 1)))
     for i in (0, 3, 6):
         assert relative(states[i], CASES[f"T5.clip{i}"].reshape(states[i].shape)) < 1e-5
 
@@ -380,7 +381,7 @@ def test_every_llava_release_projects_as_its_own_arithmetic_says(world, tmp_path
     projector, added = LLAVAS[release][0](), LLAVAS[release][1]
     llama = llava_folder(world, tmp_path, projector, added, kind)
     chat, _ = load_chat(tmp_path)
-    video = torch.randn(1, 2, 3, 32, 32)
+    video = torch.randint(256, (1, 2, 3, 32, 32), dtype=torch.uint8)
     x = VIDEO_TOKENS["branch"](chat.encoder, video)
     w = {name.removeprefix("model.mm_projector."): t for name, t in projector.items()}
     expected = x @ w["weight"].T + w["bias"] if "weight" in w else F.gelu(x @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]

@@ -122,7 +122,7 @@ def see(cfg):
     for split in SPLITS:
         about = {"clip": fingerprint(clip), "captions": captions_digest(cfg, split)}
         dataset = data.RetrievalDataset(os.path.join(cfg.data, f"{split}_captions.jsonl"), cfg.data, FRAMES, clip.config.image_size)
-        states = [torch.stack(encoder.backbone_states(data.normalise(pixels), LAYERS), dim=1).half()   # (B, LAYERS, FRAMES, 1+N, D)
+        states = [torch.stack(encoder.backbone_states(pixels, LAYERS), dim=1).half()   # (B, LAYERS, FRAMES, 1+N, D)
                   for pixels, _ in tqdm(DataLoader(dataset, 64, num_workers=1), desc=f"see {split}")]
         weightfile.write_safetensors(os.path.join(cfg.out, f"states_{split}.safetensors"), {"states": torch.cat(states)}, about)
 

@@ -341,7 +341,7 @@ def train_clip(cfg):
 
     def loss_of(step):
         clip, frame = torch.randint(len(clips), (cfg.batch_size,)), torch.randint(per_clip, (cfg.batch_size,))
-        image = F.normalize(model.encode_image(data.normalise(frames[clip, frame])), dim=-1)   # (B, P)
+        image = F.normalize(model.encode_image(frames[clip, frame]), dim=-1)   # (B, P)
         text = F.normalize(model.encode_text(ids[clip, frame]), dim=-1)                        # (B, P)
         same = (ids[clip, frame][:, None] == ids[clip, frame]).all(-1).float()                 # (B, B): equal captions are no negatives
         logits, target = model.logit_scale.exp().clamp(max=100) * image @ text.T, same / same.sum(1, keepdim=True)

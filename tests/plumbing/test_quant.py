@@ -268,7 +268,8 @@ def test_the_tiny_llava_says_nearly_the_same(scheme, bound, recwarn):
 
 def test_the_clip_trunk_may_be_int8():
     clip, _ = load_clip(os.path.join(ROOT, "weights", "tiny", "clip"))
-    clip, pixels = clip.float().eval(), torch.randn(4, 3, clip.config.image_size, clip.config.image_size)
+    clip, size = clip.float().eval(), clip.config.image_size
+    pixels = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
     reference = clip.encode_image(pixels)
     quantize(clip.vision_model, "int8")
     assert not [m for m in clip.vision_model.modules() if isinstance(m, nn.Linear)]
