@@ -23,6 +23,7 @@ from torch import nn
 
 from plumbing import quant
 from plumbing.cli import UserError, make_folder, write_atomic
+from plumbing.store import state_of
 from plumbing.weightfile import (likely_reason, load_into, map_file, read_file, read_json, read_tensors,
                                  shapes_only, shown, write_safetensors)
 
@@ -440,8 +441,7 @@ def load_llama(folder, quantize=None, base=None):
 
     As read_llama, build_llama and load_tokenizer. Raises UserError.
     base: the folder of the LLaMA that delta weights add to; with it `folder` must hold such, and without it must not."""
-    sources = quant.weight_files(folder, *([base] if base else []))
-    made_from = quant.origin(quantize, sources) if quantize in ("int8", "int4") else None   # somebody may replace the files
+    sources = [state_of(source) for source in (folder, base) if source is not None] if quantize else None
     config, tensors, extra = read_llama(folder)
     if base is not None:
         tensors = add_base(folder, tensors, base, read_llama(base)[1])
@@ -449,23 +449,21 @@ def load_llama(folder, quantize=None, base=None):
         raise UserError(f"{folder}: a delta: trained weights less those of the LLaMA that they began from; name the folder of "
                         "that LLaMA: --base FOLDER")
     tokenizer = load_tokenizer(folder, config.vocab_size)
-    return build_llama(folder, config, tensors, quantize, made_from), tokenizer, extra
+    return build_llama(folder, config, tensors, quantize, sources), tokenizer, extra
 
 
-def build_llama(folder, config, tensors, quantize=None, made_from=None):
+def build_llama(folder, config, tensors, quantize=None, sources=None):
     """What read_llama found in `folder` -> LLaMA. Tensors are adopted, in the dtype of the file, whose memory they map.
 
-    quantize: a key of quant.SCHEMES, for inference only. made_from: what quant.origin said of the files before
-    they were read (None: it is asked now). A missing, additional or ill-sized tensor raises UserError."""
+    quantize: a key of quant.SCHEMES, for inference only. sources: what state_of said of the folder before it
+    was read (None: it is asked now). A missing, additional or ill-sized tensor raises UserError."""
     if config.tied:
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     with shapes_only():
         model = LLaMA(config)
     load_into(model, tensors, folder)
     model.tie()
-    if quantize in ("int8", "int4") and made_from is None:
-        made_from = quant.origin(quantize, quant.weight_files(folder))
-    return model if quantize is None else quant.quantized(model, quantize, made_from, folder)
+    return model if quantize is None else quant.quantized(model, quantize, folder, sources or state_of(folder))
 
 
 def read_llama(folder):
