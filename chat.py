@@ -120,17 +120,17 @@ def decoding(path, num_frames, size):
     raises VideoError. Who leaves the block earlier, with an error or Ctrl-C, waits for the next frame that is wanted, not for the last."""
     left = threading.Event()
 
-    def keep(picture):
-        if left.is_set():
-            raise concurrent.futures.CancelledError
-        return data.squash(picture[None], size)[0], data.thumbnail(picture)
+    def decode():
+        seen = []
+        for t, picture in data.sample_frames(path, num_frames, "uniform"):
+            if left.is_set():
+                raise concurrent.futures.CancelledError
+            seen.append((data.squash(picture[None], size)[0], data.thumbnail(picture), t))
+        pixels, frames, times = zip(*seen)
+        return torch.stack(pixels), torch.stack(frames), list(times)
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        decoded = pool.submit(data.sample_frames, path, num_frames, "uniform", keep=keep)
-
-        def pictures():
-            kept, times = decoded.result()
-            return *map(torch.stack, zip(*kept)), times
+        pictures = pool.submit(decode).result
         try:
             yield pictures
         finally:

@@ -2,7 +2,8 @@
 
     python data.py video.mp4    # what it is, and a picture of its frames with their times   -> sheet.png
 
-A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W), uint8 RGB. Nothing guesses T from a shape. Time is counted in seconds from the moment at which the first frame is shown.
+A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W), uint8 RGB. Nothing guesses T from a shape. Time is counted in
+seconds from the moment at which the first frame is shown.
 How a frame is found in a file, and why no file can do harm, is in video.py.
 """
 import array
@@ -49,47 +50,44 @@ def probe(path):
                      video.stream.codec_context.codec.canonical_name, video.damage)
 
 
-def frames_at(path, times, size=None, keep=None):
-    """The pictures that a viewer sees at `times` (seconds; any order, repeats welcome) -> (frames, used).
+def frames(path, times):
+    """The pictures that a viewer sees at `times` (seconds, ascending, repeats welcome). Yields (t, picture).
 
-    frames: (T, 3, H, W) uint8 RGB, upright, with square pixels; size: their short side, scaled as CLIP scales pictures
-    (resize_bicubic), or None for the file's own. keep: a function of one such picture, (3, H, W), that is called as soon as
-    the picture is decoded; `frames` is then the list of what it returned, and no more than one picture is ever in memory.
-    used: (T,) floats, the time at which each of these frames really appears.
+    t: the time at which this frame really appears. picture: (3, H, W) uint8 RGB, upright, with square pixels.
 
     A frame stays until the next one: at t one sees the last frame that began at or before t; before the first one the first,
     after the end the last readable one. Frames are taken as progressive, and light as it is coded: HDR is not tone-mapped.
     Raises VideoError; warns of DamagedVideo where frames that should be there are not."""
-    if not all(map(math.isfinite, times)):
-        raise UserError(f"{path}: times must be finite numbers of seconds, not {list(times)}")
+    assert all(a <= b for a, b in itertools.pairwise(times)), f"times must ascend: {times}"
     with open_video(path) as video:
-        return video.show([video.tick(t) for t in times], size, keep)
+        yield from video.pictures(list(map(video.tick, times)))
 
 
-def sample_frames(path, num_frames, mode, seed=None, window=None, size=None, keep=None):
-    """`num_frames` frames spread over a video by the rule `mode` -> (frames, used) as from frames_at, which says the rest.
+def sample_frames(path, num_frames, rule, seed=None, window=None, size=None):
+    """`num_frames` frames spread over a video by a rule. Yields (t, picture) as `frames` does.
 
     "uniform": the middles of equal stretches of time, (i + 0.5) / T * duration; needs no frame count (chat).
     "seq", "test", "train", "linspace": frame numbers by the rules below; the frames are counted first, without decoding any.
-    seed: whatever numpy.random.default_rng takes, for "train". window: (start, end) in seconds, to look at that part alone."""
-    if mode != "uniform" and mode not in INDEX_RULES:
-        raise UserError(f"sampling mode {mode!r}: choose from uniform, {', '.join(INDEX_RULES)}")
+    seed: whatever numpy.random.default_rng takes, for "train". window: (start, end) in seconds, to look at that part alone.
+    size: the short side of pictures, scaled as CLIP scales them (resize_bicubic), or None for the file's own."""
+    if rule != "uniform" and rule not in INDEX_RULES:
+        raise UserError(f"{rule!r}: no such rule of sampling frames; choose from uniform, {', '.join(INDEX_RULES)}")
     if num_frames < 1:
         raise UserError(f"{num_frames} frames of a video: at least 1 is needed")
     start, end = (0, math.inf) if window is None else window
     if not 0 <= start < end:
         raise UserError(f"{path}: a window from {start} to {end} s; it must start at 0 or later and end after that")
     with open_video(path) as video:
-        if mode == "uniform":
+        if rule == "uniform":
             duration = float((video.end() - video.start) * video.time_base)
             start, end = min(start, duration), min(end, duration)
-            times = [start + (i + 0.5) / num_frames * (end - start) for i in range(num_frames)]
-            return video.show(list(map(video.tick, times)), size, keep)
-        ticks = video.all_ticks()
-        first, last = (bisect.bisect_left(ticks, t - TOLERANCE, key=video.seconds) for t in (start, end))
-        ticks = ticks[first:last] or [ticks[max(first - 1, 0)]]   # a window between two frames shows the first of them
-        chosen = INDEX_RULES[mode](len(ticks), num_frames, np.random.default_rng(seed))
-        return video.show([ticks[i] for i in chosen], size, keep)
+            chosen = [video.tick(start + (i + 0.5) / num_frames * (end - start)) for i in range(num_frames)]
+        else:
+            ticks = video.all_ticks()
+            first, last = (bisect.bisect_left(ticks, t - TOLERANCE, key=video.seconds) for t in (start, end))
+            ticks = ticks[first:last] or [ticks[max(first - 1, 0)]]   # a window between two frames shows the first of them
+            chosen = [ticks[i] for i in INDEX_RULES[rule](len(ticks), num_frames, np.random.default_rng(seed))]
+        yield from video.pictures(chosen, size)
 
 
 def get_seq_frames(n, num_frames, rng=None):
@@ -296,10 +294,11 @@ class CaptionDataset(Dataset):
         epoch, i = key
         rng = np.random.default_rng((self.seed, epoch, i))
         try:
-            frames, _ = sample_frames(locate(self.root, self.videos[i]), self.num_frames, "train", rng)
+            found = sample_frames(locate(self.root, self.videos[i]), self.num_frames, "train", rng)
+            clip = torch.stack([picture for _, picture in found])
         except VideoError as e:
             return Skipped(str(e))
-        pixels = train_pixels(frames, self.image_size, rng, self.min_area)
+        pixels = train_pixels(clip, self.image_size, rng, self.min_area)
         return pixels, self.tokenizer(self.captions[i], self.context_length)[0], i
 
 
@@ -332,8 +331,8 @@ class RetrievalDataset(Dataset):
         return len(self.videos)
 
     def __getitem__(self, i):
-        frames, _ = sample_frames(locate(self.root, self.videos[i]), self.num_frames, "uniform")
-        return eval_pixels(frames, self.image_size), i
+        found = sample_frames(locate(self.root, self.videos[i]), self.num_frames, "uniform")
+        return torch.cat([eval_pixels(picture[None], self.image_size) for _, picture in found]), i
 
 
 class ConversationDataset(Dataset):
@@ -343,33 +342,33 @@ class ConversationDataset(Dataset):
     {"from": "gpt", "value"}, ...]}, Video-ChatGPT's format. The marker "<video>" (or "<image>") and the line break beside it
     are taken out of the question. A picture is a clip with T = 1. pixels(frames, size): squash, as chat will show them; the
     released tuning used eval_pixels with short = 256 instead. A broken file raises VideoError, or gives Skipped if skip."""
-    def __init__(self, annotations, root, num_frames, image_size, mode="uniform", pixels=squash, skip=False):
+    def __init__(self, annotations, root, num_frames, image_size, rule="uniform", pixels=squash, skip=False):
         self.rows, self.conversations = [], []   # as in the file, with whatever else a row says; questions and answers
         for where, row in read_rows(annotations):
             field(row, where, "image" if isinstance(row, dict) and "image" in row else "video")
             self.rows.append(row)
             self.conversations.append(turns(field(row, where, "conversations", list), where))
         self.root, self.num_frames, self.image_size = root, num_frames, image_size
-        self.mode, self.pixels, self.skip = mode, pixels, skip
+        self.rule, self.pixels, self.skip = rule, pixels, skip
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
         row = self.rows[i]
-
-        def pixels(picture):   # one by one: sixty-four pictures as filmed take hundreds of megabytes
-            return self.pixels(picture[None], self.image_size)[0]   # (3, size, size)
         try:
             if "image" in row:
-                frames = [pixels(read_picture(os.path.join(self.root, row["image"])))]
+                pictures = [read_picture(os.path.join(self.root, row["image"]))]
             else:
-                frames, _ = sample_frames(locate(self.root, row["video"]), self.num_frames, self.mode, keep=pixels)
+                found = sample_frames(locate(self.root, row["video"]), self.num_frames, self.rule)
+                pictures = (picture for _, picture in found)
+            # one by one: sixty-four pictures as filmed take hundreds of megabytes
+            clip = torch.cat([self.pixels(picture[None], self.image_size) for picture in pictures])
         except VideoError as e:
             if self.skip:
                 return Skipped(str(e))
             raise
-        return torch.stack(frames), self.conversations[i], i
+        return clip, self.conversations[i], i
 
 
 def turns(conversation, where):
@@ -424,10 +423,10 @@ def contact_sheet(frames, times, path, width=THUMBNAIL, names=None):
 class Config:
     video: str                  # the file to look at
     num_frames: int = 16        # frames on the sheet
-    mode: str = "uniform"       # by which rule they are chosen: uniform, seq, test, train or linspace
+    rule: str = "uniform"       # by which rule they are chosen: uniform, seq, test, train or linspace
     start: float = 0            # seconds into the video at which to begin,
     end: float = math.inf       # and to end
-    seed: int = 0               # for the mode train
+    seed: int = 0               # for the rule train
     out: str = "sheet.png"      # the contact sheet
 
 
@@ -435,8 +434,9 @@ def main(cfg):
     found = probe(cfg.video)
     print(f"{cfg.video}: {found.codec}, {found.width} x {found.height}, turned by {found.rotation} degrees, "
           f"{found.fps:.2f} frames/s, {found.duration:.2f} s")
-    frames, times = sample_frames(cfg.video, cfg.num_frames, cfg.mode, cfg.seed, (cfg.start, cfg.end), keep=thumbnail)
-    contact_sheet(torch.stack(frames), times, cfg.out)
+    found = sample_frames(cfg.video, cfg.num_frames, cfg.rule, cfg.seed, (cfg.start, cfg.end))
+    times, pictures = zip(*((t, thumbnail(picture)) for t, picture in found))
+    contact_sheet(torch.stack(pictures), times, cfg.out)
     print(f"{cfg.out}: {len(times)} frames, at {', '.join(f'{t:.2f}' for t in times)} s")
 
 

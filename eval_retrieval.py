@@ -195,26 +195,26 @@ class EvaluationSet(Dataset):
 
     def __getitem__(self, i):
         num_frames, rule, short = self.setting.num_frames, self.setting.rule, self.setting.short * self.image_size // 224
-
-        def pixels(picture):   # one by one: sixty-four pictures as filmed take hundreds of megabytes
-            return data.eval_pixels(picture[None], self.image_size, short)[0]   # (3, size, size)
         try:
             if folder := self.folder(self.videos[i]):
-                frames = sample_folder(*folder, num_frames, rule, pixels)
+                found = sample_folder(*folder, num_frames, rule)
             else:
-                frames, _ = data.sample_frames(data.locate(self.root, self.videos[i]), num_frames, rule, keep=pixels)
+                found = data.sample_frames(data.locate(self.root, self.videos[i]), num_frames, rule)
+            # one by one: sixty-four pictures as filmed take hundreds of megabytes
+            pixels = torch.cat([data.eval_pixels(picture[None], self.image_size, short) for _, picture in found])
         except data.VideoError as e:
             if self.skip:
                 return data.Skipped(str(e))
             raise
-        return torch.stack(frames), i
+        return pixels, i
 
 
-def sample_folder(folder, count, num_frames, rule, keep):
+def sample_folder(folder, count, num_frames, rule):
     """A video that is kept as pictures 000001.jpg, 000002.jpg, ...: `num_frames` of its `count` frames by the `rule` of
-    data.INDEX_RULES -> list of what keep(picture) returns. For a picture that is missing, the next one. Raises VideoError."""
-    pairs = ([os.path.join(folder, f"{i + k:06d}.jpg") for k in (1, 2)] for i in data.INDEX_RULES[rule](count, num_frames))
-    return [keep(data.read_picture(next(filter(os.path.isfile, pair), pair[0]))) for pair in pairs]
+    data.INDEX_RULES. Yields (its number, picture). For a picture that is missing, the next one. Raises VideoError."""
+    for i in data.INDEX_RULES[rule](count, num_frames):
+        pair = [os.path.join(folder, f"{i + k:06d}.jpg") for k in (1, 2)]
+        yield i, data.read_picture(next(filter(os.path.isfile, pair), pair[0]))
 
 
 def read_pairs(path, joined=False):

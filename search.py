@@ -136,8 +136,6 @@ class Windows(IterableDataset):
         self.folder, self.todo, self.window, self.group, self.num_frames, self.image_size = folder, todo, window, group, num_frames, image_size
 
     def __iter__(self):
-        def pixels(picture):
-            return data.eval_pixels(picture[None], self.image_size)[0]   # (3, size, size)
         worker = get_worker_info()
         for name, done in self.todo[worker.id::worker.num_workers] if worker else self.todo:
             path = os.path.join(self.folder, name)
@@ -149,8 +147,8 @@ class Windows(IterableDataset):
                 for k in range(done, len(spans), self.group):
                     group = spans[k:k + self.group]
                     times = [start + (i + 0.5) / self.num_frames * (end - start) for start, end in group for i in range(self.num_frames)]
-                    frames, _ = data.frames_at(path, times, keep=pixels)
-                    yield name, duration, torch.stack(frames).unflatten(0, (len(group), -1)), ""   # (B * T, ...) -> (B, T, 3, H, W)
+                    pixels = torch.cat([data.eval_pixels(picture[None], self.image_size) for _, picture in data.frames(path, times)])
+                    yield name, duration, pixels.unflatten(0, (len(group), -1)), ""   # (B * T, ...) -> (B, T, 3, H, W)
             except data.VideoError as e:
                 yield name, 0.0, None, reason(e, path)
 
@@ -239,7 +237,7 @@ def search(cfg):
         hits.append((path, (start + end) / 2))
         print(f"{points:.3f}  {start:.1f}-{end:.1f} s  {printable(path)}")
     if cfg.sheet:
-        pictures = [data.frames_at(path, [middle], keep=data.boxed)[0][0] for path, middle in hits]
+        pictures = [data.boxed(picture) for path, middle in hits for _, picture in data.frames(path, [middle])]
         names = [printable(os.path.basename(path)) for path, _ in hits]
         data.contact_sheet(torch.stack(pictures), [middle for _, middle in hits], cfg.sheet, names=names)
 

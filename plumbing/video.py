@@ -159,6 +159,7 @@ class Video:
     time), `walk` decodes everything in order."""
     def __init__(self, path, file):
         self.path, self.file, self.container, self.stream, self.context = path, file, None, None, None
+        self.first = None   # its first frame
         self.reformatter = VideoReformatter()   # one for all frames: making it costs more than using it
         self.trouble, self.damage, self.latest = "it is cut off or damaged", "", -math.inf
         self.unproven = False   # has no keyframe come out of the decoder since a jump?
@@ -173,7 +174,7 @@ class Video:
         frames = list(self.decode(head, {start, *map(self.when, doubtful)})) if self.timed else []
         self.keyed = not doubtful or all(frame.key_frame for frame in frames)
         found = (frame for frame in frames if frame.pts == start)
-        self.first = next(itertools.chain(found, (frame for _, frame in self.walk([-math.inf]))), None)
+        self.first = next(itertools.chain(found, self.walk([-math.inf])), None)
         if self.first is None:
             large = "" if self.context.width else f" (or a frame has more than {MAX_PIXELS} pixels)"
             raise VideoError(self.path, f"no frame can be decoded: {self.trouble}{large}")
@@ -292,9 +293,9 @@ class Video:
         yield from self.feed(None)
 
     def walk(self, ticks, jump=None):
-        """Everything in order, from a keyframe or from the beginning -> (tick, frame on the screen) for sorted ticks."""
+        """Everything in order, from a keyframe or from the beginning -> the frame on the screen at each of the sorted ticks."""
         self.go(jump)
-        ticks, file_order, held = collections.deque(ticks), collections.deque(), None
+        ticks, file_order, held = collections.deque(ticks), collections.deque(), None if jump else self.first
         for packet in itertools.chain(self.packets(), [None]):
             if packet is not None:
                 file_order.append(self.when(packet))
@@ -304,11 +305,12 @@ class Video:
                 if frame.pts is None or frame.pts < (held.pts if held else jump[1] if jump else -math.inf):
                     continue   # before the keyframe: it may lean on frames that were never decoded; before another: damage
                 while ticks and held is not None and frame.pts > ticks[0]:
-                    yield ticks.popleft(), held
+                    ticks.popleft()
+                    yield held
                 if not ticks:
                     return
                 held = frame
-        yield from ((tick, held) for tick in ticks if held is not None)
+        yield from [held] * len(ticks) if held is not None else ()
 
     def keyframe_before(self, tick):
         """Where decoding can start to reach `tick` -> (place to seek to, tick of the keyframe there); None: the beginning, also
@@ -331,64 +333,72 @@ class Video:
                 return None
             back = max(second, 2 * back)
 
-    def plan(self, wanted):
-        """Sorted ticks -> [(keyframe to start from, {tick of a frame: the ticks at which it is on the screen})], from packets alone."""
-        starts = [(self.keyframe_before(tick), tick) for tick in wanted]   # all first: looking moves the reader
-        groups = []
-        for key, group in itertools.groupby(starts, key=lambda start: start[0] and start[0][1]):
-            group = list(group)
-            jump, ticks = group[0][0], collections.deque(tick for _, tick in group)
+    def plan(self, ticks):
+        """Sorted ticks -> [(keyframe to start from, {tick of a frame: the ticks at which it is on the screen})], both in
+        order, from packets alone."""
+        starts, groups = {tick: self.keyframe_before(tick) for tick in ticks}, []   # all first: looking moves the reader
+        for key, group in itertools.groupby(ticks, key=lambda tick: starts[tick] and starts[tick][1]):
+            group = collections.deque(group)
+            jump, last = starts[group[0]], group[-1]
             self.go(jump)
             seen, shown = [], collections.defaultdict(list)   # sorted ticks of packets; the result
             for packet in itertools.chain(self.packets(), [None]):   # None: the end
-                if packet is None and seen and ticks[-1] > seen[-1]:
+                if packet is None and seen and last > seen[-1]:
                     self.compare_end(seen[-1])
                 if packet is not None and not packet.is_discard and self.when(packet) >= (key or self.start):
                     bisect.insort(seen, self.when(packet))
-                while ticks and (packet is None or len(seen) - bisect.bisect(seen, ticks[0]) >= REORDER):
-                    tick = ticks.popleft()
-                    shown[seen[max(bisect.bisect(seen, tick) - 1, 0)] if seen else None].append(tick)
-                if not ticks:
+                while group and (packet is None or len(seen) - bisect.bisect(seen, group[0]) >= REORDER):
+                    tick = group.popleft()
+                    shown[seen[max(bisect.bisect(seen, tick) - 1, 0)] if seen else -math.inf].append(tick)
+                if not group:
                     break
             groups.append((jump, shown))
         return groups
 
-    def show(self, ticks, size=None, keep=None):
-        """The frames on the screen at `ticks` -> (frames, seconds): see frames_at."""
-        height, width = self.shown_size(size)
-        out = [None] * len(ticks) if keep else torch.empty(len(ticks), 3, height, width, dtype=torch.uint8)
-        places = collections.defaultdict(list)   # tick: where in `out` it is wanted
-        for i, tick in enumerate(ticks):
-            places[max(tick, self.start)].append(i)
-        used = [0.0] * len(ticks)
-
-        def put(frame, wanted):
-            picture = self.picture(frame, height, width)
-            picture = keep(picture) if keep else picture
-            for i in (i for tick in wanted for i in places.pop(tick)):
-                out[i], used[i] = picture, self.seconds(frame.pts)
-        expected = {}   # wanted tick: tick of the frame on the screen, from the packets
-        for jump, shown in self.plan(sorted(places)) if self.timed else ():
-            expected.update((tick, at) for at, ticks in shown.items() for tick in ticks)
-            self.go(jump)
-            for frame in self.decode(self.packets(), shown):
-                if frame.pts in shown:
-                    put(frame, shown.pop(frame.pts))
-        # What is still missing has no clock, or needs more than the keyframe before it, or was damaged. Decoding everything from
-        # further and further back finds what was shown.
+    def search(self, ticks):
+        """Sorted ticks -> the frame on the screen at each, by decoding everything from a keyframe on; from one further and further
+        back, where nothing before the first tick can be decoded."""
         back = 0
-        while places:
-            jump = self.keyframe_before(min(places) - back)
-            for tick, frame in self.walk(sorted(places), jump):
-                if frame.pts <= tick:
-                    if expected.get(tick, frame.pts) != frame.pts:
-                        self.damage = self.damage or f"damaged at {self.seconds(tick):.2f} s; the frame before the damage is shown"
-                    put(frame, [tick])
-            if jump is None and places:
-                self.damage = self.damage or "damaged; the first frame stands for others"
-                put(self.first, list(places))
+        while True:
+            jump = self.keyframe_before(ticks[0] - back)
+            found = self.walk(ticks, jump)
+            frame = next(found, None)
+            if frame is not None and frame.pts <= ticks[0]:
+                yield frame
+                yield from found
+                return
             back = max(math.ceil(10 / self.time_base), 2 * back)
-        return out, used
+
+    def show(self, ticks):
+        """Sorted ticks -> the frame on the screen at each."""
+        if not self.timed:
+            yield from self.search(ticks) if ticks else ()
+            return
+        for jump, shown in self.plan(ticks):
+            found = {}   # decoded frames by tick: one of them may come before an earlier one
+            self.go(jump)
+            for frame in self.decode(self.packets(), set(shown)):
+                if frame.pts in shown:
+                    found[frame.pts] = frame
+                while (at := next(iter(shown), None)) in found:
+                    yield from [found.pop(at)] * len(shown.pop(at))
+                if not shown or len(found) > REORDER:
+                    break
+            lost = [(tick, at) for at, ticks in shown.items() for tick in ticks]
+            for (tick, at), frame in zip(lost, self.search([tick for tick, _ in lost]) if lost else ()):
+                if frame.pts != at:
+                    self.damage = self.damage or f"damaged at {self.seconds(tick):.2f} s; the frame before the damage is shown"
+                yield frame
+
+    def pictures(self, ticks, size=None):
+        """Sorted ticks -> (seconds, picture (3, H, W) uint8 RGB) at each: see data.frames. size: the short side."""
+        height, width = self.shown_size(size)
+        shown = None
+        for frame in self.show(ticks):
+            if frame is not shown:
+                shown, picture = frame, self.picture(frame, height, width)
+            yield self.seconds(frame.pts), picture
+            self.file.progress()   # what the caller does meanwhile takes time, too
 
     def shown_size(self, size=None):
         """-> height, width in pixels of what is shown: square pixels, upright, with a short side of `size` if that is given."""

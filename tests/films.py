@@ -6,6 +6,7 @@ import os
 
 import av
 import numpy as np
+import torch
 
 HEIGHT, WIDTH, FPS = 64, 96, 25
 
@@ -28,6 +29,17 @@ def number(frame):
 
 def numbers(frames):
     return [number(frame) for frame in frames]
+
+
+def seen(found):
+    """What data.frames or data.sample_frames yields -> the numbers in its pictures."""
+    return [number(frame) for _, frame in found]
+
+
+def stacked(found):
+    """The same -> (pictures (T, 3, H, W), times)."""
+    times, frames = zip(*found)
+    return torch.stack(frames), list(times)
 
 
 def silence(i):

@@ -593,7 +593,11 @@ def test_a_video_is_probed_once(weights, tmp_path, monkeypatch):
 def test_a_video_is_decoded_while_weights_are_read(weights, tmp_path, monkeypatch):
     """Reading weights waits here until the video is decoded: one after the other, neither would end."""
     decoded, sample_frames, load_chat = threading.Event(), data.sample_frames, chat.load_chat
-    monkeypatch.setattr(data, "sample_frames", lambda *given, **more: [sample_frames(*given, **more), decoded.set()][0])
+
+    def told(*given):
+        yield from sample_frames(*given)
+        decoded.set()
+    monkeypatch.setattr(data, "sample_frames", told)
     monkeypatch.setattr(chat, "load_chat", lambda *given, **more: load_chat(*given, **more) if decoded.wait(SECONDS) else None)
     chat.Session(chat.Config(write_video(tmp_path / "new.mp4"), weights=weights))
 
@@ -608,9 +612,10 @@ def test_a_video_that_breaks_while_it_is_decoded_beside_the_weights_is_one_line(
 def test_who_leaves_while_a_video_is_decoded_does_not_wait_for_its_end(tmp_path, monkeypatch):
     begun, decoded, before = threading.Event(), [], threading.active_count()
 
-    def endless(path, num_frames, mode, keep):
+    def endless(path, num_frames, rule):
         while True:
-            decoded.append(keep(torch.zeros(3, 4, 4, dtype=torch.uint8)))
+            yield 0.0, torch.zeros(3, 4, 4, dtype=torch.uint8)
+            decoded.append(path)
             begun.set()
     monkeypatch.setattr(data, "sample_frames", endless)
     with pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from films import FPS, HEIGHT, WIDTH, Opened, number, numbers, picture, silence
+from films import FPS, HEIGHT, WIDTH, Opened, number, numbers, picture, seen, silence, stacked
 from plumbing import video
 from plumbing.cli import UserError
 
@@ -78,7 +78,7 @@ def test_webm_written_to_a_pipe_has_neither_duration_nor_index_and_still_works(t
                  container={"live": "1"})
     assert av.open(path).duration is None
     assert data.probe(path).duration == pytest.approx(FRAMES / FPS)
-    assert numbers(data.frames_at(path, [2.0, 0.1, 9.0])[0]) == [50, 2, 59]
+    assert seen(data.frames(path, [0.1, 2.0, 9.0])) == [2, 50, 59]
 
 
 def test_a_late_frame_costs_one_group_of_pictures(clips, monkeypatch):
@@ -93,17 +93,17 @@ def test_a_late_frame_costs_one_group_of_pictures(clips, monkeypatch):
     for name, most in (("h264 short gop", 10), ("h264 ts", 45)):   # TS: a seek lands anywhere, the search steps a second back
         for i in range(FRAMES):
             decoded.clear()
-            assert numbers(data.frames_at(clips[name], [i / FPS])[0]) == [i]
+            assert seen(data.frames(clips[name], [i / FPS])) == [i]
             assert len(decoded) <= 1 + most   # the first of the file, a group
     decoded.clear()
-    assert numbers(data.frames_at(clips["h264 short gop"], [0.08, 2.28])[0]) == [2, 57]
+    assert seen(data.frames(clips["h264 short gop"], [0.08, 2.28])) == [2, 57]
     assert len(decoded) <= 1 + 4 + 10
     decoded.clear()
     thirds = list(range(0, FRAMES, 3))
-    assert numbers(data.frames_at(clips["h264 long gop"], [i / FPS for i in thirds])[0]) == thirds
+    assert seen(data.frames(clips["h264 long gop"], [i / FPS for i in thirds])) == thirds
     assert len(decoded) <= 1 + FRAMES   # a group is decoded once, however many frames are wanted of it
     decoded.clear()
-    assert numbers(data.frames_at(clips["h264 long gop"], [2.28])[0]) == [57]
+    assert seen(data.frames(clips["h264 long gop"], [2.28])) == [57]
     assert len(decoded) < 40   # frames that no other leans on are left out on the way
 
 
@@ -113,7 +113,7 @@ def test_whole_clips_with_a_clock_never_need_the_slow_way(clips, monkeypatch):
     monkeypatch.setattr(video.Video, "walk", walk)
     for name, path in clips.items():
         if "avi with B" not in name and not path.endswith(".mpg"):
-            assert numbers(data.sample_frames(path, 12, "test")[0]) == data.uniform_sample_test(FRAMES, 12)
+            assert seen(data.sample_frames(path, 12, "test")) == data.uniform_sample_test(FRAMES, 12)
 
 
 def test_variable_frame_rate_follows_the_time_stamps(tmp_path):
@@ -121,15 +121,15 @@ def test_variable_frame_rate_follows_the_time_stamps(tmp_path):
     path = write(tmp_path / "vfr.mp4", "libx264", len(milliseconds), milliseconds, {"bf": "2"}, fps=1000,
                  time_base=fractions.Fraction(1, 1000))
     times = [0.0, 0.039, 0.04, 0.049, 0.3, 0.405, 0.899, 0.9, 1.4999, 1.5, 1.5015, 5]
-    frames, used = data.frames_at(path, times)
+    frames, used = stacked(data.frames(path, times))
     assert numbers(frames) == [0, 0, 1, 1, 2, 3, 4, 5, 5, 6, 7, 8]
     assert used == pytest.approx([milliseconds[i] / 1000 for i in numbers(frames)])
-    assert numbers(data.sample_frames(path, 4, "uniform")[0]) == [2, 4, 5, 5]   # 0.2, 0.6, 1.0, 1.4 s: by time
+    assert seen(data.sample_frames(path, 4, "uniform")) == [2, 4, 5, 5]   # 0.2, 0.6, 1.0, 1.4 s: by time
 
 
 def test_clips_of_one_frame_in_many_seconds(tmp_path):
     path = write(tmp_path / "lapse.avi", "mpeg4", 20, options={"g": "4"}, fps=fractions.Fraction(1, 5))
-    assert numbers(data.frames_at(path, [99, 7.4, 4.9, 62])[0]) == [19, 1, 0, 12]
+    assert seen(data.frames(path, [4.9, 7.4, 62, 99])) == [0, 1, 12, 19]
     assert data.probe(path).duration == pytest.approx(100)
     with data.open_video(path) as video:
         video.packets = lambda: iter(())   # nothing readable where the search looks: it must come to an end
@@ -139,8 +139,8 @@ def test_clips_of_one_frame_in_many_seconds(tmp_path):
 def test_frames_that_an_edit_list_hides_are_neither_shown_nor_counted(tmp_path):
     path = write(tmp_path / "edit.mp4", "libx264", 20, range(-5, 15), {"g": "30", "bf": "2"},
                  container={"avoid_negative_ts": "disabled"})
-    assert numbers(data.frames_at(path, [0, 0.2, 9])[0]) == [5, 10, 19]
-    assert numbers(data.sample_frames(path, 15, "test")[0]) == [5 + i for i in data.uniform_sample_test(15, 15)]
+    assert seen(data.frames(path, [0, 0.2, 9])) == [5, 10, 19]
+    assert seen(data.sample_frames(path, 15, "test")) == [5 + i for i in data.uniform_sample_test(15, 15)]
     assert data.probe(path).duration == pytest.approx(0.6)
 
 
@@ -148,18 +148,18 @@ def test_a_stream_that_starts_amid_a_group_begins_with_its_first_whole_frame(tmp
     path = write(tmp_path / "front.ts", "libx264", options={"g": "20", "sc_threshold": "0"})
     whole = open(path, "rb").read()
     open(path, "wb").write(whole[12 * 188:])   # MPEG-TS: packets of 188 bytes; these hold the first keyframe
-    assert numbers(data.frames_at(path, [0, 0.4])[0]) == [20, 30]
-    assert numbers(data.sample_frames(path, 20, "seq")[0]) == [20 + i for i in data.get_seq_frames(40, 20)]
+    assert seen(data.frames(path, [0, 0.4])) == [20, 30]
+    assert seen(data.sample_frames(path, 20, "seq")) == [20 + i for i in data.get_seq_frames(40, 20)]
 
 
 def test_frames_of_absurd_size_are_refused_before_any_is_decoded(clips, monkeypatch):
     monkeypatch.setattr(video, "MAX_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(data.VideoError, match="96 x 64 are too large"):
-        data.frames_at(clips["vp9 webm"], [0])
+        list(data.frames(clips["vp9 webm"], [0]))
     monkeypatch.undo()
     monkeypatch.setattr(video, "LIMITS", {"max_pixels": str(HEIGHT * WIDTH - 1)})   # what a decoder finds out by itself
     with pytest.raises(data.VideoError, match="no frame can be decoded"):
-        data.frames_at(clips["h264 ts"], [0])
+        list(data.frames(clips["h264 ts"], [0]))
 
 
 def test_a_seek_to_nowhere_is_answered_not_raised(clips):
@@ -170,7 +170,7 @@ def test_a_seek_to_nowhere_is_answered_not_raised(clips):
 @pytest.mark.parametrize("file", ["late.mp4", "late.mkv", "late.ts"])
 def test_time_counts_from_the_first_frame_shown_not_from_the_clock_of_the_file(tmp_path, file):
     path = write(tmp_path / file, "libx264", 20, range(250, 270), {"g": "10", "bf": "3"})
-    frames, used = data.frames_at(path, [0, 0.4, 0.77, 3])
+    frames, used = stacked(data.frames(path, [0, 0.4, 0.77, 3]))
     assert numbers(frames) == [0, 10, 19, 19] and used == pytest.approx([0, 0.4, 0.76, 0.76])
     assert data.probe(path).duration == pytest.approx(0.8)
 
@@ -178,10 +178,10 @@ def test_time_counts_from_the_first_frame_shown_not_from_the_clock_of_the_file(t
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
 def test_very_short_clips(tmp_path, length):
     path = write(tmp_path / "short.mp4", "libx264", length)
-    assert numbers(data.frames_at(path, [9, 0, -9, 0.05])[0]) == [length - 1, 0, 0, min(1, length - 1)]
-    assert numbers(data.sample_frames(path, 8, "uniform")[0]) == [int((i + 0.5) / 8 * length) for i in range(8)]
-    assert numbers(data.sample_frames(path, 8, "test")[0]) == data.uniform_sample_test(length, 8)
-    assert len(data.sample_frames(path, 8, "seq")[0]) == length
+    assert seen(data.frames(path, [-9, 0, 0.05, 9])) == [0, 0, min(1, length - 1), length - 1]
+    assert seen(data.sample_frames(path, 8, "uniform")) == [int((i + 0.5) / 8 * length) for i in range(8)]
+    assert seen(data.sample_frames(path, 8, "test")) == data.uniform_sample_test(length, 8)
+    assert len(list(data.sample_frames(path, 8, "seq"))) == length
 
 
 @pytest.mark.parametrize("rotate", [(0,), (90,), (180,), (270,), (0, True), (90, True), (0, False, True), (270, True)])
@@ -190,7 +190,7 @@ def test_the_display_matrix_turns_and_mirrors_frames(tmp_path, rotate):
     expected = np.rot90(picture(0), rotate[0] // 90)   # counterclockwise, then mirrored
     for axis, flip in enumerate(reversed((*rotate[1:], False, False)[:2])):
         expected = np.flip(expected, axis) if flip else expected
-    frames, _ = data.frames_at(path, [0])
+    frames, _ = stacked(data.frames(path, [0]))
     assert (frames[0].permute(1, 2, 0).float() - torch.tensor(expected.copy()).float()).abs().mean() < 4
     found = data.probe(path)
     assert (found.height, found.width) == expected.shape[:2]
@@ -200,7 +200,7 @@ def test_the_display_matrix_turns_and_mirrors_frames(tmp_path, rotate):
 def test_sound_beside_the_pictures_changes_nothing(tmp_path):
     for file in ("sound.mp4", "sound.mkv", "sound.ts"):
         path = write(tmp_path / file, "libx264", 30, options={"g": "10"}, sound=True)
-        assert numbers(data.frames_at(path, [0.84, 0.2])[0]) == [21, 5]
+        assert seen(data.frames(path, [0.2, 0.84])) == [5, 21]
 
 
 def test_decoding_starts_no_thread(clips):   # a fork beside one would hang; a loader's workers would fight for the cores
@@ -208,17 +208,25 @@ def test_decoding_starts_no_thread(clips):   # a fork beside one would hang; a l
         return sum(open(f"/proc/self/task/{task}/comm").read().startswith("av:") for task in os.listdir("/proc/self/task"))
     for path in clips.values():
         with data.open_video(path) as video:
-            video.show([video.tick(1.0)])
+            list(video.pictures([video.tick(1.0)]))
             assert threads() == 0
 
 
-def test_no_times_give_no_frames_and_odd_times_are_refused(clips):
-    frames, used = data.frames_at(clips["gif"], [])
-    assert frames.shape == (0, 3, HEIGHT, WIDTH) and used == []
-    assert numbers(data.frames_at(clips["h264 ts"], [1e300, -1e300])[0]) == [59, 0]
-    for times in ([float("nan")], [0, float("inf")]):
-        with pytest.raises(UserError, match="finite"):
-            data.frames_at(clips["gif"], times)
+def test_times_ascend_and_may_be_none_or_far_away(clips):
+    assert seen(data.frames(clips["gif"], [])) == []
+    assert seen(data.frames(clips["h264 ts"], [-1e300, 1e300, float("inf")])) == [0, 59, 59]
+    for times in ([1, 0], [0, float("nan")]):
+        with pytest.raises(AssertionError, match="ascend"):
+            list(data.frames(clips["gif"], times))
+
+
+def test_a_frame_is_decoded_when_it_is_asked_for_and_the_file_closed_when_nobody_asks_any_more(clips):
+    def files():
+        return len(os.listdir("/proc/self/fd"))
+    before, found = files(), data.frames(clips["h264 long gop"], [0, 1, 2])
+    assert number(next(found)[1]) == 0 and files() == before + 1
+    found.close()
+    assert files() == before
 
 
 # ---------------------------------------------------------------------------------------------------- the rules
@@ -239,16 +247,16 @@ def test_training_indices_fill_each_stretch_with_both_ends():
 
 def test_sample_frames_follows_each_rule_and_its_seed(clips):
     path = clips["h264 short gop"]
-    assert numbers(data.sample_frames(path, 8, "uniform")[0]) == [3, 11, 18, 26, 33, 41, 48, 56]
-    assert numbers(data.sample_frames(path, 8, "seq")[0]) == data.get_seq_frames(60, 8)
-    assert numbers(data.sample_frames(path, 8, "test")[0]) == data.uniform_sample_test(60, 8)
+    assert seen(data.sample_frames(path, 8, "uniform")) == [3, 11, 18, 26, 33, 41, 48, 56]
+    assert seen(data.sample_frames(path, 8, "seq")) == data.get_seq_frames(60, 8)
+    assert seen(data.sample_frames(path, 8, "test")) == data.uniform_sample_test(60, 8)
     for seed in (0, (1, 2, 3)):
         expected = data.uniform_sample_train(60, 8, np.random.default_rng(seed))
-        assert numbers(data.sample_frames(path, 8, "train", seed)[0]) == expected
+        assert seen(data.sample_frames(path, 8, "train", seed)) == expected
     with pytest.raises(UserError, match="middle"):
-        data.sample_frames(path, 8, "middle")
+        list(data.sample_frames(path, 8, "middle"))
     with pytest.raises(UserError, match="at least 1"):
-        data.sample_frames(path, 0, "uniform")
+        list(data.sample_frames(path, 0, "uniform"))
 
 
 # ---------------------------------------------------------------------------------------------------- bad files
@@ -270,7 +278,7 @@ def test_a_script_that_names_another_file_is_refused_and_the_file_not_opened(tmp
     script = tmp_path / (file + ".mp4" if renamed else file)
     script.write_text(CLIP_NAMERS[file].format(clip=clip))
     opened = Opened(clip)
-    for call in (data.probe, lambda p: data.frames_at(p, [0]), lambda p: data.sample_frames(p, 2, "seq")):
+    for call in (data.probe, lambda p: list(data.frames(p, [0])), lambda p: list(data.sample_frames(p, 2, "seq"))):
         with pytest.raises(data.VideoError, match="not a video"):
             call(script)
     assert not opened
@@ -313,7 +321,7 @@ def junk(folder, clips):
 
 def test_every_bad_file_is_a_video_error_of_one_line_with_its_path(tmp_path, clips):
     for name, (path, reason) in junk(tmp_path, clips).items():
-        for call in (data.probe, lambda p: data.frames_at(p, [0, 1]), lambda p: data.sample_frames(p, 4, "uniform")):
+        for call in (data.probe, lambda p: list(data.frames(p, [0, 1])), lambda p: list(data.sample_frames(p, 4, "uniform"))):
             with pytest.raises(data.VideoError, match=reason) as error:
                 call(path)
             assert "\n" not in str(error.value) and (path in str(error.value) or "\0" in path), name
@@ -322,7 +330,7 @@ def test_every_bad_file_is_a_video_error_of_one_line_with_its_path(tmp_path, cli
 def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, clips):
     for name in ("clip.jpg", "clip.txt", "clip.m3u8", "clip%03d.png", "clip"):
         os.symlink(clips["h264 short gop"], tmp_path / name)
-        assert numbers(data.frames_at(tmp_path / name, [1.0])[0]) == [25]
+        assert seen(data.frames(tmp_path / name, [1.0])) == [25]
 
 
 @pytest.mark.parametrize("file, codec", [("cut.mp4", "libx264"), ("cut.mkv", "libx264"), ("cut.ts", "libx264"),
@@ -332,12 +340,11 @@ def test_a_cut_file_shows_what_is_left_and_then_its_last_frame(tmp_path, file, c
     path = write(tmp_path / file, codec, options={"g": "10"}, container=container)
     whole = open(path, "rb").read()
     open(path, "wb").write(whole[:int(len(whole) * 0.7)])
-    early, late = data.frames_at(path, [0.2, 0.0]), data.frames_at(path, [2.39, 50, 0.4])
-    assert numbers(early[0]) == [5, 0]
-    last = number(late[0][0])
-    assert 15 < last < 55 and numbers(late[0]) == [last, last, 10]
+    assert seen(data.frames(path, [0.0, 0.2])) == [0, 5]
+    tenth, last, still = seen(data.frames(path, [0.4, 2.39, 50]))
+    assert tenth == 10 and 15 < last < 55 and still == last
     assert data.probe(path).duration == pytest.approx((last + 1) / FPS, abs=2 / FPS)
-    assert numbers(data.sample_frames(path, 8, "uniform")[0])[-1] <= last
+    assert seen(data.sample_frames(path, 8, "uniform"))[-1] <= last
 
 
 def test_a_file_cut_before_its_first_frame_is_a_video_error(tmp_path):
@@ -345,7 +352,7 @@ def test_a_file_cut_before_its_first_frame_is_a_video_error(tmp_path):
     whole = open(path, "rb").read()
     open(path, "wb").write(whole[:whole.index(b"mdat") + 6])
     with pytest.raises(data.VideoError):
-        data.frames_at(path, [0])
+        list(data.frames(path, [0]))
 
 
 # ---------------------------------------------------------------------------------------------------- pixels
@@ -428,7 +435,7 @@ def test_caption_items_are_a_training_clip_ids_and_an_index(world):
     assert len(items) == 2 and index == 1 and ids.tolist() == [5, 0, 0, 0, 0, 0]
     assert pixels.shape == (4, 3, 28, 28) and pixels.dtype == torch.uint8
     rng = np.random.default_rng((0, 0, 1))
-    frames, _ = data.sample_frames(world / "good.mp4", 4, "train", rng)
+    frames, _ = stacked(data.sample_frames(world / "good.mp4", 4, "train", rng))
     assert torch.equal(pixels, data.train_pixels(frames, 28, rng))
 
 
@@ -473,7 +480,7 @@ def test_retrieval_shows_uniform_frames_and_says_which_videos_are_missing(world)
     items = data.RetrievalDataset(lines(world / "a.jsonl", *rows), world, 4, 28)
     assert items.captions == ["one", "two"] and items.missing() == ["nowhere.mp4"]
     pixels, index = items[0]   # the name lacks its extension
-    assert index == 0 and torch.equal(pixels, data.eval_pixels(data.sample_frames(world / "good.mp4", 4, "uniform")[0], 28))
+    assert index == 0 and torch.equal(pixels, data.eval_pixels(stacked(data.sample_frames(world / "good.mp4", 4, "uniform"))[0], 28))
 
 
 def test_a_broken_retrieval_video_stops_also_in_a_worker_process(world):
@@ -495,7 +502,7 @@ def test_conversations_lose_the_marker_and_keep_their_turns(world):
         items = data.ConversationDataset(path, world, 4, 28)
         pixels, conversation, index = items[0]
         assert conversation == [("What?", "A dog."), ("Why?", "So.")] and index == 0 and items[1][1] == [("Who?", "It.")]
-        assert torch.equal(pixels, data.squash(data.sample_frames(world / "good.mp4", 4, "uniform")[0], 28))
+        assert torch.equal(pixels, data.squash(stacked(data.sample_frames(world / "good.mp4", 4, "uniform"))[0], 28))
         assert items.rows == rows
 
 
@@ -563,7 +570,7 @@ def test_annotations_that_are_missing_or_not_text_are_user_errors(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- to look at
 def test_contact_sheet_is_a_grid_of_all_frames(tmp_path, clips):
-    frames, times = data.sample_frames(clips["h264 short gop"], 5, "uniform")
+    frames, times = stacked(data.sample_frames(clips["h264 short gop"], 5, "uniform"))
     data.contact_sheet(frames, times, tmp_path / "sheet.png", width=96)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (2 * 88, 3 * 100, 3)   # 3 columns, 2 rows; 4 pixels of gap, 20 more for the time

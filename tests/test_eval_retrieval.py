@@ -12,6 +12,7 @@ import data
 import eval_retrieval
 import model
 from eval_retrieval import SETTINGS, Config, EvaluationSet
+from films import stacked
 from plumbing import cli, training, weightfile
 from plumbing.cli import UserError
 from toy import shapes
@@ -149,7 +150,7 @@ def test_released_annotations_and_settings(world, tmp_path, monkeypatch, name, r
     setting = dataclasses.replace(SETTINGS[name], size=(len(captions),))
     dataset = EvaluationSet(scoring(world, dataset=name, annotations=write(tmp_path / "a", rows)), setting, 64)
     assert dataset.texts == captions
-    expected = data.eval_pixels(data.sample_frames(world / "1.mp4", frames, "test")[0], 64, short)
+    expected = data.eval_pixels(stacked(data.sample_frames(world / "1.mp4", frames, "test"))[0], 64, short)
     assert torch.equal(dataset[len(captions) - 1][0], expected)
 
 

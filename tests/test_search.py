@@ -14,7 +14,7 @@ from PIL import Image
 import data
 import model
 import search
-from films import film
+from films import film, stacked
 from model import VideoEncoder
 from plumbing import cli, training, weightfile
 from plumbing.cli import UserError
@@ -117,7 +117,7 @@ def test_an_index_holds_every_video_of_every_kind_and_names_the_broken_ones(copy
 
 def test_a_window_holds_what_the_branch_says_of_its_frames(made):
     encoder, _ = model.load_encoder(TINY, "", torch.device("cpu"))
-    frames, _ = data.sample_frames(made / "videos" / "two.mp4", 8, "uniform", window=(4, 8))
+    frames, _ = stacked(data.sample_frames(made / "videos" / "two.mp4", 8, "uniform", window=(4, 8)))
     with torch.no_grad():
         expected = torch.nn.functional.normalize(encoder.encode_video(data.eval_pixels(frames, 64)[None]), dim=1)[0]
     assert torch.allclose(indexed(made)["two.mp4"][1], expected, atol=1e-5)
@@ -194,8 +194,8 @@ def test_a_killed_index_goes_on_from_its_last_save_and_encodes_only_the_rest(mad
 def test_a_long_video_is_read_a_group_of_windows_at_a_time(tmp_path, encoded, monkeypatch):
     (tmp_path / "videos").mkdir()
     film(tmp_path / "videos" / "long.mkv", "libx264", (np.full((64, 64, 3), i % 250, np.uint8) for i in range(300)), rate=1)   # 5 minutes
-    asked, at = [], data.frames_at
-    monkeypatch.setattr(data, "frames_at", lambda path, times, **options: asked.append(len(times)) or at(path, times, **options))
+    asked, at = [], data.frames
+    monkeypatch.setattr(data, "frames", lambda path, times: asked.append(len(times)) or at(path, times))
     search.main(indexing(tmp_path, batch_size=10))
     assert encoded == [10] * 7 + [5] and asked == [80] * 7 + [40]
 
@@ -273,8 +273,8 @@ def test_the_sheet_has_a_picture_of_each_hit(made, tmp_path, capsys):
     search.main(searching(made, TWO[0], top=3, sheet=str(tmp_path / "hits.png")))
     sheet = np.asarray(Image.open(tmp_path / "hits.png"))
     assert sheet.shape == (2 * 204, 2 * 244, 3)
-    frame = data.frames_at(made / "videos" / "two.mp4", [2.0], keep=data.boxed)[0][0]
-    assert np.array_equal(sheet[2:182, 2:242], frame.permute(1, 2, 0).numpy())
+    [(_, frame)] = data.frames(made / "videos" / "two.mp4", [2.0])
+    assert np.array_equal(sheet[2:182, 2:242], data.boxed(frame).permute(1, 2, 0).numpy())
 
 
 @pytest.mark.parametrize("options, message", [

@@ -239,8 +239,8 @@ def render_clip(job):
     frames = [draw(clip, (i + 0.5) / FRAMES) for i in range(FRAMES)]
     write_video(f"{stem}a.mp4", frames)
     write_video(f"{stem}b.mp4", frames[::-1])
-    still, _ = data.frames_at(f"{stem}a.mp4", [share * FRAMES / FPS])
-    cli.write_atomic(f"{stem}.png", lambda f: Image.fromarray(still[0].permute(1, 2, 0).numpy()).save(f, "PNG"))
+    [(_, still)] = data.frames(f"{stem}a.mp4", [share * FRAMES / FPS])
+    cli.write_atomic(f"{stem}.png", lambda f: Image.fromarray(still.permute(1, 2, 0).numpy()).save(f, "PNG"))
 
 
 def render(cfg):
@@ -334,8 +334,9 @@ def train_clip(cfg):
                             projection_dim=128))
     clips, per_clip = world(cfg.pairs, cfg.seed, False)[::2], 6
     shares = [(2 * i + 1) / (2 * per_clip) for i in range(per_clip)]
-    frames = torch.stack([data.frames_at(os.path.join(cfg.data, "train", f"{i:05d}a.mp4"), [s * FRAMES / FPS for s in shares])[0]
-                          for i in tqdm(range(len(clips)), desc="read frames")])   # (clips, per_clip, 3, H, W) uint8
+    paths = [os.path.join(cfg.data, "train", f"{i:05d}a.mp4") for i in range(len(clips))]
+    frames = [picture for path in tqdm(paths, desc="read frames") for _, picture in data.frames(path, [s * FRAMES / FPS for s in shares])]
+    frames = torch.stack(frames).view(len(clips), per_clip, 3, SIZE, SIZE)   # uint8
     captions = [[still_caption(clip, s)[0] for s in shares] for clip in clips]
     ids = tokenizer([text for row in captions for text in row], 32).view(len(clips), per_clip, 32)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+from films import stacked
 from toy import shapes
 
 
@@ -14,7 +15,7 @@ def test_twins_are_the_same_pictures_backwards_to_the_bit(tmp_path):
         clip = next(c for c in shapes.world(0, 0, True) if c.motion == motion)
         for name, c in (("a", clip), ("b", clip.twin)):
             shapes.write_video(str(tmp_path / f"{name}.mp4"), [shapes.draw(c, (i + 0.5) / shapes.FRAMES) for i in range(shapes.FRAMES)])
-        forwards, backwards = (data.sample_frames(str(tmp_path / f"{name}.mp4"), 8, "uniform")[0] for name in "ab")
+        forwards, backwards = (stacked(data.sample_frames(str(tmp_path / f"{name}.mp4"), 8, "uniform"))[0] for name in "ab")
         assert torch.equal(forwards, backwards.flip(0)), motion
         assert len(torch.unique(forwards, dim=0)) > 1, motion
 

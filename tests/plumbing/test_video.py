@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import data
-from films import FPS, Opened, film, number, numbers, picture
+from films import FPS, Opened, film, number, numbers, picture, seen, stacked
 from plumbing import video
 
 FRAMES = 30
@@ -124,6 +124,10 @@ def whole(path, turn=0):
     return starts, [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in pictures]
 
 
+def first(path, times=(0,)):
+    return next(data.frames(path, times))[1]
+
+
 def shown(starts, t):
     """Index of the last of `starts` at or before t; the tolerance is the one that data.py documents."""
     exact = fractions.Fraction(t) + fractions.Fraction(1, 10 ** 6)
@@ -131,7 +135,8 @@ def shown(starts, t):
 
 
 def check(path, starts, pictures, times):
-    frames, used = data.frames_at(path, times)
+    times = sorted(times)
+    frames, used = stacked(data.frames(path, times))
     expected = [shown(starts, t) for t in times]
     wrong = [(t, f"frame {i}", f"shows {number(frame)}") for t, i, frame in zip(times, expected, frames)
              if not torch.equal(frame, pictures[i])]
@@ -145,7 +150,6 @@ def attack(path, starts, pictures, rng):
     later = [*instants[1:], instants[-1] + 0.04]
     middles = [(a + b) / 2 for a, b in zip(instants, later)]
     check(path, starts, pictures, instants)
-    check(path, starts, pictures, instants[::-1])
     check(path, starts, pictures, [t - 2e-6 for t in later])            # the moment before the next one
     check(path, starts, pictures, middles[::3])
     anywhere = [rng.uniform(-0.3, instants[-1] + 0.5) for _ in range(12)]
@@ -212,22 +216,11 @@ def test_a_stream_that_starts_amid_a_group_shows_whole_frames_alone(tmp_path, cl
     whole_file, (_, pictures) = open(clips[name], "rb").read(), whole(clips[name])
     for packets in (12, 30, 60):   # so many packets of MPEG-TS, 188 bytes each, were missed
         (tmp_path / "front").write_bytes(whole_file[packets * 188:])
-        for call in (lambda: data.sample_frames(tmp_path / "front", 5, "linspace"), lambda: data.frames_at(tmp_path / "front", [0.4, 0])):
+        for call in (lambda: list(data.sample_frames(tmp_path / "front", 5, "linspace")), lambda: list(data.frames(tmp_path / "front", [0, 0.4]))):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", video.DamagedVideo)   # intra refresh: no frame is whole until many are read
-                frames, _ = call()
-            assert all(torch.equal(frame, pictures[number(frame)]) for frame in frames)
-
-
-def test_keep_sees_every_frame_as_frames_at_returns_it(clips):
-    times = [0.9, 0.1, 0.5, 0.1, 7]
-    for name in ("h264 short gop", "mpeg4 avi with B-frames", "h264 turned by 90"):
-        frames, used = data.frames_at(clips[name], times, size=48)
-        kept, used_too = data.frames_at(clips[name], times, size=48, keep=lambda picture: picture.clone())
-        assert used == used_too and len(kept) == 5 and all(torch.equal(a, b) for a, b in zip(kept, frames))
-        calls = []
-        sums, _ = data.sample_frames(clips[name], 4, "linspace", keep=lambda picture: calls.append(picture.shape) or picture.sum().item())
-        assert sums == [frame.sum().item() for frame in data.sample_frames(clips[name], 4, "linspace")[0]] and len(calls) == 4
+                found = call()
+            assert all(torch.equal(frame, pictures[number(frame)]) for _, frame in found)
 
 
 # ---------------------------------------------------------------------------------------------------- frames by number
@@ -239,7 +232,7 @@ def test_linspace_runs_from_the_first_frame_to_the_last_whatever_their_times(cli
     n = len(pictures)
     for num_frames, expected in ((n, range(n)), (1, [0]), (7, [(n - 1) * i // 6 for i in range(7)]), (n + 1, None)):
         expected = [int((n - 1) * i / n) for i in range(n + 1)] if expected is None else expected   # shorter than asked for
-        frames, _ = data.sample_frames(clips[name], num_frames, "linspace")
+        frames, _ = stacked(data.sample_frames(clips[name], num_frames, "linspace"))
         assert [i for i, frame in zip(expected, frames) if not torch.equal(frame, pictures[i])] == [] and len(frames) == num_frames
 
 
@@ -247,32 +240,32 @@ def test_linspace_runs_from_the_first_frame_to_the_last_whatever_their_times(cli
 def test_a_window_is_sampled_as_a_video_of_its_own(clips, name):
     path = clips[name]   # frame i appears at 0.04 i
 
-    def seen(*args, **more):
-        return numbers(data.sample_frames(path, *args, **more)[0])
-    assert seen(5, "uniform", window=(0.2, 0.6)) == [6, 8, 10, 12, 14]          # 0.24, 0.32, ... s
-    assert seen(4, "linspace", window=(0.2, 0.6)) == [5, 8, 11, 14]             # of frames 5..14: 0, 3, 6, 9
-    assert seen(10, "seq", window=(0.2, 0.6)) == [5 + i for i in data.get_seq_frames(10, 10)]
-    assert seen(9, "linspace", window=(0.21, 0.6)) == list(range(6, 15))        # frame 5 began before
-    assert seen(4, "test", window=(0.2, 0.6)) == [5 + i for i in data.uniform_sample_test(10, 4)]
+    def sampled(*args, **more):
+        return seen(data.sample_frames(path, *args, **more))
+    assert sampled(5, "uniform", window=(0.2, 0.6)) == [6, 8, 10, 12, 14]          # 0.24, 0.32, ... s
+    assert sampled(4, "linspace", window=(0.2, 0.6)) == [5, 8, 11, 14]             # of frames 5..14: 0, 3, 6, 9
+    assert sampled(10, "seq", window=(0.2, 0.6)) == [5 + i for i in data.get_seq_frames(10, 10)]
+    assert sampled(9, "linspace", window=(0.21, 0.6)) == list(range(6, 15))        # frame 5 began before
+    assert sampled(4, "test", window=(0.2, 0.6)) == [5 + i for i in data.uniform_sample_test(10, 4)]
     rng = np.random.default_rng(3)
-    assert seen(4, "train", 3, window=(0.2, 0.6)) == [5 + i for i in data.uniform_sample_train(10, 4, rng)]
-    assert seen(2, "uniform", window=(1.0, 99)) == [26, 28]                     # the video ends at 1.2 s: 1.05, 1.15
-    assert seen(2, "linspace", window=(1.0, 99)) == [25, 29]
-    assert seen(3, "linspace", window=(0.21, 0.22)) == [5, 5, 5]                # between two frames: the one on the screen
-    assert seen(3, "linspace", window=(50, 60)) == [29, 29, 29] == seen(3, "uniform", window=(50, 60))
-    for mode in ("uniform", "linspace"):
-        assert seen(6, mode, window=(0, math.inf)) == seen(6, mode)
+    assert sampled(4, "train", 3, window=(0.2, 0.6)) == [5 + i for i in data.uniform_sample_train(10, 4, rng)]
+    assert sampled(2, "uniform", window=(1.0, 99)) == [26, 28]                     # the video ends at 1.2 s: 1.05, 1.15
+    assert sampled(2, "linspace", window=(1.0, 99)) == [25, 29]
+    assert sampled(3, "linspace", window=(0.21, 0.22)) == [5, 5, 5]                # between two frames: the one on the screen
+    assert sampled(3, "linspace", window=(50, 60)) == [29, 29, 29] == sampled(3, "uniform", window=(50, 60))
+    for rule in ("uniform", "linspace"):
+        assert sampled(6, rule, window=(0, math.inf)) == sampled(6, rule)
         for window in ((0.5, 0.5), (0.6, 0.2), (-1, 1), (math.nan, 1), (0, math.nan)):
             with pytest.raises(video.UserError, match="window"):
-                seen(2, mode, window=window)
+                sampled(2, rule, window=window)
 
 
 def test_a_window_between_two_frames_shows_the_one_on_the_screen(tmp_path):
     for file in ("lapse.avi", "lapse.mp4"):   # a frame every 5 s; time is counted in ticks of 5 s, and much finer
         path = film(tmp_path / file, "mpeg4", map(textured, range(6)), {"g": "3"}, rate=fractions.Fraction(1, 5))
-        for mode in ("uniform", "seq", "test", "train", "linspace"):
-            for window, expected in (((0.1, 0.9), 0), ((11, 14.9), 2), ((28, 29), 5), ((11, 15.1), 3 if mode != "uniform" else None)):
-                frames, used = data.sample_frames(path, 1, mode, window=window)
+        for rule in ("uniform", "seq", "test", "train", "linspace"):
+            for window, expected in (((0.1, 0.9), 0), ((11, 14.9), 2), ((28, 29), 5), ((11, 15.1), 3 if rule != "uniform" else None)):
+                frames, used = stacked(data.sample_frames(path, 1, rule, window=window))
                 if expected is not None:
                     assert numbers(frames) == [expected] and used == pytest.approx([5 * expected])
 
@@ -292,19 +285,17 @@ def noisy(height, width, seed=0):
     (242, 426, 90, [56, 224]), (242, 426, 180, [100]), (242, 426, 270, [225]), (18, 130, 0, [7, 64])])
 def test_size_scales_as_pillows_bicubic_does(tmp_path, height, width, rotate, sizes):
     path = film(tmp_path / "noise.mp4", "libx264", [noisy(height, width, i) for i in range(3)], {"crf": "10"}, rotate=rotate)
-    full, _ = data.frames_at(path, [0, 0.04, 0.08])
+    full, _ = stacked(data.frames(path, [0, 0.04, 0.08]))
     assert full.shape[2:] == ((width, height) if rotate in (90, 270) else (height, width))
     for size in sizes:
-        frames, used = data.frames_at(path, [0.08, 0, 0.04], size)
+        frames, used = stacked(data.sample_frames(path, 3, "linspace", size=size))
         short, long = min(height, width), max(height, width)
         h, w = (size, int(long * size / short)) if full.shape[2] < full.shape[3] else (int(long * size / short), size)
-        assert frames.shape == (3, 3, h, w) and frames.dtype == torch.uint8 and used == pytest.approx([0.08, 0, 0.04])
-        for frame, i in zip(frames, (2, 0, 1)):
+        assert frames.shape == (3, 3, h, w) and frames.dtype == torch.uint8 and used == pytest.approx([0, 0.04, 0.08])
+        for i, frame in enumerate(frames):
             scaled = Image.fromarray(full[i].permute(1, 2, 0).contiguous().numpy()).resize((w, h), Image.Resampling.BICUBIC)
             difference = frame.permute(1, 2, 0).int() - torch.from_numpy(np.array(scaled)).int()
             assert difference.abs().max() <= 2 and (difference.abs() > 1).float().mean() < 2e-4 and (difference != 0).float().mean() < 0.02
-        sampled, _ = data.sample_frames(path, 3, "linspace", size=size)
-        assert torch.equal(sampled, frames[[1, 2, 0]])
 
 
 # ---------------------------------------------------------------------------------------------------- colour
@@ -349,7 +340,7 @@ def bars(pix_fmt, width, height, values):
 
 def bars_shown(path, matrix, full, bits, values):
     """How many grey levels the colours on the screen are from the formula's, at worst."""
-    frame = data.frames_at(path, [0])[0][0].float()
+    frame = first(path).float()
     step = frame.shape[2] / len(values)
     shown = [frame[:, 4:-4, int((i + 0.35) * step):int((i + 0.65) * step)] for i in range(len(values))]
     expected = [torch.tensor(rgb(value, matrix, full, bits)).round().view(3, 1, 1) for value in values]
@@ -397,12 +388,12 @@ def test_files_without_colour_tags_are_bt709_where_they_are_high_definition(tmp_
 def test_rgb_and_grey_files_come_out_as_they_went_in(tmp_path):
     image = noisy(64, 96)
     path = film(tmp_path / "rgb.mov", "png", [image], pix_fmt="rgb24")
-    assert torch.equal(data.frames_at(path, [0])[0][0], torch.from_numpy(image).permute(2, 0, 1))
+    assert torch.equal(first(path), torch.from_numpy(image).permute(2, 0, 1))
     path = film(tmp_path / "gbr.mp4", "libx264rgb", [image], LOSSLESS, pix_fmt="rgb24")
-    assert torch.equal(data.frames_at(path, [0])[0][0], torch.from_numpy(image).permute(2, 0, 1))
+    assert torch.equal(first(path), torch.from_numpy(image).permute(2, 0, 1))
     path = film(tmp_path / "grey.mkv", "ffv1", [av.VideoFrame.from_ndarray(image[:, :, 0].copy(), "gray")],
                 {"color_range": "pc"}, pix_fmt="gray")
-    assert torch.equal(data.frames_at(path, [0])[0][0], torch.from_numpy(image[:, :, 0]).expand(3, 64, 96))
+    assert torch.equal(first(path), torch.from_numpy(image[:, :, 0]).expand(3, 64, 96))
 
 
 # ---------------------------------------------------------------------------------------------------- shape of a pixel
@@ -416,15 +407,15 @@ def test_pixels_that_are_not_square_are_shown_so_and_absurd_ones_ignored(tmp_pat
                 context={"sample_aspect_ratio": fractions.Fraction(*ratio)})
     found = data.probe(path)
     assert (found.width, found.height, found.rotation) == (width, height, -rotate % 360)
-    frames, _ = data.frames_at(path, [0.08, 0])
+    frames, _ = stacked(data.frames(path, [0, 0.08]))
     assert frames.shape == (2, 3, height, width)
     upright = torch.rot90(frames, -rotate // 90, (2, 3))
-    assert numbers(upright) == [2, 0]
+    assert numbers(upright) == [0, 2]
     square = film(tmp_path / ("square" + file), "libx264", images, {"crf": "5"})   # scaled as everything is: as Pillow does
-    stored = data.frames_at(square, [0.08])[0][0].permute(1, 2, 0).contiguous().numpy()
+    stored = first(square, [0.08]).permute(1, 2, 0).contiguous().numpy()
     scaled = np.array(Image.fromarray(stored).resize((upright.shape[3], upright.shape[2]), Image.Resampling.BICUBIC))
-    assert (upright[0].permute(1, 2, 0).int() - torch.from_numpy(scaled).int()).abs().max() <= 1
-    small, _ = data.frames_at(path, [0], size=32)
+    assert (upright[1].permute(1, 2, 0).int() - torch.from_numpy(scaled).int()).abs().max() <= 1
+    small, _ = stacked(data.sample_frames(path, 1, "linspace", size=32))
     short, long = sorted((width, height))
     assert sorted(small.shape[2:]) == [32, int(long * 32 / short)] and (small.shape[2] < small.shape[3]) == (height < width)
 
@@ -454,7 +445,7 @@ class Loaded(Dataset):
     def __getitem__(self, i):
         video.ByteSource, before = CountingSource, threads()
         CountingSource.most = 0
-        frames, _ = data.frames_at(self.paths[i], [1.0, 0.04, 0.5])
+        frames, _ = stacked(data.frames(self.paths[i], [0.04, 0.5, 1.0]))
         return numbers(frames), CountingSource.most - before
 
 
@@ -468,8 +459,8 @@ def test_loaders_workers_decode_with_one_thread_also_after_their_parent_has_deco
     here = [items[i] for i in range(len(items))]
     loader = DataLoader(items, num_workers=2 if context == "fork" else 1, multiprocessing_context=context, batch_size=None,
                         timeout=WATCHDOG)
-    assert [(shown, added) for shown, added in loader] == [([25, 1, 12], 0)] * len(items)
-    assert all(shown == [25, 1, 12] and added <= 0 for shown, added in here)   # below 0: another thread ended meanwhile
+    assert [(shown, added) for shown, added in loader] == [([1, 12, 25], 0)] * len(items)
+    assert all(shown == [1, 12, 25] and added <= 0 for shown, added in here)   # below 0: another thread ended meanwhile
 
 
 def resident():
@@ -506,7 +497,7 @@ def in_child(folder, work, *args):
     return notes
 
 
-def try_out(path, times=(0, 0.5, 1.1, 99, 0.04)):
+def try_out(path, times=(0, 0.04, 0.5, 1.1, 99)):
     """All entrances, for a file that may be anything. Only frames or VideoError may come out -> how many entrances refused."""
     refused = 0
 
@@ -515,12 +506,12 @@ def try_out(path, times=(0, 0.5, 1.1, 99, 0.04)):
         assert math.isfinite(found.duration) and found.width > 0 and found.height > 0 and math.isfinite(found.fps), found
 
     def frames(call, num_frames):
-        frames, used = call()
+        frames, used = stacked(call())
         assert frames.dtype == torch.uint8 and frames.shape[:2] == (num_frames, 3) and min(frames.shape[2:]) > 0
         assert len(used) == num_frames and all(t >= 0 and math.isfinite(t) for t in used), used
-    for call in (probe, lambda: frames(lambda: data.frames_at(path, times), len(times)),
-                 lambda: frames(lambda: data.sample_frames(path, 3, "uniform", size=32), 3),
-                 lambda: frames(lambda: data.sample_frames(path, 3, "test", window=(0.1, 0.9)), 3)):
+    for call in (probe, lambda: frames(lambda: list(data.frames(path, times)), len(times)),
+                 lambda: frames(lambda: list(data.sample_frames(path, 3, "uniform", size=32)), 3),
+                 lambda: frames(lambda: list(data.sample_frames(path, 3, "test", window=(0.1, 0.9))), 3)):
         try:
             call()
         except data.VideoError as e:
@@ -597,7 +588,7 @@ def test_damaged_files_give_frames_or_video_errors_and_nothing_else(tmp_path, cl
 def hammer(note, paths, opens):
     for i in range(opens):
         try:
-            data.frames_at(paths[i % len(paths)], [1.0, 0.3])
+            list(data.frames(paths[i % len(paths)], [0.3, 1.0]))
         except data.VideoError:
             pass
         if i % 100 == 99:
@@ -804,7 +795,7 @@ def test_sound_that_counts_more_samples_than_it_has_bytes_is_no_lie(tmp_path):
     sound = patched(sound, at(mp4, b"stsz", 1), ">III", 0, 1, samples)
     chunks, = struct.unpack_from(">I", mp4, at(mp4, b"stco", 1) + 4)
     path.write_bytes(patched(sound, at(mp4, b"stsc", 1) + 12, ">I", samples // chunks))
-    assert numbers(data.frames_at(path, [0.4, 1.1])[0]) == [10, 27]
+    assert seen(data.frames(path, [0.4, 1.1])) == [10, 27]
 
 
 def test_a_compressed_header_is_read_and_counts_as_if_it_were_not(tmp_path, clips):
@@ -830,15 +821,14 @@ def test_a_cut_file_warns_where_frames_behind_the_cut_are_asked_for_and_only_the
     path = cut(film(tmp_path / file, codec, map(textured, range(50)), options, container=container, sound=sound))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        frames, _ = data.frames_at(path, [0.2, 0.0, 0.48])
-    assert numbers(frames) == [5, 0, 12]
-    for call in (lambda: data.frames_at(path, [0.2, 1.9]), lambda: data.frames_at(path, [99]), lambda: data.probe(path),
-                 lambda: data.sample_frames(path, 4, "uniform"), lambda: data.sample_frames(path, 4, "linspace")):
+        assert seen(data.frames(path, [0.0, 0.2, 0.48])) == [0, 5, 12]
+    for call in (lambda: list(data.frames(path, [0.2, 1.9])), lambda: list(data.frames(path, [99])), lambda: data.probe(path),
+                 lambda: list(data.sample_frames(path, 4, "uniform")), lambda: list(data.sample_frames(path, 4, "linspace"))):
         with pytest.warns(video.DamagedVideo, match="cut off or damaged") as caught:
             call()
         assert len(caught) == 1 and str(caught[0].message).startswith(path)
     with pytest.warns(video.DamagedVideo):
-        frames, used = data.frames_at(path, [0.2, 1.9])
+        frames, used = stacked(data.frames(path, [0.2, 1.9]))
     first, last = numbers(frames)
     assert first == 5 and 12 < last < 47 and used == pytest.approx([0.2, last / FPS])
 
@@ -854,7 +844,7 @@ def test_a_cut_mp4_whose_tables_count_what_is_cut_off_reads_as_far_as_it_goes(tm
         (tmp_path / "cut").write_bytes(whole_file[:int(share * len(whole_file))])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", video.DamagedVideo)   # fragments do not say how many more there should be
-            first, last = numbers(data.frames_at(tmp_path / "cut", [0.2, 99])[0])
+            first, last = seen(data.frames(tmp_path / "cut", [0.2, 99]))
         assert first == 5 and 50 * share - 11 < last < 50 * share + 1
 
 
@@ -870,16 +860,16 @@ def test_whole_files_do_not_warn_however_odd_they_are(tmp_path, clips):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", video.DamagedVideo)
             duration = data.probe(path).duration
-            data.frames_at(path, [0, duration / 2, duration - 0.01, duration + 5])
-            for mode in ("uniform", "linspace"):
-                data.sample_frames(path, 3, mode)
+            list(data.frames(path, [0, duration / 2, duration - 0.01, duration + 5]))
+            for rule in ("uniform", "linspace"):
+                list(data.sample_frames(path, 3, rule))
         if any(w.category is video.DamagedVideo for w in caught):
             warned[name] = str(caught[0].message)
     assert warned == {}
 
 
-@pytest.mark.parametrize("call", [data.probe, lambda path: data.frames_at(path, [1.1, 0]),
-                                  lambda path: data.sample_frames(path, 3, "test")], ids=["probe", "frames_at", "sample_frames"])
+@pytest.mark.parametrize("call", [data.probe, lambda path: list(data.frames(path, [0, 1.1])),
+                                  lambda path: list(data.sample_frames(path, 3, "test"))], ids=["probe", "frames", "sample_frames"])
 @pytest.mark.parametrize("name", ["h264 long gop", "h264 open gop ts", "vp9 webm", "gif", "mpeg4 avi with B-frames"])
 def test_a_file_that_leads_round_in_circles_is_given_up(clips, monkeypatch, name, call):
     clock, packets = [0.0], video.Video.packets
@@ -946,12 +936,12 @@ def test_a_path_is_a_path_even_if_libav_would_take_it_for_an_address(tmp_path, c
     opened = Opened(clips["h264 short gop"])
     for name in (prefix + "clip.mp4", prefix + os.path.abspath("clip.mp4"), prefix + "clip.mp4|clip.mp4", prefix):
         with pytest.raises(data.VideoError, match="No such file"):
-            data.frames_at(name, [0])
+            list(data.frames(name, [0]))
     assert not opened
     name = prefix + "clip.mp4"
     os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
     os.link(clips["h264 short gop"], name)
-    assert numbers(data.frames_at(name, [0.4])[0]) == [10]   # a file may be called that
+    assert seen(data.frames(name, [0.4])) == [10]   # a file may be called that
 
 
 def test_what_is_not_a_file_is_refused_without_waiting_for_it(tmp_path):
@@ -959,6 +949,6 @@ def test_what_is_not_a_file_is_refused_without_waiting_for_it(tmp_path):
     os.symlink("pipe.mp4", tmp_path / "link.mp4")
     os.symlink("loop.mp4", tmp_path / "loop.mp4")
     for path in (tmp_path / "pipe.mp4", tmp_path / "link.mp4", tmp_path / "loop.mp4", tmp_path, "/dev/zero", "/dev/null", "/dev/stdin", ""):
-        for call in (data.probe, lambda p: data.frames_at(p, [0]), lambda p: data.sample_frames(p, 2, "test")):
+        for call in (data.probe, lambda p: list(data.frames(p, [0])), lambda p: list(data.sample_frames(p, 2, "test"))):
             with pytest.raises(data.VideoError):
                 call(path)
