@@ -51,6 +51,8 @@ class Store:
         ours = re.compile(rf"{re.escape(self.prefix)}[0-9a-f]{{32}}\.safetensors(\.\d+\.tmp)?")
         entries, gone, total = [], [], 0
         for file in os.scandir(self.folder):
+            if self.max_bytes is None and not file.name.endswith(".tmp"):
+                continue   # this runs at each put, and search has ten thousand entries
             with contextlib.suppress(FileNotFoundError):   # here and below: another process tidies, too
                 found, status = ours.fullmatch(file.name), file.stat()
                 if found and not found[1]:
