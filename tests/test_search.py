@@ -1,5 +1,4 @@
 """search.py: an index that is right whatever happens to its folder."""
-import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from films import film, stacked
 from model import VideoEncoder
 from plumbing import cli, training, weightfile
 from plumbing.cli import UserError
+from plumbing.store import Store, state_of
 from search import Config
 from toy import shapes
 
@@ -25,25 +25,33 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(ROOT, "weights", "tiny")
 
 
-def config(**options):
-    return Config(**{"weights": TINY, "workers": 0, "device": "cpu", **options})
+def indexing(folder, **options):
+    return {"what": "index", "folder": str(folder / "videos"), "index": str(folder / "index"), **options}
 
 
-def refused(message, **options):
+def searching(folder, text, **options):
+    return {"what": text, "index": str(folder / "index"), **options}
+
+
+def run(options):
+    search.main(Config(**{"weights": TINY, "workers": 0, "device": "cpu", **options}))
+
+
+def refused(message, options):
     with pytest.raises(UserError, match=message) as error:
-        search.main(config(**options))
+        run(options)
     assert "\n" not in str(error.value)
 
 
-def write(path, what):
-    path.write_text(what if isinstance(what, str) else json.dumps(what))
-    return str(path)
+def hits(out):
+    """[(score, span, file)] of what search prints."""
+    return [(float(score), *rest) for score, *rest in (line.split("  ", 2) for line in out.splitlines())]
 
 
-# ---------------------------------------------------------------------------------------------------- index
-KINDS = {"mp4": "libx264", "mkv": "libx264", "mov": "mpeg4", "webm": "libvpx", "gif": "gif", "ts": "mpeg2video", "avi": "mpeg4", "mpg": "mpeg2video",
-         "flv": "flv", "wmv": "wmv2"}
-EACH, BROKEN = 5, {"text.mp4": "not a video", "empty.avi": "the file is empty", "picture.mkv": "a picture", "cut.webm": ""}
+# ------------------------------------------------------------------------------------------- index
+KINDS = {"mp4": "libx264", "mkv": "libx264", "mov": "mpeg4", "webm": "libvpx", "gif": "gif", "ts": "mpeg2video",
+         "avi": "mpeg4", "mpg": "mpeg2video", "flv": "flv", "wmv": "wmv2"}
+BROKEN = {"text.mp4": "not a video", "empty.avi": "the file is empty", "picture.mkv": "a picture", "cut.webm": ""}
 TWO = ["a big red circle moves left in the middle", "a small blue star moves down on the left"]
 
 
@@ -57,43 +65,41 @@ def clip_of(caption, seconds):
 def made(tmp_path_factory):
     """A folder `videos` with 51 videos, broken ones and other files, and its index."""
     folder = tmp_path_factory.mktemp("made")
-    clips = shapes.world(0, 1, True)
+    videos, clips = folder / "videos", shapes.world(0, 1, True)
     for i, (kind, codec) in enumerate(sorted(KINDS.items())):
-        (folder / "videos" / kind).mkdir(parents=True)
-        for k in range(EACH):
-            pictures = [shapes.draw(clips[7 * (EACH * i + k)], (t + 0.5) / 24) for t in range(24)]
-            film(folder / "videos" / kind / f"{k}.{kind}", codec, pictures, pix_fmt="rgb8" if kind == "gif" else "yuv420p",
+        (videos / kind).mkdir(parents=True)
+        for k in range(5):
+            pictures = [shapes.draw(clips[7 * (5 * i + k)], (t + 0.5) / 24) for t in range(24)]
+            film(videos / kind / f"{k}.{kind}", codec, pictures, pix_fmt="rgb8" if kind == "gif" else "yuv420p",
                  rate=25 if codec == "mpeg2video" else 12)
-    film(folder / "videos" / "two.mp4", "libx264", [picture for caption in TWO for picture in clip_of(caption, 4)], rate=12)
-    write(folder / "videos" / "text.mp4", "not a video")
-    write(folder / "videos" / "notes.txt", "not a video either, and not called one")
-    write(folder / "videos" / "empty.avi", "")
-    Image.new("RGB", (8, 8)).save(folder / "videos" / "picture.mkv", "PNG")
-    (folder / "videos" / "cut.webm").write_bytes((folder / "videos" / "webm" / "0.webm").read_bytes()[:300])
-    search.main(indexing(folder))
+    film(videos / "two.mp4", "libx264", [picture for caption in TWO for picture in clip_of(caption, 4)], rate=12)
+    (videos / "text.mp4").write_text("not a video")
+    (videos / "notes.txt").write_text("not a video either, and not called one")
+    (videos / "empty.avi").touch()
+    Image.new("RGB", (8, 8)).save(videos / "picture.mkv", "PNG")
+    (videos / "cut.webm").write_bytes((videos / "webm" / "0.webm").read_bytes()[:300])
+    run(indexing(folder))
     return folder
 
 
 @pytest.fixture
 def copy(made, tmp_path):
     """A copy of the folder and its index, free to be changed."""
-    shutil.copytree(made / "videos", tmp_path / "videos")   # with times
-    before, files, _ = search.read_index(str(made / "index"))
-    search.write_index(str(tmp_path / "index"), {**before, "folder": str(tmp_path / "videos")}, files)
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)   # with times
     return tmp_path
 
 
-def indexing(folder, **options):
-    return config(stage="index", what=str(folder / "videos"), index=str(folder / "index"), **options)
-
-
-def searching(folder, text, **options):
-    return config(stage="search", what=text, index=str(folder / "index"), **options)
-
-
 def indexed(folder):
-    """{name: features (n, P)} of an index on the disk, without broken files."""
-    return {name: torch.cat(e.features) for name, e in search.read_index(str(folder / "index"))[1].items() if e.features}
+    """{name: rows (n, P)} of the index, without broken files."""
+    weights = [search.VERSION, state_of(os.path.join(TINY, "clip")), state_of(os.path.join(TINY, "branch.pth"))]
+    tensors, about = Store(str(folder / "index")).get(["all", weights])
+    table = json.loads(about["table"])
+    parts = tensors["rows"].split([done for *_, done in table])
+    return {os.path.relpath(path, folder / "videos"): part for (path, *_), part in zip(table, parts) if len(part)}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture
@@ -105,8 +111,8 @@ def encoded(monkeypatch):
 
 
 def test_an_index_holds_every_video_of_every_kind_and_names_the_broken_ones(copy, capsys, encoded, monkeypatch):
-    monkeypatch.setattr(data, "probe", None)   # nothing is opened again, not even broken files
-    search.main(indexing(copy))
+    monkeypatch.setattr(data, "probe", None)   # nothing is decoded again, not even broken files
+    run(indexing(copy))
     said = capsys.readouterr()
     assert "52 windows of 51 videos" in said.out and "4 broken" in said.out and encoded == []
     for name, reason in BROKEN.items():
@@ -119,12 +125,12 @@ def test_a_window_holds_what_the_branch_says_of_its_frames(made):
     encoder, _ = model.load_encoder(TINY, "", torch.device("cpu"))
     frames, _ = stacked(data.sample_frames(made / "videos" / "two.mp4", 8, "uniform", window=(4, 8)))
     with torch.no_grad():
-        expected = torch.nn.functional.normalize(encoder.encode_video(data.eval_pixels(frames, 64)[None]), dim=1)[0]
-    assert torch.allclose(indexed(made)["two.mp4"][1], expected, atol=1e-5)
+        expected = encoder.encode_video(data.eval_pixels(frames, 64)[None])[0]
+    assert torch.allclose(indexed(made)["two.mp4"][1], expected / expected.norm(), atol=1e-5)
 
 
-def test_renamed_videos_move_changed_ones_are_encoded_anew_and_removed_ones_leave(copy, encoded, capsys):
-    before, videos = indexed(copy), copy / "videos"
+def test_renamed_videos_move_changed_ones_are_encoded_anew_and_removed_ones_leave(made, copy, encoded, capsys):
+    before, videos = indexed(made), copy / "videos"
     os.rename(videos / "mp4" / "0.mp4", videos / "elsewhere.mp4")
     os.rename(videos / "mp4" / "1.mp4", videos / "swap")                    # two swap their names
     os.rename(videos / "mp4" / "2.mp4", videos / "mp4" / "1.mp4")
@@ -132,12 +138,13 @@ def test_renamed_videos_move_changed_ones_are_encoded_anew_and_removed_ones_leav
     os.remove(videos / "avi" / "0.avi")
     shutil.copyfile(videos / "avi" / "2.avi", videos / "avi" / "1.avi")     # changed
     shutil.copyfile(videos / "mkv" / "2.mkv", videos / "text.mp4")          # repaired
-    search.main(indexing(copy))
+    run(indexing(copy))
     after = indexed(copy)
     assert sum(encoded) == 2 and "52 windows of 51 videos" in capsys.readouterr().out
-    same = {"elsewhere.mp4": "mp4/0.mp4", "mp4/1.mp4": "mp4/2.mp4", "mp4/2.mp4": "mp4/1.mp4", "avi/1.avi": "avi/2.avi", "text.mp4": "mkv/2.mkv"}
+    moved = {"elsewhere.mp4": "mp4/0.mp4", "mp4/1.mp4": "mp4/2.mp4", "mp4/2.mp4": "mp4/1.mp4", "avi/1.avi": "avi/2.avi",
+             "text.mp4": "mkv/2.mkv"}
     assert after.keys() == before.keys() - {"mp4/0.mp4", "avi/0.avi"} | {"elsewhere.mp4", "text.mp4"}
-    assert all(torch.allclose(after[name], before[same.get(name, name)], atol=1e-6) for name in after)
+    assert all(torch.allclose(after[name], before[moved.get(name, name)], atol=1e-6) for name in after)
 
 
 def stop_after(monkeypatch, groups):
@@ -153,70 +160,56 @@ def stop_after(monkeypatch, groups):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_interrupted_index_goes_on_as_if_nothing_had_happened(made, tmp_path, monkeypatch, workers):
+def test_an_interrupted_index_goes_on_and_encodes_only_the_rest(made, tmp_path, monkeypatch, encoded, capsys, workers):
     (tmp_path / "videos").mkdir()
     for name in ("two.mp4", "text.mp4", "ts/0.ts", "mkv/0.mkv"):
         shutil.copy2(made / "videos" / name, tmp_path / "videos")
-    straight = indexing(tmp_path, window=0.5, batch_size=3, workers=workers)   # 16 windows of two.mp4, 4 or so of the others
-    search.main(straight)
-    whole, resumed = (tmp_path / "index").read_bytes(), dataclasses.replace(straight, index=str(tmp_path / "resumed"))
-    for groups in (1, 3):
+    cfg = indexing(tmp_path, window=0.5, batch_size=3, workers=workers)   # 16 windows of two.mp4, 4 or so of the others
+    run(cfg)
+    straight, groups = indexed(tmp_path), list(encoded)
+    shutil.rmtree(tmp_path / "index")
+    encoded.clear()
+    for done in (1, 3):
         with monkeypatch.context() as patch:
-            stop_after(patch, groups)
+            stop_after(patch, done)
             with pytest.raises(KeyboardInterrupt):
-                search.main(resumed)
-        assert (tmp_path / "resumed").read_bytes() != whole
-    search.main(resumed)
-    assert (tmp_path / "resumed").read_bytes() == whole
-
-
-def test_a_killed_index_goes_on_from_its_last_save_and_encodes_only_the_rest(made, tmp_path, monkeypatch, encoded, capsys):
-    (tmp_path / "videos").mkdir()
-    shutil.copy2(made / "videos" / "two.mp4", tmp_path / "videos")
-    states, save = [], search.write_index
-
-    def keep(path, *rest):
-        save(path, *rest)
-        states.append(open(path, "rb").read())
-    monkeypatch.setattr(search, "write_index", keep)
-    cfg = indexing(tmp_path, window=1, batch_size=3, save_every=0)
-    search.main(cfg)
-    assert encoded == [3, 3, 2] and len(states) == 4
+                run(cfg)
     capsys.readouterr()
-    (tmp_path / "index").write_bytes(states[1])   # the disk of a machine that was switched off after the second group
-    search.main(searching(tmp_path, TWO[0], top=100))
+    run(searching(tmp_path, TWO[0], top=100))
     said = capsys.readouterr()
-    assert len(hits(said.out)) == 6 and "1 of 1 files are not indexed yet" in said.err
-    search.main(cfg)
-    assert encoded == [3, 3, 2, 2] and (tmp_path / "index").read_bytes() == states[-1]
+    assert len(hits(said.out)) == sum(encoded) and "1 of 4 files are not done yet" in said.err
+    run(cfg)
+    assert encoded == groups and same(indexed(tmp_path), straight)
 
 
 def test_a_long_video_is_read_a_group_of_windows_at_a_time(tmp_path, encoded, monkeypatch):
     (tmp_path / "videos").mkdir()
-    film(tmp_path / "videos" / "long.mkv", "libx264", (np.full((64, 64, 3), i % 250, np.uint8) for i in range(300)), rate=1)   # 5 minutes
-    asked, at = [], data.frames
-    monkeypatch.setattr(data, "frames", lambda path, times: asked.append(len(times)) or at(path, times))
-    search.main(indexing(tmp_path, batch_size=10))
+    pictures = (np.full((64, 64, 3), i % 250, np.uint8) for i in range(300))
+    film(tmp_path / "videos" / "long.mkv", "libx264", pictures, rate=1)   # 5 minutes
+    asked, sample = [], data.sample_frames
+    monkeypatch.setattr(data, "sample_frames", lambda path, n, *a, **options: asked.append(n) or sample(path, n, *a, **options))
+    run(indexing(tmp_path, batch_size=10))
     assert encoded == [10] * 7 + [5] and asked == [80] * 7 + [40]
 
 
 def test_a_video_that_claims_a_century_is_broken(tmp_path, capsys):
     (tmp_path / "videos").mkdir()
-    film(tmp_path / "videos" / "a.mkv", "libx264", [np.zeros((64, 64, 3), np.uint8)] * 2, {"g": "1"}, pts=[0, 3_000_000_000], rate=1)
-    search.main(indexing(tmp_path))
+    film(tmp_path / "videos" / "a.mkv", "libx264", [np.zeros((64, 64, 3), np.uint8)] * 2, {"g": "1"},
+         pts=[0, 3_000_000_000], rate=1)
+    run(indexing(tmp_path))
     said = capsys.readouterr()
     assert "0 windows of 0 videos" in said.out and "claims to last 833333 hours" in said.err
-    refused("holds no windows", **vars(searching(tmp_path, "a red circle")))
+    run(searching(tmp_path, "a red circle"))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"window": 2.0}, "made with the window 4.0, not 2.0"), ({"window": float("nan")}, "--window nan"), ({"what": "nowhere"}, "nowhere: no such folder"),
-    ({"what": ""}, "give the folder"), ({"batch_size": 0}, "--batch_size 0"), ({"what": TINY, "index": "fresh"}, "no videos in it"),
-    ({"what": ROOT}, "made with the folder")])
+    ({"window": float("nan")}, "--window nan"), ({"folder": "nowhere"}, "nowhere: No such"), ({"folder": ""}, "give `index FOLDER`"),
+    ({"batch_size": 0}, "--batch_size 0"), ({"folder": TINY}, "no videos in it"), ({"weights": "nowhere"}, "nowhere")])
 def test_indexing_refuses_what_it_cannot_use_and_leaves_the_index(made, options, message):
-    before = (made / "index").read_bytes()
-    refused(message, **{**vars(indexing(made)), **options})
-    assert (made / "index").read_bytes() == before
+    before = indexed(made)
+    refused(message, {**indexing(made), **options})
+    assert same(indexed(made), before)
 
 
 def other_weights(folder):
@@ -228,32 +221,30 @@ def other_weights(folder):
     return str(folder)
 
 
-def test_an_index_is_not_mixed_with_other_weights(made, tmp_path):
+def test_an_index_is_not_mixed_with_other_weights_or_windows(made, tmp_path, encoded):
     other = other_weights(tmp_path)
-    refused("made with the weights", **vars(indexing(made, weights=other)))
-    refused("made with other weights", **vars(searching(made, "a red circle", weights=other)))
-
-
-@pytest.mark.parametrize("damage", [lambda whole: whole[:-100], lambda whole: b"mine", lambda whole: whole.replace(b"mkv/0.mkv", b"mkv\\0.mkv"),
-                                    lambda whole: whole.replace(b'"files"', b'"filez"'), lambda whole: b"", lambda whole: whole[:40] + whole[41:]])
-def test_a_damaged_index_is_refused_and_kept(made, tmp_path, damage):
-    broken = damage((made / "index").read_bytes())
-    (tmp_path / "index").write_bytes(broken)
     (tmp_path / "videos").mkdir()
-    for cfg in (indexing(tmp_path), searching(tmp_path, "a red circle")):
-        refused(f"^{tmp_path / 'index'}: ", **vars(cfg))
-    assert (tmp_path / "index").read_bytes() == broken
+    shutil.copy2(made / "videos" / "two.mp4", tmp_path / "videos")
+    run(indexing(tmp_path))
+    refused("no index made with these weights", searching(tmp_path, "a red circle", weights=other))
+    for options in ({"weights": other}, {}, {"window": 2.0}, {}):
+        run(indexing(tmp_path, **options))
+    assert encoded == [2, 2, 4] and len(indexed(tmp_path)["two.mp4"]) == 2
 
 
-# ---------------------------------------------------------------------------------------------------- search
-def hits(out):
-    """[(score, span, file)] of what search prints."""
-    return [(float(line.split("  ")[0]), line.split("  ")[1], line.split("  ", 2)[2]) for line in out.splitlines()]
+def test_damaged_files_of_an_index_are_refused_by_name_and_kept(copy):
+    for file in (copy / "index").iterdir():
+        file.write_bytes(file.read_bytes()[:-100])
+    before = {file: file.read_bytes() for file in (copy / "index").iterdir()}
+    for options in (indexing(copy), searching(copy, "a red circle")):
+        refused(f"^{copy / 'index'}/[0-9a-f]+.safetensors: ", options)
+    assert {file: file.read_bytes() for file in (copy / "index").iterdir()} == before
 
 
+# ------------------------------------------------------------------------------------------- search
 @pytest.mark.parametrize("text, span", [(TWO[0], "0.0-4.0 s"), (TWO[1], "4.0-8.0 s")])
 def test_search_finds_the_moment_in_a_video_of_two(made, capsys, text, span):
-    search.main(searching(made, text))
+    run(searching(made, text))
     found = hits(capsys.readouterr().out)
     assert len(found) == 5 and found[0][1:] == (span, str(made / "videos" / "two.mp4"))
     assert [score for score, *_ in found] == sorted((score for score, *_ in found), reverse=True)
@@ -261,7 +252,7 @@ def test_search_finds_the_moment_in_a_video_of_two(made, capsys, text, span):
 
 
 def test_search_scores_are_the_cosines_of_text_and_window(made, capsys):
-    search.main(searching(made, TWO[0], top=100))
+    run(searching(made, TWO[0], top=100))
     found = hits(capsys.readouterr().out)
     encoder, tokenizer = model.load_encoder(TINY, "", torch.device("cpu"))
     text = model.encode_texts(encoder, tokenizer, TWO[:1], 77, torch.device("cpu"))[0]
@@ -270,7 +261,7 @@ def test_search_scores_are_the_cosines_of_text_and_window(made, capsys):
 
 
 def test_the_sheet_has_a_picture_of_each_hit(made, tmp_path, capsys):
-    search.main(searching(made, TWO[0], top=3, sheet=str(tmp_path / "hits.png")))
+    run(searching(made, TWO[0], top=3, sheet=str(tmp_path / "hits.png")))
     sheet = np.asarray(Image.open(tmp_path / "hits.png"))
     assert sheet.shape == (2 * 204, 2 * 244, 3)
     [(_, frame)] = data.frames(made / "videos" / "two.mp4", [2.0])
@@ -278,30 +269,32 @@ def test_the_sheet_has_a_picture_of_each_hit(made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"what": " "}, "needs a text"), ({"index": "nowhere"}, "nowhere: no such index; `python search.py index FOLDER`"), ({"top": 0}, "--top 0"),
-    ({"sheet": "hits.mp4"}, "must end in .png")])
+    ({"what": " "}, "one text in quotes"), ({"folder": "dog"}, "one text in quotes"), ({"top": 0}, "--top 0"),
+    ({"index": "nowhere"}, "nowhere: no index made with these weights; `python search.py index FOLDER`")])
 def test_search_refuses_what_it_cannot_use(made, options, message):
-    refused(message, **{**vars(searching(made, "a red circle")), **options})
+    refused(message, {**searching(made, "a red circle"), **options})
 
 
 def test_a_hit_that_is_gone_is_said_to_be_gone(copy, capsys):
+    run(indexing(copy))
     os.remove(copy / "videos" / "two.mp4")
-    refused("two.mp4: No such file", **vars(searching(copy, TWO[0], sheet=str(copy / "hits.png"))))
+    capsys.readouterr()
+    refused("two.mp4: No such file", searching(copy, TWO[0], sheet=str(copy / "hits.png")))
     assert hits(capsys.readouterr().out)[0][1] == "0.0-4.0 s" and not (copy / "hits.png").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- command line
-def test_flags_may_stand_between_the_words_and_a_flag_may_be_a_word_of_python():
-    cfg = cli.parse(Config, ["search", "--top", "3", "a dog"], **search.FLAGS)
-    assert (cfg.stage, cfg.what, cfg.top) == ("search", "a dog", 3)
+# ------------------------------------------------------------------------------------------- command line
+def test_flags_may_stand_between_the_words():
+    cfg = cli.parse(Config, ["index", "--top", "3", "videos"], **search.FLAGS)
+    assert (cfg.what, cfg.folder, cfg.top) == ("index", "videos", 3)
 
 
-def test_the_command_line_searches_in_any_file_name_and_ends_in_one_line_on_bad_input(made, tmp_path):
-    (tmp_path / "videos").mkdir()
-    shutil.copy(made / "videos" / "two.mp4", os.fsencode(tmp_path / "videos") + b"/\xff.mp4")
-    search.main(indexing(tmp_path))
-    command = [sys.executable, os.path.join(ROOT, "search.py"), "search", TWO[0], "--weights", TINY, "--index"]
-    done = subprocess.run([*command, str(tmp_path / "index")], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[0].endswith("0.0-4.0 s  " + str(tmp_path / "videos" / "\\udcff.mp4")) and not done.stderr
-    done = subprocess.run([*command, "nowhere"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "no such index" in done.stderr
+def test_the_command_line_takes_any_file_name_with_few_open_files_and_ends_in_one_line_on_bad_input(copy):
+    os.rename(os.fsencode(copy / "videos" / "two.mp4"), os.fsencode(copy / "videos") + b"/\xff.mp4")
+    done = []
+    for words in (["index", copy / "videos"], [TWO[0]], ["nothing", "--index", "nowhere"]):
+        command = [sys.executable, os.path.join(ROOT, "search.py"), "--index", copy / "index", "--weights", TINY, *words]
+        done.append(subprocess.run(["bash", "-c", 'ulimit -n 40; "$@"', "-", *command], capture_output=True, text=True))
+    assert [each.returncode for each in done] == [0, 0, 2] and "52 windows of 51 videos (0 files" in done[0].stdout
+    assert done[1].stdout.splitlines()[0].endswith(f"0.0-4.0 s  {copy}/videos/\\udcff.mp4") and not done[1].stderr
+    assert (done[2].stdout, done[2].stderr.count("\n")) == ("", 1) and "no index" in done[2].stderr
