@@ -12,8 +12,8 @@ export OMP_WAIT_POLICY=PASSIVE   # the loader's process needs a core too: waitin
 train() { $PYTHON "$1" --clip $R/clip --root $D "${@:2}"; }
 
 # The world, and a CLIP that knows it from stills.
-[ -e $D/watch_captions.jsonl ] || $PYTHON -m toy.shapes render --data $D
-[ -e $R/clip/model.safetensors ] || $PYTHON -m toy.shapes clip --data $D --out $R
+[ -e $D/watch_captions.jsonl ] || $PYTHON -m toy render --data $D
+[ -e $R/clip/model.safetensors ] || $PYTHON -m toy clip --data $D --out $R
 
 # Stage 1: the branch. Twins share a batch, so that captions differ in nothing but the order of events.
 branches=""
@@ -25,7 +25,7 @@ done
 branch=$R/branch_seed0/branch.pth
 
 # A LLaVA that has only seen pictures: a LLaMA that can read, then its projector, then both.
-[ -e $R/llama/tokenizer.model ] || $PYTHON -m toy.shapes llama --out $R
+[ -e $R/llama/tokenizer.model ] || $PYTHON -m toy llama --out $R
 train chat_tune.py --stage projector --tokens mean --num_frames 1 --llm $R/llama --annotations $D/train_stills.jsonl \
     --out $R/projector --batch_size 32 --steps 500 --lr 2e-3
 train chat_tune.py --stage language --tokens mean --num_frames 1 --llm $R/projector/llava --annotations $D/train_stills.jsonl \
@@ -43,4 +43,4 @@ mkdir -p "$W/clip" "$W/llava"
 cp $R/clip/* "$W/clip/" && cp $R/language/llava/* "$W/llava/" && cp $branch "$W/branch.pth" && cp $R/chat_branch/chat.bin "$W/chat.bin"
 train chat_tune.py --stage video --eval_only --num_frames 8 --llm $R/language/llava --branch $branch \
     --annotations $D/train_talks.jsonl --eval_annotations $D/test_talks.jsonl --out $R/zero_shot
-$PYTHON -m toy.shapes score --data $D --out $R --branches "${branches#,}"
+$PYTHON -m toy score --data $D --out $R --branches "${branches#,}"

@@ -17,20 +17,22 @@ from llm import LLaMA, LLaMAConfig, save_llama  # noqa: E402
 from model import Branch, branch_tensors  # noqa: E402
 from plumbing import training  # noqa: E402
 from small import CORPUS, write_branch, write_clip, write_llava, write_video  # noqa: E402
-from toy import shapes  # noqa: E402
+from toy.tiny_models import train_tokenizer  # noqa: E402
+from toy import world as shapes  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A folder with eight clips of the toy world, captions, questions, a small CLIP, a small LLaMA and a branch."""
     folder = tmp_path_factory.mktemp("world")
-    clips = shapes.world(4, 0, False)
+    clips = shapes.make_clips(4, 0, False)
     captions, talks, stills = [], [], []
     for i, clip in enumerate(clips):
-        shapes.write_video(str(folder / f"{i}.mp4"), [shapes.draw(clip, (k + 0.5) / 24, 32) for k in range(24)])
+        shapes.write_video(str(folder / f"{i}.mp4"), shapes.film(clip, 32))
         Image.fromarray(shapes.draw(clip, 0.5, 32)).save(folder / f"{i}.png")
         captions.append({"video": f"{i}.mp4", "caption": clip.caption})
-        talks.append(shapes.conversation(str(i), shapes.temporal_questions(clip)[:2], video=f"{i}.mp4", kind="temporal"))
+        questions = shapes.temporal_questions(clip)[:2]
+        talks.append(shapes.conversation(str(i), questions, video=f"{i}.mp4", kind="temporal"))
         stills.append(shapes.conversation(str(i), shapes.still_caption(clip, 0.5)[1][:2], image=f"{i}.png"))
     for name, rows in (("captions", captions), ("talks", talks), ("stills", stills)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -40,7 +42,7 @@ def world(tmp_path_factory):
     clip = CLIP(CLIPConfig(image_size=32, patch_size=8, vision_width=32, vision_layers=3, vision_heads=2, vision_mlp=64, text_width=32,
                            text_layers=1, text_heads=2, text_mlp=64, vocab_size=tokenizer.vocab_size, projection_dim=16))
     save_clip(str(folder / "clip"), clip, tokenizer)
-    words = shapes.train_tokenizer([text for row in talks + stills for turn in row["conversations"] for text in [turn["value"]]], 300)
+    words = train_tokenizer([turn["value"] for row in talks + stills for turn in row["conversations"]], 300)
     (folder / "tokenizer.model").write_bytes(words)
     torch.manual_seed(0)
     save_llama(str(folder / "llama"), LLaMA(LLaMAConfig(vocab_size=300, width=32, layers=2, heads=2, mlp=64, context_length=512)),

@@ -22,7 +22,7 @@ from plumbing.cli import UserError
 from plumbing.training import save_checkpoint
 from plumbing.weightfile import read_file, write_safetensors
 from small import write_branch, write_clip, write_llava, write_video
-from toy import shapes
+from toy import world as shapes
 
 SECONDS = 60   # until a program that says nothing is given up: a guard, not a measurement
 

@@ -15,7 +15,7 @@ from eval_retrieval import SETTINGS, Config, EvaluationSet
 from films import stacked
 from plumbing import cli, training, weightfile
 from plumbing.cli import UserError
-from toy import shapes
+from toy.world import COLOURS, film, make_clips, write_video
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(ROOT, "weights", "tiny")
@@ -41,8 +41,8 @@ def world(tmp_path_factory):
     """Eight clips of the toy world and their captions."""
     folder = tmp_path_factory.mktemp("world")
     rows = []
-    for i, clip in enumerate(shapes.world(0, 0, True)[:16:2]):
-        shapes.write_video(str(folder / f"{i}.mp4"), [shapes.draw(clip, (k + 0.5) / 24) for k in range(24)])
+    for i, clip in enumerate(make_clips(0, 0, True)[:16:2]):
+        write_video(str(folder / f"{i}.mp4"), film(clip))
         rows.append({"video": f"{i}.mp4", "caption": clip.caption})
     write(folder / "captions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -210,8 +210,8 @@ def test_top_1_and_top_5_are_those_worked_by_hand(capsys):
 
 def test_recognition_of_the_toy_worlds_colours(world, tmp_path, capsys, monkeypatch):
     rows = [json.loads(line) for line in (world / "captions.jsonl").read_text().splitlines()]
-    classes = write(tmp_path / "classes", "\n".join(shapes.COLOURS))
-    colour = {row["video"]: next(i for i, name in enumerate(shapes.COLOURS) if name in row["caption"]) for row in rows}
+    classes = write(tmp_path / "classes", "\n".join(COLOURS))
+    colour = {row["video"]: next(i for i, name in enumerate(COLOURS) if name in row["caption"]) for row in rows}
     labels = write(tmp_path / "labels", "".join(f"{video}\t{label + 1}\n" for video, label in colour.items()))
     monkeypatch.setitem(SETTINGS, "hmdb51", dataclasses.replace(SETTINGS["hmdb51"], classes=8, size=(8,)))
     cfg = scoring(world, dataset="hmdb51", annotations=labels, classes=classes, save=str(tmp_path / "s"))

@@ -15,7 +15,8 @@ import pretrain
 import search
 from bench import __main__ as bench
 from plumbing.cli import parse
-from toy import ablate, shapes
+from toy import __main__ as toy
+from toy import ablate
 from weights import __main__ as weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -23,7 +24,7 @@ STAGE = dict(positional=["stage"])
 SCRIPTS = {   # as it is typed: its file, its module, how it is parsed
     "chat.py": ("chat.py", chat, chat.FLAGS), "chat_tune.py": ("chat_tune.py", chat_tune, {}), "pretrain.py": ("pretrain.py", pretrain, {}),
     "eval_retrieval.py": ("eval_retrieval.py", eval_retrieval, {}), "search.py": ("search.py", search, search.FLAGS),
-    "data.py": ("data.py", data, dict(positional=["video"])), "-m toy.shapes": ("toy/shapes.py", shapes, STAGE),
+    "data.py": ("data.py", data, dict(positional=["video"])), "-m toy": ("toy/__main__.py", toy, STAGE),
     "-m toy.ablate": ("toy/ablate.py", ablate, STAGE), "-m bench": ("bench/__main__.py", bench, STAGE),
     "-m weights": ("weights/__main__.py", weights, weights.FLAGS)}
 

@@ -19,7 +19,7 @@ from plumbing import cli, training, weightfile
 from plumbing.cli import UserError
 from plumbing.store import Store, state_of
 from search import Config
-from toy import shapes
+from toy.world import Clip, draw, make_clips
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(ROOT, "weights", "tiny")
@@ -57,19 +57,19 @@ TWO = ["a big red circle moves left in the middle", "a small blue star moves dow
 
 def clip_of(caption, seconds):
     _, size, colour, shape, verb, way, *place = caption.split()
-    clip = shapes.Clip(colour, shape, f"{verb} {way}", " ".join(place), size, (0.5,) * 6)
-    return [shapes.draw(clip, (k + 0.5) / (12 * seconds)) for k in range(12 * seconds)]
+    clip = Clip(colour, shape, f"{verb} {way}", " ".join(place), size, (0.5,) * 6)
+    return [draw(clip, (k + 0.5) / (12 * seconds)) for k in range(12 * seconds)]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder `videos` with 51 videos, broken ones and other files, and its index."""
     folder = tmp_path_factory.mktemp("made")
-    videos, clips = folder / "videos", shapes.world(0, 1, True)
+    videos, clips = folder / "videos", make_clips(0, 1, True)
     for i, (kind, codec) in enumerate(sorted(KINDS.items())):
         (videos / kind).mkdir(parents=True)
         for k in range(5):
-            pictures = [shapes.draw(clips[7 * (5 * i + k)], (t + 0.5) / 24) for t in range(24)]
+            pictures = [draw(clips[7 * (5 * i + k)], (t + 0.5) / 24) for t in range(24)]
             film(videos / kind / f"{k}.{kind}", codec, pictures, pix_fmt="rgb8" if kind == "gif" else "yuv420p",
                  rate=25 if codec == "mpeg2video" else 12)
     film(videos / "two.mp4", "libx264", [picture for caption in TWO for picture in clip_of(caption, 4)], rate=12)

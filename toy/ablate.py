@@ -30,7 +30,8 @@ from clip import load_clip
 from metrics import retrieval_metrics
 from model import Branch, Pretraining, VideoEncoder, fingerprint, pick, tube_mask
 from plumbing import cli, pictures, training, weightfile
-from toy import shapes
+from toy.score import static_accuracy, twin_accuracy
+from toy.world import Clip
 
 
 @dataclasses.dataclass
@@ -142,9 +143,9 @@ class Seen:
         about = weightfile.read_metadata(path)
         if about.get("clip") != fingerprint(clip) or about.get("captions") != captions_digest(cfg, split):
             raise cli.UserError(f"{path}: what another CLIP saw than {cfg.clip}, or of another world than {cfg.data}; run `python -m toy.ablate see` again")
-        fields = [f.name for f in dataclasses.fields(shapes.Clip)]
+        fields = [f.name for f in dataclasses.fields(Clip)]
         with open(os.path.join(cfg.data, f"{split}_captions.jsonl")) as f:
-            self.clips = [shapes.Clip(**{name: row[name] for name in fields}) for row in map(json.loads, f)]
+            self.clips = [Clip(**{name: row[name] for name in fields}) for row in map(json.loads, f)]
         self.text = encode_text([clip.caption for clip in self.clips])
 
     def look(self, index, depth, kept=None):
@@ -201,8 +202,8 @@ def test(feature, seen, encode_text):
     """feature(indices of a few clips) -> (B, P); -> {"twins", "static", "R@1"} over all of them, in percent."""
     video = torch.cat([feature(index) for index in torch.arange(len(seen.clips)).split(128)])
     video = F.normalize(video, dim=-1)   # (clips, P)
-    return {"twins": 100 * shapes.twin_accuracy(video, seen.text).mean().item(),
-            "static": 100 * shapes.static_accuracy(video, seen.clips, encode_text), "R@1": retrieval_metrics(seen.text @ video.T)["R@1"]}
+    return {"twins": 100 * twin_accuracy(video, seen.text).mean().item(),
+            "static": 100 * static_accuracy(video, seen.clips, encode_text), "R@1": retrieval_metrics(seen.text @ video.T)["R@1"]}
 
 
 class Setup:

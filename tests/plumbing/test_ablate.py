@@ -10,7 +10,8 @@ import torch
 from clip import load_clip
 from model import Branch, VideoEncoder
 from plumbing.cli import UserError
-from toy import ablate, shapes
+from toy import ablate
+from toy.world import film, make_clips, write_video
 
 CLIP = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "weights", "tiny", "clip")
 
@@ -21,8 +22,8 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablate")
     for split, held_out in (("train", False), ("test", True)):
         rows = []
-        for i, clip in enumerate(shapes.world(4, 0, held_out)[:8]):
-            shapes.write_video(str(folder / f"{split}{i}.mp4"), [shapes.draw(clip, (k + 0.5) / 24) for k in range(24)])
+        for i, clip in enumerate(make_clips(4, 0, held_out)[:8]):
+            write_video(str(folder / f"{split}{i}.mp4"), film(clip))
             rows.append({"video": f"{split}{i}.mp4", "caption": clip.caption, **dataclasses.asdict(clip)})
         (folder / f"{split}_captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = ablate.Config("see", CLIP, str(folder), str(folder / "out"), str(folder), seeds=2, steps=2, batch_size=8, processes=1)

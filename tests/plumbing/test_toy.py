@@ -1,4 +1,5 @@
 """The toy world keeps its promises: twins, held-out combinations, captions and questions that say what the pictures show."""
+import dataclasses
 import json
 
 import numpy as np
@@ -7,43 +8,43 @@ import torch
 
 import data
 from films import stacked
-from toy import shapes
+from toy import score, world
 
 
 def test_twins_are_the_same_pictures_backwards_to_the_bit(tmp_path):
-    for motion in list(shapes.TURNS)[::2]:
-        clip = next(c for c in shapes.world(0, 0, True) if c.motion == motion)
+    for motion in list(world.TURNS)[::2]:
+        clip = next(c for c in world.make_clips(0, 0, True) if c.motion == motion)
         for name, c in (("a", clip), ("b", clip.twin)):
-            shapes.write_video(str(tmp_path / f"{name}.mp4"), [shapes.draw(c, (i + 0.5) / shapes.FRAMES) for i in range(shapes.FRAMES)])
+            world.write_video(str(tmp_path / f"{name}.mp4"), world.film(c))
         forwards, backwards = (stacked(data.sample_frames(str(tmp_path / f"{name}.mp4"), 8, "uniform"))[0] for name in "ab")
         assert torch.equal(forwards, backwards.flip(0)), motion
         assert len(torch.unique(forwards, dim=0)) > 1, motion
 
 
 def test_a_twin_has_a_caption_of_its_own_and_the_first_clip_as_its_twin():
-    for clip in shapes.world(0, 0, True):
+    for clip in world.make_clips(0, 0, True):
         assert clip.twin.twin == clip and clip.twin.caption != clip.caption
 
 
 def test_training_and_test_share_no_combination_of_colour_shape_and_motion():
-    train, test = ({(c.colour, c.shape, c.motion) for c in shapes.world(n, 0, held_out)} for n, held_out in ((4000, False), (0, True)))
+    train, test = ({(c.colour, c.shape, c.motion) for c in world.make_clips(n, 0, held_out)} for n, held_out in ((4000, False), (0, True)))
     assert not train & test
-    assert {motion for *_, motion in test} == {motion for *_, motion in train} == set(shapes.TURNS)
+    assert {motion for *_, motion in test} == {motion for *_, motion in train} == set(world.TURNS)
     assert {combo[:2] for combo in test} <= {combo[:2] for combo in train}
 
 
 def test_the_sample_clip_is_of_the_test_world():
-    held_out = {(c.colour, c.shape, c.motion) for c in shapes.world(0, 0, True)}
+    held_out = {(c.colour, c.shape, c.motion) for c in world.make_clips(0, 0, True)}
     assert ("orange", "star", "moves left then up") in held_out
 
 
 def test_the_test_world_has_at_least_500_pairs_and_no_caption_twice():
-    clips = shapes.world(0, 0, True)
+    clips = world.make_clips(0, 0, True)
     assert len(clips) >= 1000 and len({c.caption for c in clips}) == len(clips)
 
 
 def test_the_world_follows_from_its_seed():
-    assert shapes.world(20, 3, False) == shapes.world(20, 3, False) != shapes.world(20, 4, False)
+    assert world.make_clips(20, 3, False) == world.make_clips(20, 3, False) != world.make_clips(20, 4, False)
 
 
 def centre(picture):
@@ -55,19 +56,19 @@ def centre(picture):
                                           ("moves up", lambda a, b: a[1] - b[1]), ("moves down", lambda a, b: b[1] - a[1]),
                                           ("gets big", lambda a, b: (b[2] - a[2]) / 20), ("gets small", lambda a, b: (a[2] - b[2]) / 20)])
 def test_pictures_do_what_the_caption_says(motion, what):
-    clip = next(c for c in shapes.world(0, 0, True) if c.motion == motion and c.colour == "red")
-    assert what(centre(shapes.draw(clip, 0.02)), centre(shapes.draw(clip, 0.98))) > 10
+    clip = next(c for c in world.make_clips(0, 0, True) if c.motion == motion and c.colour == "red")
+    assert what(centre(world.draw(clip, 0.02)), centre(world.draw(clip, 0.98))) > 10
 
 
 def test_clockwise_is_clockwise():
-    clip = next(c for c in shapes.world(0, 0, True) if c.motion == "spins clockwise" and c.shape == "arrow" and c.colour != "white")
-    still = shapes.dataclasses.replace(clip, jitter=(0.5,) * 6)
-    (x0, y0), (x1, y1) = (shapes.outline("arrow", still.at(share)[3])[0] for share in (0.02, 0.98))   # the tip; y points down
+    clip = next(c for c in world.make_clips(0, 0, True) if c.motion == "spins clockwise" and c.shape == "arrow" and c.colour != "white")
+    still = dataclasses.replace(clip, jitter=(0.5,) * 6)
+    (x0, y0), (x1, y1) = (world.outline("arrow", still.at(share)[3])[0] for share in (0.02, 0.98))   # the tip; y points down
     assert x0 < -0.5 and x1 > 0.5 and y0 < 0 and y1 < 0   # over the top, from left to right
 
 
 def test_twins_are_asked_the_same_questions_in_the_test_world(tmp_path):
-    shapes.annotate(shapes.Config(stage="", data=str(tmp_path), pairs=4))
+    world.annotate(str(tmp_path), 4, 0)
     rows = [json.loads(line) for line in (tmp_path / "test_talks.jsonl").read_text().splitlines()]
     asked = [(row["kind"], row["conversations"][0]["value"]) for row in rows]
     answers = [row["conversations"][1]["value"] for row in rows]
@@ -77,20 +78,20 @@ def test_twins_are_asked_the_same_questions_in_the_test_world(tmp_path):
 
 
 def test_twins_have_the_same_static_questions_and_other_temporal_answers():
-    for clip in shapes.world(0, 0, True)[::2]:
-        ours, theirs = dict(shapes.temporal_questions(clip)), dict(shapes.temporal_questions(clip.twin))
+    for clip in world.make_clips(0, 0, True)[::2]:
+        ours, theirs = dict(world.temporal_questions(clip)), dict(world.temporal_questions(clip.twin))
         assert ours.keys() == theirs.keys() and all(ours[q] != theirs[q] for q in ours), clip.caption
 
 
 def test_stills_say_nothing_about_motion():
     words = {"moves", "gets", "spins", "blinks", "then"}
-    for clip in shapes.world(0, 0, True):
+    for clip in world.make_clips(0, 0, True):
         for share in (0.1, 0.5, 0.9):
-            assert not words & set(shapes.still_caption(clip, share)[0].split())
+            assert not words & set(world.still_caption(clip, share)[0].split())
 
 
 def test_twin_accuracy_of_equal_embeddings_is_one_half():
     text = torch.nn.functional.normalize(torch.randn(8, 5), dim=1)
     video = torch.nn.functional.normalize(torch.randn(4, 5), dim=1).repeat_interleave(2, dim=0)
-    assert shapes.twin_accuracy(video, text).mean() == 0.5
-    assert shapes.twin_accuracy(text, text).mean() == 1.0
+    assert score.twin_accuracy(video, text).mean() == 0.5
+    assert score.twin_accuracy(text, text).mean() == 1.0

@@ -1,0 +1,57 @@
+"""The toy world and the tiny models that know it: `runs/tiny.sh` has all the commands in order.
+
+    python -m toy render    # clips, still pictures, captions, questions -> out/shapes (3 minutes on 2 cores)
+    python -m toy sample    # the clip that chat.py opens by itself      -> assets/sample.mp4
+    python -m toy clip      # a tiny CLIP from single frames             -> weights/tiny/clip
+    python -m toy llama     # a tiny LLaMA from the world's language     -> weights/tiny/llama
+    python -m toy score     # can the branch tell a clip from its twin?  -> a table
+
+The rest is the business of the ordinary scripts, and of `python -m toy.ablate`, the paper's studies in this
+world. """
+import dataclasses
+import os
+
+import torch
+
+from plumbing import cli
+from toy import score, tiny_models, world
+from toy.tiny_models import ASSETS
+
+
+@dataclasses.dataclass
+class Config:
+    stage: str                         # what to do: render, sample, clip, llama or score
+    data: str = "out/shapes"           # where the clips, captions and questions are
+    out: str = "weights/tiny"          # where the trained models go
+    branches: str = "weights/tiny/branch.pth"   # branch files to score, one a seed, with commas between
+    scratch: str = "out/shapes_runs"   # checkpoints to go on from
+    pairs: int = 4000                  # training clips and their twins
+    steps: int = 0                     # training steps of clip or llama; 0 = that stage's own number
+    batch_size: int = 128              # pictures or texts a step
+    seed: int = 0                      # everything random follows from it
+    threads: int = 2                   # processes that render, or threads that train
+
+
+def render(cfg):
+    world.render(cfg.data, cfg.pairs, cfg.seed, cfg.threads)
+
+
+def sample(cfg):
+    """The clip that chat.py opens by itself: a held-out combination, large enough for people to look at."""
+    clip = world.Clip("orange", "star", "moves left then up", "", "big", jitter=(0.5,) * 6)
+    world.write_video(os.path.join(ASSETS, "sample.mp4"), world.film(clip, 256))
+
+
+STAGES = {"render": render, "sample": sample, "clip": tiny_models.train_clip,
+          "llama": tiny_models.train_llama, "score": score.score}
+
+
+def main(cfg):
+    if cfg.stage not in STAGES:
+        raise cli.UserError(f"{cfg.stage}: no such stage; choose one of {', '.join(STAGES)}")
+    torch.set_num_threads(cfg.threads)
+    STAGES[cfg.stage](cfg)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, positional=["stage"])

@@ -1,0 +1,72 @@
+"""The method's claim in the toy world, in numbers: can the branch tell a clip from its twin?"""
+import dataclasses
+import json
+import os
+
+import torch
+
+import data
+from metrics import retrieval_metrics
+from model import encode, encode_texts, load_encoder
+from toy.world import COLOURS, MOTIONS, SHAPES, SIZE, TURNS, read_clips
+
+
+def twin_accuracy(video, text):
+    """video, text (2Q, P) normalised, twins side by side -> (2Q,) 1.0 where a clip is nearer to its own
+    caption than to its twin's, 0.5 where both are equally near."""
+    other = text.view(-1, 2, text.shape[1]).flip(1).flatten(0, 1)   # (2Q, P): the twins' captions
+    own, other = (video * text).sum(1), (video * other).sum(1)
+    return (own > other).float() + 0.5 * (own == other).float()
+
+
+def static_accuracy(video, clips, encode_text):
+    """video (Q, P) -> share of clips whose caption is nearer than those with another colour, and with another
+    shape."""
+    right = []
+    for field, values in (("colour", list(COLOURS)), ("shape", SHAPES)):
+        rows = [dataclasses.replace(clip, **{field: value}).caption for clip in clips for value in values]
+        features = encode_text(rows).view(len(clips), len(values), -1)   # (Q, 8, P)
+        truth = torch.tensor([values.index(getattr(clip, field)) for clip in clips])
+        right.append(((features @ video[:, :, None])[:, :, 0].argmax(1) == truth).float().mean())
+    return torch.stack(right).mean().item()
+
+
+def score(cfg):
+    """Twins, statics and retrieval on held-out combinations: mean-pooled CLIP beside branches of several
+    seeds."""
+    annotations, device = os.path.join(cfg.data, "test_captions.jsonl"), torch.device("cpu")
+    dataset = data.RetrievalDataset(annotations, cfg.data, 8, SIZE)
+    clips = read_clips(annotations)
+    rows = {}        # {model: [metrics of a seed]}
+    by_motion = {}   # {pair of motions, how many: [twin accuracy of the branch, a seed each]}
+    for file in cfg.branches.split(","):
+        encoder, tokenizer = load_encoder(cfg.out, file, device)
+
+        def encode_text(texts):
+            return encode_texts(encoder, tokenizer, texts, 32, device)
+        branch, mean, text, _ = encode(encoder, tokenizer, dataset, device, 64)
+        for name, video in (("mean-pooled CLIP", mean), ("branch", branch)):
+            metrics = {"twins": 100 * twin_accuracy(video, text).mean().item(),
+                       "static": 100 * static_accuracy(video, clips, encode_text),
+                       **retrieval_metrics(text @ video.T),
+                       "twin distance": (video[::2] - video[1::2]).norm(dim=1).max().item()}
+            rows.setdefault(name, []).append(metrics)
+            rounded = {key: round(value, 7) for key, value in metrics.items()}
+            print(json.dumps({"branch file": file, "what": name, **rounded}), flush=True)
+        right = twin_accuracy(branch, text)
+        for pair, (forwards, backwards, _) in enumerate(MOTIONS):
+            which = torch.tensor([TURNS[clip.motion][0] == pair for clip in clips])
+            kind = f"{forwards} / {backwards} | {which.sum() // 2}"
+            by_motion.setdefault(kind, []).append(100 * right[which].mean().item())
+
+    def spread(values):
+        return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    columns = ["twins", "static", "R@1", "R@5", "R@10"]
+    print(f"\n{len(clips) // 2} pairs of held-out twins, {len(rows['branch'])} seeds: "
+          "mean (lowest to highest), in percent\n")
+    print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for name, found in rows.items():
+        print(f"| {name} | " + " | ".join(spread([metrics[c] for metrics in found]) for c in columns) + " |")
+    print("\n| branch, twins of | pairs | told apart |\n|---|---|---|")
+    for name, values in by_motion.items():
+        print(f"| {name} | {spread(values)} |")

@@ -1,0 +1,133 @@
+"""A tiny CLIP that knows the toy world from stills, and a tiny LLaMA that knows its language from text
+alone."""
+import io
+import os
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import data
+from clip import CLIP, CLIPConfig, Tokenizer, save_clip
+from llm import LLaMA, LLaMAConfig, SentencePieceTokenizer, save_llama
+from model import IGNORE_INDEX, SYSTEMS, VIDEO_INDEX, prompt_ids
+from plumbing import cli, training
+from toy.world import FPS, FRAMES, SIZE, make_clips, static_questions, still_caption, temporal_questions
+
+ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
+
+
+def fit(name, cfg, model, loss_of, steps, warmup):
+    """The loop of both: AdamW, warm-up and cosine, a checkpoint now and then from which it goes on.
+
+    loss_of(step) -> (loss, a note for the progress bar)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    last, start = os.path.join(cfg.scratch, f"{name}.pth"), 0
+    settings = [cfg.seed, cfg.pairs, cfg.batch_size, steps]
+    cli.make_folder(cfg.scratch)
+    if os.path.exists(last):
+        saved = training.load_checkpoint(last)
+        if saved.get("settings") != settings:
+            raise cli.UserError(f"{last}: made with other settings; remove it, or choose another --scratch")
+        training.put_back(model.state_dict(), saved["model"], last)
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name)
+    for step in bar:
+        training.seed_step(cfg.seed, step)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * training.warmup_cosine(step, steps, warmup)
+        loss, note = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f} {note}")
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            training.save_checkpoint(last, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                            "step": step + 1, "settings": settings})
+
+
+def train_clip(cfg):
+    """Contrastive training on single frames and what they show. Nothing it sees or reads says anything about
+    time."""
+    full = Tokenizer.from_file(os.path.join(ASSETS, "bpe_simple_vocab_16e6.txt.gz"))
+    merges = [(full.symbols[a], full.symbols[b]) for a, b in full.merges]
+    tokenizer = Tokenizer(merges[:800])   # enough for this world's words
+    torch.manual_seed(cfg.seed)
+    model = CLIP(CLIPConfig(
+        image_size=SIZE, patch_size=16, vision_width=128, vision_layers=6, vision_heads=4, vision_mlp=512,
+        text_width=128, text_layers=4, text_heads=4, text_mlp=512,
+        vocab_size=tokenizer.vocab_size, projection_dim=128))
+    clips, per_clip = make_clips(cfg.pairs, cfg.seed, False)[::2], 6
+    shares = [(2 * i + 1) / (2 * per_clip) for i in range(per_clip)]
+    paths = [os.path.join(cfg.data, "train", f"{i:05d}a.mp4") for i in range(len(clips))]
+    times = [share * FRAMES / FPS for share in shares]
+    pictures = [picture for path in tqdm(paths, "read frames") for _, picture in data.frames(path, times)]
+    frames = torch.stack(pictures).view(len(clips), per_clip, 3, SIZE, SIZE)   # uint8
+    captions = [still_caption(clip, share)[0] for clip in clips for share in shares]
+    ids = tokenizer(captions, 32).view(len(clips), per_clip, 32)
+
+    def loss_of(step):
+        clip, frame = torch.randint(len(clips), (cfg.batch_size,)), torch.randint(per_clip, (cfg.batch_size,))
+        image = F.normalize(model.encode_image(frames[clip, frame]), dim=-1)   # (B, P)
+        text = F.normalize(model.encode_text(ids[clip, frame]), dim=-1)        # (B, P)
+        logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
+        same = (ids[clip, frame][:, None] == ids[clip, frame]).all(-1).float()   # (B, B): no negatives
+        target = same / same.sum(1, keepdim=True)
+        right = same.gather(1, logits.argmax(1, keepdim=True)).mean()
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, f"right {right:.3f}"
+    fit("clip", cfg, model, loss_of, cfg.steps or 1000, 100)
+    save_clip(os.path.join(cfg.out, "clip"), model, tokenizer)
+
+
+def train_tokenizer(corpus, vocab_size):
+    """Texts -> the bytes of a sentencepiece model with LLaMA's settings: BPE, byte fallback, <unk> <s> </s>
+    first."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_writer=written, model_type="bpe", vocab_size=vocab_size,
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, split_digits=True, minloglevel=2)
+    return written.getvalue()
+
+
+def train_llama(cfg):
+    """With a caption in the place of the video, answer questions: about a still, or about a whole clip."""
+    clips = make_clips(cfg.pairs, cfg.seed, False)
+
+    def talk(rng):
+        clip = clips[rng.integers(len(clips))]
+        caption, questions = still_caption(clip, rng.random())
+        if rng.random() < 0.5:
+            caption = clip.caption
+            questions = static_questions(clip.colour, clip.shape, clip.size, clip.place)
+            questions += temporal_questions(clip)
+        return caption, [questions[i] for i in rng.permutation(len(questions))[:4]]
+    corpus, rng = [SYSTEMS["vicuna_v1"]] * 100, np.random.default_rng([cfg.seed, 11])
+    for caption, turns in (talk(rng) for _ in range(4000)):
+        corpus += [caption] + [text for q, answer in turns for text in (f"USER: {q}", f"ASSISTANT: {answer}")]
+    cli.make_folder(cfg.scratch)
+    model_file = os.path.join(cfg.scratch, "tokenizer.model")
+    cli.write_atomic(model_file, lambda f: f.write(train_tokenizer(corpus, 560)))
+    tokenizer = SentencePieceTokenizer(model_file)
+    torch.manual_seed(cfg.seed)
+    sizes = dict(width=128, layers=4, heads=4, mlp=352, context_length=512)
+    model = LLaMA(LLaMAConfig(vocab_size=tokenizer.vocab_size, **sizes))
+
+    def loss_of(step):
+        rng, rows, targets = np.random.default_rng([cfg.seed, 12, step]), [], []
+        for caption, turns in (talk(rng) for _ in range(cfg.batch_size // 4)):
+            ids, labels = prompt_ids(tokenizer, turns)
+            at, words = ids.index(VIDEO_INDEX), tokenizer.encode(caption)
+            rows.append(torch.tensor(ids[:at] + words + ids[at + 1:]))
+            targets.append(torch.tensor(labels[:at] + [IGNORE_INDEX] * len(words) + labels[at + 1:]))
+        ids = pad_sequence(rows, batch_first=True)   # (B, S)
+        target = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)   # (B, S)
+        logits = model(ids)[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=IGNORE_INDEX), ""
+    fit("llama", cfg, model, loss_of, cfg.steps or 1500, 50)
+    save_llama(os.path.join(cfg.out, "llama"), model, model_file)

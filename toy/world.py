@@ -1,0 +1,290 @@
+"""The toy world: coloured shapes that move, as real video files, in which every claim of the method can be
+true or false.
+
+A clip is 64x64, 2 s, H.264 in MP4. It shows one shape on a grey ground that does one thing, or two things in
+turn. Every clip has a *twin*: the same frames played backwards, with its own caption. An order-blind model
+gives both twins the same embedding, so it cannot choose between their captions: 50 % is a provable ceiling.
+Frames are coded one by one with a constant quantiser, so that twins hold the same pictures to the bit.
+Sampling the middle frames of equal stretches of time picks the same pictures forwards and backwards. A
+quarter of the colour-shape-motion combinations never occur in training: the test set has only those. """
+import dataclasses
+import itertools
+import json
+import math
+import multiprocessing
+import os
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import data
+from plumbing import cli
+
+SIZE, FPS, FRAMES = 64, 12, 24
+COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 235), "yellow": (235, 220, 40),
+           "purple": (150, 50, 200), "orange": (245, 140, 30), "cyan": (50, 210, 220),
+           "white": (245, 245, 245)}
+SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "bar", "arrow"]
+SPINNING = {"bar": 180, "arrow": 360}   # degrees after which they look the same; the others repeat too soon
+STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+BACK = {"left": "right", "right": "left", "up": "down", "down": "up"}
+CORNERS = [f"at the {v} {h}" for v in ("top", "bottom") for h in ("left", "right")] + ["in the middle"]
+ROWS = ["at the top", "in the middle", "at the bottom"]
+COLUMNS = ["on the left", "in the middle", "on the right"]
+MOTIONS = [   # twins stand side by side: (forwards, backwards, places where it may happen)
+    ("moves left", "moves right", ROWS), ("moves up", "moves down", COLUMNS),
+    ("gets big", "gets small", CORNERS), ("spins clockwise", "spins counterclockwise", COLUMNS),
+    ("gets big then blinks", "blinks then gets small", CORNERS),
+    ("gets small then blinks", "blinks then gets big", CORNERS),
+    *((f"moves {a} then {b}", f"moves {BACK[b]} then {BACK[a]}", [""])
+      for a in ("left", "right") for b in ("up", "down"))]
+TURNS = {name: (pair, way) for pair, motion in enumerate(MOTIONS) for way, name in enumerate(motion[:2])}
+
+
+# -------------------------------------------------------------------------------- clips
+@dataclasses.dataclass
+class Clip:
+    """What a clip shows. `jitter` holds random numbers in [0, 1) for ground, place, extent and speed; twins
+    share it."""
+    colour: str
+    shape: str
+    motion: str
+    place: str
+    size: str       # "small", "big", or "" where it changes
+    jitter: tuple
+
+    @property
+    def caption(self):
+        words = ("a", self.size, self.colour, self.shape, self.motion, self.place)
+        return " ".join(word for word in words if word)
+
+    @property
+    def twin(self):
+        pair, way = TURNS[self.motion]
+        return dataclasses.replace(self, motion=MOTIONS[pair][1 - way])
+
+    def at(self, share):
+        """The picture at a share 0..1 of the clip -> centre x, y in 0..1, radius in 0..1, angle in radians,
+        visible."""
+        pair, way = TURNS[self.motion]
+        if way == 1:
+            return dataclasses.replace(self, motion=MOTIONS[pair][0]).at(1 - share)
+        j = self.jitter
+        sides = [self.place.endswith(b) - self.place.endswith(a) or (b in self.place) - (a in self.place)
+                 for a, b in (("left", "right"), ("top", "bottom"))]
+        x, y = (0.5 + 0.24 * side + 0.06 * (k - 0.5) for side, k in zip(sides, j))
+        radius = {"small": 0.15, "big": 0.24, "": 0.30 if "spins" in self.motion else 0.19}[self.size]
+        radius *= 0.92 + 0.16 * j[2]
+        angle, visible, travel = 0.6 * (j[3] - 0.5), True, 0.52 + 0.08 * j[4]
+        events = self.motion.split(" then ")
+        for i, event in enumerate(events):   # one after the other; done: the share of this one that is over
+            done = min(max(len(events) * share - i, 0), 1)
+            if event.split()[-1] in STEPS:   # "moves left", or "up" after it
+                dx, dy = STEPS[event.split()[-1]]
+                x, y = x + dx * travel * (done - 0.5), y + dy * travel * (done - 0.5)
+            elif event in ("gets big", "gets small"):
+                radius *= 0.5 + (done if event == "gets big" else 1 - done)
+            elif event == "blinks":
+                visible = not 0.2 + 0.1 * j[5] < done < 0.7 + 0.1 * j[5]
+            else:   # spins clockwise, through upright: two thirds of the turn after which it looks the same
+                angle += math.radians(min(120, 0.66 * SPINNING[self.shape])) * (done - 0.5)
+        return x, y, radius, angle, visible
+
+
+def make_clips(pairs, seed, held_out):
+    """-> list of Clips, each followed by its twin. Held-out: every such caption once. Training: `pairs` drawn
+    at random, every kind of motion equally often, though few shapes can spin."""
+    kinds = []   # of captions, a list for each kind of motion
+    for m, (motion, _, places) in enumerate(MOTIONS):
+        sizes = [""] if motion.startswith(("gets", "blinks", "spins")) else ["small", "big"]
+        shown = [(colour, shape) for c, colour in enumerate(COLOURS) for s, shape in enumerate(SHAPES)
+                 if ((c + 3 * s + m) % 4 == 0) == held_out
+                 and (shape in SPINNING or not motion.startswith("spins"))]
+        kinds.append([(*what, motion, place, size) for what in shown for place in places for size in sizes])
+    rng = np.random.default_rng([seed, held_out])
+    chosen = list(itertools.chain(*kinds)) if held_out else [
+        kind[rng.integers(len(kind))] for kind in (kinds[rng.integers(len(kinds))] for _ in range(pairs))]
+    clips = []
+    for kind in chosen:
+        clip = Clip(*kind, jitter=tuple(rng.random(6).round(4)))
+        clips += [clip, clip.twin] if rng.random() < 0.5 else [clip.twin, clip]
+    return clips
+
+
+def read_clips(path):
+    """A file of captions that `annotate` wrote -> list of Clips."""
+    fields = [field.name for field in dataclasses.fields(Clip)]
+    with open(path) as f:
+        return [Clip(**{name: row[name] for name in fields}) for row in map(json.loads, f)]
+
+
+# -------------------------------------------------------------------------------- pictures
+def outline(shape, angle):
+    """Corners of a shape of radius 1, turned clockwise by `angle` radians (y points down)."""
+    def spokes(radii, start=-math.pi / 2):
+        angles = [start + 2 * math.pi * i / len(radii) for i in range(len(radii))]
+        return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles)]
+    corners = {"circle": spokes([1] * 48), "ring": spokes([1] * 48), "triangle": spokes([1.15] * 3),
+               "square": spokes([1.1] * 4, -math.pi / 4), "star": spokes([1.2, 0.5] * 5),
+               "cross": [(a * x, b * y) for a, b in ((1, -1), (1, 1), (-1, 1), (-1, -1))
+                         for x, y in ((.33, 1), (.33, .33), (1, .33))[::-1 if a * b > 0 else 1]],
+               "bar": [(-.35, -1.15), (.35, -1.15), (.35, 1.15), (-.35, 1.15)],
+               "arrow": [(0, -1.2), (.9, -.1), (.32, -.1), (.32, 1.1), (-.32, 1.1), (-.32, -.1), (-.9, -.1)]}
+    c, s = math.cos(angle), math.sin(angle)
+    return [(c * x - s * y, s * x + c * y) for x, y in corners[shape]]
+
+
+def draw(clip, share, size=SIZE):
+    """The picture of a clip at a share 0..1 of its length -> (size, size, 3) uint8, drawn four times as large
+    for soft edges."""
+    x, y, radius, angle, visible = clip.at(share)
+    ground, big = 30 + int(60 * clip.jitter[3]), 4 * size
+    image = Image.new("RGB", (big, big), (ground, ground, ground))
+    if visible:
+        pen = ImageDraw.Draw(image)
+        corners = [(big * (x + radius * u), big * (y + radius * v)) for u, v in outline(clip.shape, angle)]
+        pen.polygon(corners, COLOURS[clip.colour])
+        if clip.shape == "ring":
+            hole = [big * (p + sign * 0.55 * radius) for sign in (-1, 1) for p in (x, y)]
+            pen.ellipse(hole, (ground, ground, ground))
+    return np.asarray(image.resize((size, size), Image.BOX))
+
+
+def film(clip, size=SIZE):
+    """All pictures of a clip -> list of (size, size, 3) uint8."""
+    return [draw(clip, (i + 0.5) / FRAMES, size) for i in range(FRAMES)]
+
+
+def write_video(path, frames, qp=18):
+    """(size, size, 3) uint8 pictures -> H.264 in MP4. All frames are key frames with one quantiser: each
+    depends on itself alone."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"qp": str(qp), "g": "1", "threads": "1"})
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))))
+        container.mux(stream.encode())
+
+
+# -------------------------------------------------------------------------------- captions and questions
+def still_caption(clip, share):
+    """What a single frame shows, in words: nothing about motion -> (caption, [(question, answer)]).
+
+    Up and down, clockwise and counterclockwise are said of places and angles here, big and small of sizes.
+    That is how the text tower, frozen later, learns to tell such words apart: of a word that it never met it
+    makes next to nothing."""
+    x, y, radius, angle, visible = clip.at(share)
+    if not visible:
+        return "an empty picture", [("What do you see?", "It is an empty picture.")]
+    size = "small" if radius < 0.19 else "big"
+    period = math.radians(SPINNING.get(clip.shape, 1))
+    angle = math.degrees((angle + period / 2) % period - period / 2)   # the least turn that leads here
+    tilt = "tilted clockwise" if angle > 7 else "tilted counterclockwise" if angle < -7 else ""
+    vertical = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
+    horizontal = "left" if x < 0.4 else "right" if x > 0.6 else ""
+    beside = f"on the {horizontal}" if horizontal else "in the middle"
+    place = f"at the {vertical} {horizontal}".strip() if vertical else beside
+    what, way = f"a {size} {clip.colour} {clip.shape}", place
+    seen = ("What do you see?", f"It is {what} {place}.")
+    frame = int(share * FRAMES)   # the same is said in several ways: every word has to carry its meaning
+    if vertical and frame // 4 % 2:
+        way = ("up " if vertical == "top" else "down ") + beside
+    if frame // 8 % 2:
+        what = f"a {clip.colour} {clip.shape} that is {size}"
+    questions = static_questions(clip.colour, clip.shape, size, place) + [seen]
+    return " ".join(f"{what} {tilt} {way}".split()), questions
+
+
+def static_questions(colour, shape, size, place):
+    """-> [(question, answer)] that any frame answers."""
+    kind = f"It is a {shape}.".replace("a arrow", "an arrow")
+    questions = [(q, f"It is {colour}.") for q in ("What colour is the shape?", "What color is it?")]
+    questions += [(q, kind) for q in ("What shape is it?", "Which shape do you see?")]
+    questions += [("Is it big or small?", f"It is {size}.")] * bool(size)
+    return questions + [("Where is it?", f"It is {place}.")] * bool(place)
+
+
+def temporal_questions(clip):
+    """-> [(question, answer)] that no single frame answers: both twins show the same frames, and the answers
+    differ."""
+    questions = [(q, f"It {clip.motion}.") for q in ("What does the shape do?", "What happens in the video?")]
+    first, _, last = clip.motion.partition(" then ")
+    if last:
+        last = f"moves {last}" if last in STEPS else last
+        questions += [("What does it do first?", f"It {first}."), ("What does it do last?", f"It {last}.")]
+        return questions
+    which = {"moves": "Which way does it move?", "spins": "Which way does it spin?"}
+    return questions + [(which.get(first.split()[0], "Does it get big or small?"), f"It {first}.")]
+
+
+def conversation(name, pairs, **source):
+    """One row of a conversation data set, in Video-ChatGPT's format."""
+    turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
+    turns[0]["value"] += "\n<video>"
+    return {"id": name, **source, "conversations": turns}
+
+
+# -------------------------------------------------------------------------------- files
+def splits(pairs, seed):
+    """-> [(split, its clips, at which share of each pair's first clip the still is taken)]."""
+    worlds = (("train", make_clips(pairs, seed, False)), ("test", make_clips(0, seed, True)))
+    draws = [np.random.default_rng([seed, 7]).integers(FRAMES, size=len(clips) // 2) for _, clips in worlds]
+    return [(split, clips, (frames + 0.5) / FRAMES) for (split, clips), frames in zip(worlds, draws)]
+
+
+def render_clip(job):
+    """Draws one clip, writes it, its twin, and a still: a frame as decoded, like those of a video."""
+    clip, stem, share = job
+    frames = film(clip)
+    write_video(f"{stem}a.mp4", frames)
+    write_video(f"{stem}b.mp4", frames[::-1])
+    [(_, still)] = data.frames(f"{stem}a.mp4", [share * FRAMES / FPS])
+    image = Image.fromarray(still.permute(1, 2, 0).numpy())
+    cli.write_atomic(f"{stem}.png", lambda f: image.save(f, "PNG"))
+
+
+def render(folder, pairs, seed, processes):
+    """Clips, stills and annotations of the training and the test world -> folder. Pairs that have their still
+    are done."""
+    for split, clips, shares in splits(pairs, seed):
+        cli.make_folder(os.path.join(folder, split))
+        jobs = [(clip, os.path.join(folder, split, f"{i:05d}"), share)
+                for i, (clip, share) in enumerate(zip(clips[::2], shares))]
+        jobs = [job for job in jobs if not os.path.exists(f"{job[1]}.png")]
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            for _ in tqdm(pool.imap_unordered(render_clip, jobs, chunksize=16), f"render {split}", len(jobs)):
+                pass
+    annotate(folder, pairs, seed)
+
+
+def annotate(folder, pairs, seed):
+    """Captions, conversations and stills -> JSON lines in a folder. In the test world twins are asked the
+    same."""
+    for split, clips, shares in splits(pairs, seed):
+        captions, talks, stills = [], [], []
+        for i, clip in enumerate(clips):
+            rng = np.random.default_rng([seed, 8, i // 2])   # one for both twins
+
+            def pick(questions, count):
+                return [questions[k] for k in rng.permutation(len(questions))[:count]]
+            name = f"{i // 2:05d}{'ab'[i % 2]}"
+            video, temporal = f"{split}/{name}.mp4", temporal_questions(clip)
+            static = static_questions(clip.colour, clip.shape, clip.size, clip.place)
+            captions.append({"video": video, "caption": clip.caption, **dataclasses.asdict(clip)})
+            if split == "train":   # one about time in each: the first would answer a second, without a look
+                talks += [conversation(f"{name}-{k}", pick([asked, *pick(static, 1)], 2), video=video)
+                          for k, asked in enumerate(pick(temporal, 2))]
+            else:
+                talks += [conversation(f"{name}-{kind}", pick(questions, 1), kind=kind, video=video)
+                          for kind, questions in (("static", static), ("temporal", temporal))]
+            if i % 2 == 0:
+                questions = pick(still_caption(clip, shares[i // 2])[1], 4 if split == "train" else 1)
+                stills.append(conversation(name, questions, image=f"{split}/{i // 2:05d}.png"))
+        files = {f"{split}_captions": captions, f"{split}_talks": talks, f"{split}_stills": stills}
+        if split == "test":   # every eighth pair, to watch while training
+            files["watch_captions"] = [row for i, row in enumerate(captions) if i // 2 % 8 == 0]
+        for name, rows in files.items():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            cli.write_atomic(os.path.join(folder, f"{name}.jsonl"), lambda f: f.write(text.encode()))
