@@ -40,6 +40,7 @@ try:
     from plumbing import features as store
     from plumbing import memory, quant, terminal, training
     from plumbing.cli import UserError, say
+    from plumbing.pictures import contact_sheet, thumbnail
     from plumbing.video import DamagedVideo
 except KeyboardInterrupt:   # the imports are most of the start: who changes their mind meanwhile needs no traceback
     print("chat.py: interrupted", file=sys.stderr)
@@ -47,7 +48,6 @@ except KeyboardInterrupt:   # the imports are most of the start: who changes the
 IMPORT_SECONDS = time.perf_counter() - STARTED
 
 HERE = os.path.dirname(os.path.abspath(__file__))        # what is shipped lies beside this file
-PNG = b"\x89PNG\r\n\x1a\n"                               # the first bytes of a PNG file
 SMALL = 30_000_000                                       # parameters; below, threads wait for each other more than they work
 ROOM = 64                                                # tokens that an answer should have room for before old turns must go
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command, in the text of a model
@@ -125,7 +125,7 @@ def decoding(path, num_frames, size):
         for t, picture in data.sample_frames(path, num_frames, "uniform"):
             if left.is_set():
                 raise concurrent.futures.CancelledError
-            seen.append((data.squash(picture[None], size)[0], data.thumbnail(picture), t))
+            seen.append((data.squash(picture[None], size)[0], thumbnail(picture), t))
         pixels, frames, times = zip(*seen)
         return torch.stack(pixels), torch.stack(frames), list(times)
 
@@ -151,7 +151,7 @@ class Cost:
 class Session:
     """The model, the video before it and the conversation so far. Raises UserError.
 
-    frames (T, 3, h, w) uint8, at most data.THUMBNAIL wide, and times, T floats in seconds: what the model saw.
+    frames (T, 3, h, w) uint8, at most pictures.THUMBNAIL wide, and times, T floats in seconds: what the model saw.
     video_tokens (K, D_llm): what it remembers of it. turns: [(question, answer)], of which it has forgotten the first `forgotten`.
     kv_cache, heard: what the LLaMA has worked through, and its ids, VIDEO_INDEX for each row of the video: a prompt that
     begins alike is worked through only from where it differs, so a second question costs its own words.
@@ -320,29 +320,16 @@ def answer_line(session, question):
 
 
 # ---------------------------------------------------------------------------------------------------- commands
-def replaceable(path, kind, is_one):
-    """Raises UserError where there is something at `path` that is_one(first MB of it) does not know as a `kind`."""
-    if os.path.lexists(path):
-        try:
-            with data.open_regular(path) as f:
-                known = is_one(f.read(1 << 20))
-        except data.VideoError:
-            known = False
-        if not known:
-            raise UserError(f"{path}: there is something that is not a {kind}; choose another name")
-
-
 def save_frames(session, path):
-    """/frames PNG. Raises UserError; replaces nothing but a PNG."""
-    replaceable(path, "PNG", lambda start: start.startswith(PNG))
-    data.contact_sheet(session.frames, session.times, path)
+    """/frames PNG. Raises UserError; replaces nothing but what it has written before."""
+    contact_sheet(session.frames, session.times, path)
     say(f"wrote {path}")
 
 
 def save_conversation(session, path):
     """/save FILE. Raises UserError; replaces nothing but what it has written before."""
     first = json.dumps({"kind": CONVERSATION})[:-1]   # where a file of its own begins
-    replaceable(path, "saved conversation", lambda start: start.decode(errors="replace").startswith(first))
+    cli.replaceable(path, "saved conversation", lambda start: start.decode(errors="replace").startswith(first))
     cfg = session.cfg
     settings = {name: getattr(cfg, name) for name in ("tokens", "tuned", "system", "dtype", "quantize", *SETTINGS)}
     conversation = {

@@ -19,13 +19,12 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, default_collate
 
-from plumbing.cli import UserError, run, write_atomic
-from plumbing.video import PICTURES, TOLERANCE, VideoError, open_regular, open_video, resize_bicubic
-
-THUMBNAIL = 240   # pixels, the width of a frame on a contact sheet
+from plumbing.cli import UserError, run
+from plumbing.pictures import contact_sheet, thumbnail
+from plumbing.video import PICTURES, TOLERANCE, VideoError, open_regular, open_video
 
 
 @dataclasses.dataclass
@@ -390,35 +389,7 @@ def read_picture(path):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)   # (H, W, 3) -> (3, H, W)
 
 
-# ---------------------------------------------------------------------------------------------------- to look at
-def thumbnail(picture):
-    """(3, H, W) uint8 -> the same, at most THUMBNAIL pixels wide."""
-    height, width = picture.shape[1:]
-    small = max(1, height * THUMBNAIL // width)
-    return picture if width <= THUMBNAIL else resize_bicubic(picture[None], small, THUMBNAIL)[0]
-
-
-def boxed(picture):
-    """(3, H, W) uint8 -> (3, 180, 240), black bars around it: pictures of many shapes for one sheet."""
-    image = ImageOps.pad(Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()), (THUMBNAIL, THUMBNAIL * 3 // 4))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)   # (180, 240, 3) -> (3, 180, 240)
-
-
-def contact_sheet(frames, times, path, width=THUMBNAIL, names=None):
-    """A PNG of all frames, (T, 3, H, W) uint8, each `width` pixels wide with its time in seconds below, and its name if it has one."""
-    height, font = max(1, round(width * frames.shape[2] / frames.shape[3])), ImageFont.load_default(14)
-    columns = math.ceil(math.sqrt(len(frames)))
-    sheet = Image.new("RGB", (columns * (width + 4), math.ceil(len(frames) / columns) * (height + 24)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (frame, seconds) in enumerate(zip(frames, times)):
-        x, y = i % columns * (width + 4) + 2, i // columns * (height + 24) + 2
-        label = f"{i}: {seconds:.2f} s" + (f", {names[i]}" if names else "")
-        draw.text((x + 2, y + height + 2), label, "black", font)
-        draw.rectangle((x + width, y, x + 2 * width, y + height + 22), "white")   # cuts a long name
-        sheet.paste(Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()).resize((width, height)), (x, y))
-    write_atomic(path, lambda f: sheet.save(f, "PNG"))
-
-
+# ---------------------------------------------------------------------------------------------------- main
 @dataclasses.dataclass
 class Config:
     video: str                  # the file to look at

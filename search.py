@@ -22,6 +22,7 @@ import data
 from model import encode_texts, load_encoder
 from plumbing import cli, training
 from plumbing.cli import UserError
+from plumbing.pictures import boxed, contact_sheet
 from plumbing.store import Store, state_of
 
 VERSION = 1   # of the rows that `index` makes: who changes how, counts up
@@ -178,9 +179,9 @@ def search(cfg, store, weights, query):
         print(f"{score:.3f}  {start:.1f}-{end:.1f} s  {path}")
     if cfg.sheet:
         middles = [(start + end) / 2 for _, start, end in hits]
-        pictures = [data.boxed(picture) for (path, *_), t in zip(hits, middles) for _, picture in data.frames(path, [t])]
+        frames = [boxed(picture) for (path, *_), t in zip(hits, middles) for _, picture in data.frames(path, [t])]
         names = [os.path.basename(path).encode(errors="backslashreplace").decode() for path, *_ in hits]
-        data.contact_sheet(torch.stack(pictures), middles, cfg.sheet, names=names)
+        contact_sheet(torch.stack(frames), middles, cfg.sheet, names=names)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,20 @@ def at_least(cfg, **bounds):
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {bound}")
 
 
+def replaceable(path, kind, is_one):
+    """Raises UserError if something stands at `path` that is no `kind`, as is_one(its first MB) tells.
+
+    What a user names for output may be a typing error: a script replaces only a file that it wrote itself."""
+    if not os.path.lexists(path):
+        return
+    start = b""
+    if os.path.isfile(path):   # reading a pipe would block
+        with open(path, "rb") as f:
+            start = f.read(1 << 20)
+    if not is_one(start):
+        raise UserError(f"{path}: there is something that is not a {kind}; choose another name")
+
+
 def write_atomic(path, write):
     """Calls write(file) on a temporary file beside `path`, then renames it: the old file or the whole new one, never half.
 

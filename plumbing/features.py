@@ -32,7 +32,7 @@ class Seen:
     duration: float              # seconds
     damage: str                  # what data.probe said of it
     times: list                  # T floats: seconds at which the frames appear
-    frames: torch.Tensor         # (T, 3, h, w) uint8, at most data.THUMBNAIL wide
+    frames: torch.Tensor         # (T, 3, h, w) uint8, at most pictures.THUMBNAIL wide
     video_tokens: torch.Tensor   # (K, D_llm)
 
 

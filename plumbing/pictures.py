@@ -1,14 +1,26 @@
-"""Plots and bars as PNG files."""
+"""Pictures as PNG files: plots, bars, and sheets of frames."""
 import math
 
-from plumbing.cli import write_atomic
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from plumbing.cli import replaceable, write_atomic
+from plumbing.video import resize_bicubic
+
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
+THUMBNAIL = 240   # pixels, the width of a frame on a contact sheet
+OURS = PngInfo()
+OURS.add_text("Software", "nanoBT")   # the mark by which contact_sheet knows its own files
 
 
+# ---------------------------------------------------------------------------------------------------- plots
 def plot(path, panels, width=900, height=360):
-    """Line plots as a PNG, one panel below another over the same x. panels: [(title, {label: [(x, y), ...]})]; empty series are
-    left out, and what lies above four times the median of its panel is cut: the first steps would flatten all others."""
-    from PIL import Image, ImageDraw, ImageFont  # here, because chat starts without plots
-    colours = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
+    """Line plots as a PNG, one panel below another over the same x.
+
+    panels: [(title, {label: [(x, y), ...]})]. Empty series are left out. What lies above four times the median of
+    its panel is cut, else the first steps would flatten all others."""
     image = Image.new("RGB", (width, height * len(panels)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     all_xs = [x for _, series in panels for points in series.values() for x, y in points if math.isfinite(y)] or [0]
@@ -23,42 +35,21 @@ def plot(path, panels, width=900, height=360):
             continue
         y0, y1 = min(0, ys[0]), min(ys[-1], 4 * ys[len(ys) // 2]) if ys[len(ys) // 2] > 0 else ys[-1]
         y1 = y1 if y1 > y0 else y0 + 1
-        for ticks, low, high, horizontal in ((nice_ticks(x0, x1), x0, x1, True), (nice_ticks(y0, y1), y0, y1, False)):
-            for tick in ticks:
-                share, text = (tick - low) / (high - low), f"{tick:g}"
-                if horizontal:
-                    x = left + share * (right - left)
-                    draw.text((x - draw.textlength(text, font) / 2, bottom + 6), text, "black", font)
-                else:
-                    y = bottom - share * (bottom - top)
-                    draw.line((left, y, right, y), "#e4e4e4")
-                    draw.text((left - 8 - draw.textlength(text, font), y - 9), text, "black", font)
+        for tick in nice_ticks(x0, x1):
+            x, text = left + (tick - x0) / (x1 - x0) * (right - left), f"{tick:g}"
+            draw.text((x - draw.textlength(text, font) / 2, bottom + 6), text, "black", font)
+        for tick in nice_ticks(y0, y1):
+            y, text = bottom - (tick - y0) / (y1 - y0) * (bottom - top), f"{tick:g}"
+            draw.line((left, y, right, y), "#e4e4e4")
+            draw.text((left - 8 - draw.textlength(text, font), y - 9), text, "black", font)
         label_x = left
-        for colour, (label, points) in zip(colours * 9, series.items()):
-            line = [(left + (x - x0) / (x1 - x0) * (right - left), bottom - (min(y, y1) - y0) / (y1 - y0) * (bottom - top))
-                    for x, y in points if math.isfinite(y)]
+        for colour, (label, points) in zip(COLOURS * 9, series.items()):
+            line = [(left + (x - x0) / (x1 - x0) * (right - left),
+                     bottom - (min(y, y1) - y0) / (y1 - y0) * (bottom - top)) for x, y in points if math.isfinite(y)]
             draw.line(line, colour, 2) if len(line) > 1 else draw.point(line, colour)
             draw.line((label_x, top - 14, label_x + 18, top - 14), colour, 3)
             draw.text((label_x + 24, top - 23), label, "black", font)
             label_x += 44 + draw.textlength(label, font)
-    write_atomic(path, lambda f: image.save(f, "PNG"))
-
-
-def bars(path, title, rows, unit=""):
-    """Horizontal bars from zero as a PNG, with a whisker from the lowest to the highest. rows: [(label, value, lowest, highest)]."""
-    from PIL import Image, ImageDraw, ImageFont
-    font, longest = ImageFont.load_default(15), max(high for *_, high in rows) or 1
-    left = 30 + round(max(font.getlength(label) for label, *_ in rows))
-    image = Image.new("RGB", (900, 70 + 34 * len(rows)), "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((20, 14), title, "black", ImageFont.load_default(16))
-    for i, (label, value, low, high) in enumerate(rows):
-        top, value_x, low_x, high_x = 50 + 34 * i, *(left + (900 - 110 - left) * x / longest for x in (value, low, high))
-        draw.text((left - 10 - font.getlength(label), top + 3), label, "black", font)
-        draw.rectangle((left, top, value_x, top + 24), "#1f77b4")
-        if high > low:
-            draw.line((low_x, top + 12, high_x, top + 12), "black", 2)
-        draw.text((max(value_x, high_x) + 8, top + 3), f"{value:.{1 if longest >= 10 else 2}f}{unit}", "black", font)
     write_atomic(path, lambda f: image.save(f, "PNG"))
 
 
@@ -68,3 +59,61 @@ def nice_ticks(low, high):
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
     return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def bars(path, title, rows, unit=""):
+    """Horizontal bars from zero as a PNG, with a whisker from the lowest to the highest.
+
+    rows: [(label, value, lowest, highest)]."""
+    font, longest = ImageFont.load_default(15), max(high for *_, high in rows) or 1
+    left = 30 + round(max(font.getlength(label) for label, *_ in rows))
+    image = Image.new("RGB", (900, 70 + 34 * len(rows)), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((20, 14), title, "black", ImageFont.load_default(16))
+    for i, (label, value, low, high) in enumerate(rows):
+        top = 50 + 34 * i
+        value_x, low_x, high_x = (left + (900 - 110 - left) * x / longest for x in (value, low, high))
+        draw.text((left - 10 - font.getlength(label), top + 3), label, "black", font)
+        draw.rectangle((left, top, value_x, top + 24), "#1f77b4")
+        if high > low:
+            draw.line((low_x, top + 12, high_x, top + 12), "black", 2)
+        text = f"{value:.{1 if longest >= 10 else 2}f}{unit}"
+        draw.text((max(value_x, high_x) + 8, top + 3), text, "black", font)
+    write_atomic(path, lambda f: image.save(f, "PNG"))
+
+
+# ---------------------------------------------------------------------------------------------------- frames
+def image_of(picture):
+    """(3, H, W) uint8 -> a Pillow image."""
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+
+
+def thumbnail(picture):
+    """(3, H, W) uint8 -> the same, at most THUMBNAIL pixels wide."""
+    height, width = picture.shape[1:]
+    small = max(1, height * THUMBNAIL // width)
+    return picture if width <= THUMBNAIL else resize_bicubic(picture[None], small, THUMBNAIL)[0]
+
+
+def boxed(picture):
+    """(3, H, W) uint8 -> (3, 180, 240), black bars around it: pictures of many shapes for one sheet."""
+    image = ImageOps.pad(image_of(picture), (THUMBNAIL, THUMBNAIL * 3 // 4))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)   # (180, 240, 3) -> (3, 180, 240)
+
+
+def contact_sheet(frames, times, path, width=THUMBNAIL, names=None):
+    """A PNG of all frames, each `width` pixels wide, with its time below, and its name if it has one.
+
+    frames: (T, 3, H, W) uint8; times: seconds. Raises UserError where another file than such a PNG is in the way."""
+    replaceable(path, "PNG of this program", lambda start: b"Software\0nanoBT" in start)
+    height, font = max(1, round(width * frames.shape[2] / frames.shape[3])), ImageFont.load_default(14)
+    columns = math.ceil(math.sqrt(len(frames)))
+    sheet = Image.new("RGB", (columns * (width + 4), math.ceil(len(frames) / columns) * (height + 24)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (frame, seconds) in enumerate(zip(frames, times)):
+        x, y = i % columns * (width + 4) + 2, i // columns * (height + 24) + 2
+        label = f"{i}: {seconds:.2f} s" + (f", {names[i]}" if names else "")
+        draw.text((x + 2, y + height + 2), label, "black", font)
+        draw.rectangle((x + width, y, x + 2 * width, y + height + 22), "white")   # cuts a long name
+        sheet.paste(image_of(frame).resize((width, height)), (x, y))
+    write_atomic(path, lambda f: sheet.save(f, "PNG", pnginfo=OURS))

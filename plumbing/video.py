@@ -106,7 +106,7 @@ class ByteSource(io.FileIO):
 
     def progress(self):
         """Something was achieved."""
-        self.deadline = time.monotonic() + TIME_LIMIT
+        self.deadline = time.thread_time() + TIME_LIMIT   # of work: a process may be stopped for an hour
 
     def packet(self):
         """A packet was read: that is progress if it came with bytes never read before, else libav may be going in a circle."""
@@ -116,7 +116,7 @@ class ByteSource(io.FileIO):
             self.progress()
 
     def check(self):
-        if time.monotonic() > self.deadline:
+        if time.thread_time() > self.deadline:
             raise VideoError(self.path, f"given up: nothing new in it in {TIME_LIMIT} s")
 
     def read(self, size=-1):
@@ -179,9 +179,7 @@ class Video:
             large = "" if self.context.width else f" (or a frame has more than {MAX_PIXELS} pixels)"
             raise VideoError(self.path, f"no frame can be decoded: {self.trouble}{large}")
         self.start = self.first.pts
-        # Display matrix (ISO 14496-12, 8.5.2.3, as libav stores it): a pixel at (x, y) is shown at (a x + c y, b x + d y).
-        matrix = self.first.side_data.get("DISPLAYMATRIX")
-        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+        a, b, c, d = display_matrix(self.first)
         self.transposed = abs(b) + abs(c) > abs(a) + abs(d)
         self.flipped = [axis for axis, sign in enumerate((b, c) if self.transposed else (d, a)) if sign < 0]
 
@@ -450,6 +448,15 @@ class Video:
         ticks = {self.when(p) for p in self.packets() if not p.is_discard and self.when(p) >= self.start}
         self.compare_end(max(ticks, default=self.start))
         return sorted(ticks) or [self.start]
+
+
+def display_matrix(frame):
+    """-> a, b, c, d: a pixel at (x, y) is shown at (a x + c y, b x + d y) (ISO 14496-12, 8.5.2.3, as libav stores it)."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:   # PyAV ends at kinds that it has no name for, as EXIF and Apple's spatial video; the angle it still tells
+        return ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[round(frame.rotation / 90) % 4]
+    return np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist() if matrix else (1, 0, 0, 1)
 
 
 def resize_bicubic(frames, height, width):

@@ -16,6 +16,7 @@ import data
 from films import FPS, HEIGHT, WIDTH, Opened, number, numbers, picture, seen, silence, stacked
 from plumbing import video
 from plumbing.cli import UserError
+from plumbing.pictures import contact_sheet
 
 torch.set_num_threads(1)
 FRAMES = 60
@@ -571,7 +572,7 @@ def test_annotations_that_are_missing_or_not_text_are_user_errors(tmp_path):
 # ---------------------------------------------------------------------------------------------------- to look at
 def test_contact_sheet_is_a_grid_of_all_frames(tmp_path, clips):
     frames, times = stacked(data.sample_frames(clips["h264 short gop"], 5, "uniform"))
-    data.contact_sheet(frames, times, tmp_path / "sheet.png", width=96)
+    contact_sheet(frames, times, tmp_path / "sheet.png", width=96)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (2 * 88, 3 * 100, 3)   # 3 columns, 2 rows; 4 pixels of gap, 20 more for the time
     assert number(torch.tensor(sheet[2:66, 102:198]).permute(2, 0, 1)) == number(frames[1])
@@ -585,3 +586,17 @@ def test_data_py_prints_what_a_video_is_and_writes_its_contact_sheet(tmp_path, c
     assert out[0].endswith("h264, 96 x 64, turned by 0 degrees, 25.00 frames/s, 2.40 s")
     assert out[1].endswith("4 frames, at 0.48, 0.68, 0.88, 1.08 s")   # the middles 0.5, 0.7, ... show the frames before them
     assert Image.open(tmp_path / "sheet.png").size == (2 * 244, 2 * 184)
+
+
+def test_a_sheet_replaces_a_sheet_and_no_other_file(tmp_path, clips):
+    video, photo, sheet = tmp_path / "v.mp4", tmp_path / "photo.png", tmp_path / "sheet.png"
+    video.write_bytes(open(clips["h264 short gop"], "rb").read())
+    Image.new("RGB", (8, 8)).save(photo)
+    for path in (video, photo):
+        before = path.read_bytes()
+        with pytest.raises(UserError, match=f"{path}: there is something that is not a PNG of this program"):
+            data.main(data.Config(str(video), num_frames=2, out=str(path)))
+        assert path.read_bytes() == before
+    for count in (1, 5):
+        data.main(data.Config(str(video), num_frames=count, out=str(sheet)))
+    assert Image.open(sheet).size == (3 * 244, 2 * 184)

@@ -17,6 +17,7 @@ from films import film, stacked
 from model import VideoEncoder
 from plumbing import cli, training, weightfile
 from plumbing.cli import UserError
+from plumbing.pictures import boxed
 from plumbing.store import Store, state_of
 from search import Config
 from toy.world import Clip, draw, make_clips
@@ -265,7 +266,7 @@ def test_the_sheet_has_a_picture_of_each_hit(made, tmp_path, capsys):
     sheet = np.asarray(Image.open(tmp_path / "hits.png"))
     assert sheet.shape == (2 * 204, 2 * 244, 3)
     [(_, frame)] = data.frames(made / "videos" / "two.mp4", [2.0])
-    assert np.array_equal(sheet[2:182, 2:242], data.boxed(frame).permute(1, 2, 0).numpy())
+    assert np.array_equal(sheet[2:182, 2:242], boxed(frame).permute(1, 2, 0).numpy())
 
 
 @pytest.mark.parametrize("options, message", [

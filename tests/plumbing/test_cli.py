@@ -34,6 +34,18 @@ def test_help_shows_the_comments_and_defaults(capsys):
     assert left.value.code == 0 and "with a 50 % sign (default: 3)" in out and "needed (required)" in out
 
 
+def test_only_a_file_of_the_same_kind_may_be_replaced_and_no_pipe_is_waited_for(tmp_path):
+    (tmp_path / "own").write_bytes(b"mine: 1")
+    (tmp_path / "other").write_bytes(b"thesis")
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("nowhere", tmp_path / "link")
+    for name in ("own", "new"):
+        cli.replaceable(tmp_path / name, "note", lambda start: start.startswith(b"mine"))
+    for name in ("other", "pipe", "link", "."):
+        with pytest.raises(UserError, match="something that is not a note; choose another name"):
+            cli.replaceable(tmp_path / name, "note", lambda start: start.startswith(b"mine"))
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

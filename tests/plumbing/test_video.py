@@ -1,6 +1,7 @@
 """data.py and video.py, frames by time: exactly those of a whole decode, from any file, in any process, in the right colours and shape."""
 import faulthandler
 import fractions
+import io
 import itertools
 import json
 import math
@@ -418,6 +419,23 @@ def test_pixels_that_are_not_square_are_shown_so_and_absurd_ones_ignored(tmp_pat
     small, _ = stacked(data.sample_frames(path, 1, "linspace", size=32))
     short, long = sorted((width, height))
     assert sorted(small.shape[2:]) == [32, int(long * 32 / short)] and (small.shape[2] < small.shape[3]) == (height < width)
+
+
+@pytest.mark.parametrize("orientation, quarters", [(1, 0), (6, -1), (3, 2), (8, 1)])
+def test_a_motion_jpeg_with_exif_is_shown_upright(tmp_path, orientation, quarters):
+    """PyAV has no name for this kind of side data."""
+    exif, jpeg = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(picture(5)).save(jpeg, "JPEG", exif=exif)
+    with av.open(str(tmp_path / "a.avi"), "w") as out:
+        stream = out.add_stream("mjpeg", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuvj420p"
+        packet = av.Packet(jpeg.getvalue())
+        packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, fractions.Fraction(1, FPS)
+        out.mux(packet)
+    expected = torch.from_numpy(np.rot90(picture(5), quarters).copy()).permute(2, 0, 1)
+    assert (first(tmp_path / "a.avi").float() - expected.float()).abs().mean() < 4
+    assert data.probe(tmp_path / "a.avi").rotation == -90 * quarters % 360
 
 
 # ---------------------------------------------------------------------------------------------------- another process
@@ -880,12 +898,20 @@ def test_a_file_that_leads_round_in_circles_is_given_up(clips, monkeypatch, name
             packet.pts = packet.dts = 0
             self.file.check()
             yield packet
-    monkeypatch.setattr(video.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(video.time, "thread_time", lambda: clock[0])
     monkeypatch.setattr(video, "TIME_LIMIT", 50)
     call(clips[name])
     monkeypatch.setattr(video.Video, "packets", circling)
     with pytest.raises(data.VideoError, match="in 50 s"):
         call(clips[name])
+
+
+def test_what_the_caller_does_between_two_pictures_does_not_count(clips, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(video.time, "thread_time", lambda: clock[0])
+    for i, _ in enumerate(data.frames(clips["h264 short gop"], [0, 0.5, 1])):
+        clock[0] += 2 * video.TIME_LIMIT
+    assert i == 2
 
 
 # ---------------------------------------------------------------------------------------------------- no second file
