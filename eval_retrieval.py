@@ -79,6 +79,7 @@ def main(cfg):
         cfg = toy_world(cfg)
     setting, here = SETTINGS[cfg.dataset], training.start_distributed(cfg.device)
     if cfg.save:
+        cli.replaceable(cfg.save, "file that --save wrote", lambda start: b'"similarity.branch"' in start)
         cli.make_folder(os.path.dirname(os.path.abspath(cfg.save)))   # now: not to fail after hours of encoding
     # ------------------------------------------------------------------------------------------------ model and data
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, here.device)

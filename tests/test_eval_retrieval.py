@@ -120,6 +120,9 @@ def test_saved_features_are_scored_again_without_model_and_videos(world, tmp_pat
     file = str(tmp_path / "scores.safetensors")
     eval_retrieval.main(scoring(world, save=file))
     first = capsys.readouterr().out
+    eval_retrieval.main(scoring(world, save=file))   # its own file it replaces, another it does not
+    assert capsys.readouterr().out == first
+    refused("not a file that --save wrote", **vars(scoring(world, save=os.path.join(TINY, "branch.pth"))))
     saved = weightfile.read_file(file)
     assert torch.equal(saved["similarity.branch"], saved["text"] @ saved["branch"].T)
     monkeypatch.setattr(eval_retrieval, "load_encoder", None)
