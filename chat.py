@@ -1,29 +1,26 @@
 """Chat about a video.
 
-    python chat.py                                        # the sample clip and the tiny weights that come with the program
+    python chat.py                                        # the shipped clip and the shipped tiny weights
     python chat.py -q "What does the shape do?"           # one question, one line of answer
-    python chat.py video.mp4 --weights weights/7b < questions.txt > answers.txt
-    python chat.py video.mp4 --weights weights/7b --quantize int4 --json < questions.txt > answers.jsonl
+    python chat.py video.mp4 --weights weights/released < questions.txt > answers.txt
+    python chat.py video.mp4 --weights weights/released --quantize int4 --json < questions.txt > answers.jsonl
 
-On a terminal it is a conversation: answers appear as they come, later questions know the earlier ones, Ctrl-C stops an
-answer, Ctrl-D leaves, /help lists what else there is. With -q, or with questions on standard input (one a line, blank lines
-skipped), every question is a conversation of its own, and its answer is one line: white space inside it, line breaks too,
-becomes one space; with --json it is one JSON object. Answers go to standard output, everything else to standard error. Exit
-codes: 0, 2 for bad input, 130 for Ctrl-C.
+On a terminal it is a conversation: answers appear as they come, later questions know the earlier ones, Ctrl-C
+stops an answer, Ctrl-D leaves, /help lists what else there is. With -q, or with questions on standard input,
+one a line, every question is a conversation of its own and its answer is one line: white space inside it
+becomes one space. With --json it is one JSON object. Answers go to standard output, everything else to
+standard error. Exit codes: 0, 2 for bad input, 130 for Ctrl-C.
 
-The model sees the video once, as a few frames; its video tokens then stand in the prompt of every question. They are kept on
-disk, so the next chat about this video begins at once. --verbose says where the time to the first answer goes: with the tiny
-weights nearly all of it is importing torch.
-"""
+The model sees the video once, as a few frames. What it saw is kept on disk, so that the next chat about this
+video begins at once. -v says where the time to the first answer goes. """
 import sys
 import time
 
-STARTED = time.perf_counter()   # before torch is imported; what Python itself took to start is not in it
+STARTED = time.perf_counter()   # before torch is imported, which takes most of the time to the first answer
 try:
     import concurrent.futures
     import contextlib
     import dataclasses
-    import functools
     import json
     import math
     import os
@@ -33,26 +30,25 @@ try:
 
     import torch
 
+    import clip
     import data
-    from llm import KVCache, generate, is_joined, stream_text
-    from model import SYSTEMS, VIDEO_INDEX, VIDEO_TOKENS, load_chat, prompt_ids, read_sizes
-    from plumbing import cli
-    from plumbing import features as store
-    from plumbing import memory, quant, terminal, training
+    import model
+    from llm import KVCache, generate, stream_text
+    from model import LONGEST, TEMPLATES, VIDEO_INDEX, VIDEO_TOKENS, open_chat, prompt_ids
+    from plumbing import cli, memory, pictures, terminal, training, video
     from plumbing.cli import UserError, say
-    from plumbing.pictures import contact_sheet, thumbnail
-    from plumbing.video import DamagedVideo
-except KeyboardInterrupt:   # the imports are most of the start: who changes their mind meanwhile needs no traceback
+    from plumbing.store import Store, code_of, state_of
+except KeyboardInterrupt:   # no traceback for those who change their mind this early
     print("chat.py: interrupted", file=sys.stderr)
     sys.exit(130)
 IMPORT_SECONDS = time.perf_counter() - STARTED
 
-HERE = os.path.dirname(os.path.abspath(__file__))        # what is shipped lies beside this file
-SMALL = 30_000_000                                       # parameters; below, threads wait for each other more than they work
-ROOM = 64                                                # tokens that an answer should have room for before old turns must go
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command, in the text of a model
+HERE = os.path.dirname(os.path.abspath(__file__))   # what is shipped lies beside this file
+SMALL = 30_000_000     # parameters; below, threads wait more than they work
+ROOM = 64              # tokens that an answer should have; for these, old turns are forgotten
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command
 SETTINGS = ("temperature", "top_p", "max_new_tokens", "seed")   # can change between two answers
-CONVERSATION = "nanoBT conversation"                     # how a saved one says what it is
+CONVERSATION = "nanoBT conversation"   # how a saved one says what it is
 HELP = '''\
 """              begins and ends a question of several lines
 /frames          the frames that the model saw
@@ -71,72 +67,128 @@ Ctrl-C           stop an answer'''
 class Config:
     video: str = os.path.join(HERE, "assets", "sample.mp4")   # a video file
     question: str | None = None      # ask only this, and leave
-    weights: str = os.path.join(HERE, "weights", "tiny")      # folder with clip, llava, branch.pth and maybe chat.bin
-    base: str | None = None          # folder of the LLaMA that `llava` in the weights is only the difference to
-    tokens: str = "branch"           # what the LLaMA sees of the video: branch, mean or st_pool
-    tuned: bool = True               # use chat.bin, what was tuned on video; without it: the zero-shot setting
-    system: str = "vicuna_v1"        # the sentence before the first question, vicuna_v1 or none: as the weights were tuned
-    num_frames: int | None = None    # frames that the model sees; None: 100, or 8 where CLIP sees less than 224 pixels
-    temperature: float = 0.0         # 0 takes the likeliest token, more is more varied; the released chat has 0.2
+    weights: str = os.path.join(HERE, "weights", "tiny")      # a folder with clip, llava, branch.pth
+    branch: str | None = None        # a branch file in the place of branch.pth: what pretrain.py wrote
+    chat: str | None = None          # a file in the place of chat.bin: what chat_tune.py wrote
+    tuned: bool = True               # use what was tuned on video; --no-tuned is the zero-shot setting
+    tokens: str | None = None        # branch, mean or st_pool; None: what the weights are for
+    template: str = "vicuna_v1"      # of prompts, vicuna_v1 or none: as the weights were tuned
+    num_frames: int | None = None    # frames that the model sees; None: 100, or 8 for the toy world
+    temperature: float = 0.0         # 0: the likeliest token; more: more varied; the released chat has 0.2
     top_p: float = 1.0               # draw from the likeliest tokens that together have this probability
     max_new_tokens: int = 256        # an answer's length at most
-    seed: int = 0                    # every answer starts from it: the same question in the same place, the same answer
+    seed: int = 0                    # every answer starts from it: the same question, the same answer
     device: str = "auto"             # cpu, cuda or auto
-    dtype: str = "auto"              # fp32, bf16 or fp16 for what is not rounded; auto: fp16 on a GPU, else what is quick and fits
-    quantize: str = "auto"           # int8, int4 or none for the LLaMA; on a CPU CLIP is int8 then; auto: int8 there from 1e9 parameters on
-    cache: bool = True               # keep what the model saw of a video on disk, for the next chat about it
+    dtype: str = "auto"              # fp32, bf16, fp16 for what is not rounded; auto: what is quick
+    quantize: str = "auto"           # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
+    cache: bool = True               # keep what the model saw of a video on disk
     cache_dir: str | None = None     # where; None: $XDG_CACHE_HOME/nanobt or ~/.cache/nanobt
-    json: bool = False               # one JSON object a question on standard output, for -q and piped questions
+    json: bool = False               # one JSON object a question on standard output
     verbose: bool = False            # say where the time to the first answer went
 
 
 FLAGS = {"positional": ["video"], "short": {"question": "q", "verbose": "v"}}
 
 
-def check_settings(cfg):
-    """Raises UserError for what /set may change and nothing can be sampled with."""
-    if not (0 <= cfg.temperature < math.inf and 0 < cfg.top_p <= 1 and cfg.max_new_tokens >= 1 and 0 <= cfg.seed < 2 ** 63):
-        given = ", ".join(f"--{name} {getattr(cfg, name)}" for name in SETTINGS)
-        raise UserError(f"{given}: needed are 0 or more, more than 0 and at most 1, 1 or more, and 0 to 2^63 - 1")
+# ---------------------------------------------------------------------------------------------------- looking
+@dataclasses.dataclass
+class Seen:
+    """What the model saw of a video, and what it remembers of it."""
+    path: str
+    duration: float          # seconds
+    times: list              # T floats: seconds at which the frames appear
+    frames: torch.Tensor     # (T, 3, h, w) uint8, small pictures of them
+    rows: torch.Tensor       # (1, K, D): what the kind of video tokens sees
+    before: bool = False     # it comes from the cache
 
 
-def put(text):
-    """Part of an answer -> standard output, at once. Raises UserError, and BrokenPipeError, which cli.run knows."""
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        raise   # see cli.run
-    except OSError as e:
-        cli.forget_output(sys.stdout)
-        raise UserError(f"standard output: cannot write: {e.strerror}")
-
-
-# ---------------------------------------------------------------------------------------------------- a video, a conversation
 @contextlib.contextmanager
-def decoding(path, num_frames, size):
-    """Decodes a video in a thread, which libav lets run beside the caller: `with decoding(...) as pictures: ...; pictures()`.
+def decoding(path, num_frames, rule, size):
+    """Decodes a video in a thread, since libav lets others run meanwhile. Yields a future of its pixels
+    (T, 3, size, size) uint8, small pictures (T, 3, h, w) uint8, and T times; it may raise VideoError.
 
-    pictures() waits for what the model will see (T, 3, size, size), small pictures (T, 3, h, w), both uint8, and T times, or
-    raises VideoError. Who leaves the block earlier, with an error or Ctrl-C, waits for the next frame that is wanted, not for the last."""
+    To leave the block early, with an error or Ctrl-C, takes until the next frame, not until the last."""
     left = threading.Event()
 
     def decode():
-        seen = []
-        for t, picture in data.sample_frames(path, num_frames, "uniform"):
+        rows = []
+        for t, picture in data.sample_frames(path, num_frames, rule):
             if left.is_set():
-                raise concurrent.futures.CancelledError
-            seen.append((data.squash(picture[None], size)[0], thumbnail(picture), t))
-        pixels, frames, times = zip(*seen)
+                return None
+            rows.append((data.squash(picture[None], size)[0], pictures.thumbnail(picture), t))
+        pixels, frames, times = zip(*rows)
         return torch.stack(pixels), torch.stack(frames), list(times)
-
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pictures = pool.submit(decode).result
         try:
-            yield pictures
+            yield pool.submit(decode)
         finally:
             left.set()
 
 
+class Viewer:
+    """Looks at videos for a chat, and keeps what was seen on disk."""
+    def __init__(self, cfg, opened, made_with):
+        """opened: an OpenChat. made_with: what else its rows follow from, the files of the weights and the precision."""
+        kind, self.size = opened.chat.video_tokens, opened.chat.clip.config.image_size
+        usual = kind.num_frames if self.size >= 224 else 8   # smaller pictures are the toy world's
+        self.num_frames, self.rule = cfg.num_frames or usual, kind.rule
+        code = code_of(clip, model, data, video)
+        self.key = [self.num_frames, self.rule, opened.tokens, opened.words, code, *made_with]
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        base = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
+        folder = cfg.cache_dir or os.path.join(base, "nanobt")
+        self.store = Store(folder, max_bytes=1 << 30) if cfg.cache else None
+
+    @contextlib.contextmanager
+    def spared(self):
+        """The cache saves time, and nothing else: an error of it is said, and all goes on without it."""
+        try:
+            yield
+        except UserError as e:
+            say(f"({e}; going on without it)")
+
+    def recall(self, path, key):
+        """-> Seen from an earlier chat, or None. A damaged video warns again."""
+        with self.spared():
+            if self.store and (entry := self.store.get(key)):
+                tensors, about = entry
+                for message in json.loads(about["damage"]):
+                    warnings.warn(video.DamagedVideo(message))
+                return Seen(path, float(about["duration"]), tensors["times"].tolist(), tensors["frames"],
+                            tensors["rows"], before=True)
+
+    @contextlib.contextmanager
+    def looking(self, path):
+        """Decodes a video while its block does something else. Yields see(chat) -> Seen, which waits for the
+        frames and lets the model look at them. A file that is no video raises VideoError before the block
+        begins."""
+        key = [state_of(path), *self.key]
+        if seen := self.recall(path, key):
+            yield lambda chat: seen
+            return
+        duration = data.probe(path).duration
+        with warnings.catch_warnings(record=True) as noticed, decoding(
+                path, self.num_frames, self.rule, self.size) as decoded:
+            warnings.simplefilter("always")
+
+            @torch.inference_mode()
+            def see(chat):
+                pixels, frames, times = decoded.result()
+                pixels = pixels[None].to(chat.start_end.device)   # (1, T, 3, H, W)
+                rows = chat.video_tokens.see(chat.clip, pixels).cpu()
+                damage = [str(w.message) for w in noticed if w.category is video.DamagedVideo]
+                tensors = {"times": torch.tensor(times, dtype=torch.float64), "frames": frames, "rows": rows}
+                about = {"duration": repr(duration), "damage": json.dumps(damage)}
+                with self.spared():
+                    if self.store:
+                        self.store.put(key, tensors, about)
+                return Seen(path, duration, times, frames, rows)
+            yield see
+        for w in noticed:   # of whatever kind: they were only held back
+            warnings.warn(w.message)
+
+
+# --------------------------------------------------------------------------------------------- a conversation
 @dataclasses.dataclass
 class Cost:
     """What an answer took."""
@@ -149,97 +201,29 @@ class Cost:
 
 
 class Session:
-    """The model, the video before it and the conversation so far. Raises UserError.
+    """A conversation about a video.
 
-    frames (T, 3, h, w) uint8, at most pictures.THUMBNAIL wide, and times, T floats in seconds: what the model saw.
-    video_tokens (K, D_llm): what it remembers of it. turns: [(question, answer)], of which it has forgotten the first `forgotten`.
-    kv_cache, heard: what the LLaMA has worked through, and its ids, VIDEO_INDEX for each row of the video: a prompt that
-    begins alike is worked through only from where it differs, so a second question costs its own words.
-    spent: {what was waited for since --verbose last reported: seconds}. cost: of the last answer, None before it."""
-    def __init__(self, cfg):
-        self.cfg, self.cost, self.weights_state = cfg, None, store.state_of(cfg.weights)
-        self.spent = {"import": IMPORT_SECONDS, "weights": 0.0, "video": 0.0}
-        self.device = training.pick_device(cfg.device)
-        self.open(cfg.video, meanwhile=self.load)
+    video_tokens (K, D_llm): what stands in the prompt. turns: [(question, answer)], of which the first
+    `forgotten` had to go. kv_cache, heard: what the LLaMA has worked through, and its ids, VIDEO_INDEX for
+    each row of the video. A prompt that begins alike is worked through only from where it differs, so a
+    second question costs its own words. cost: of the last answer, None before it. waited: {what was waited
+    for since the last answer: seconds}."""
+    def __init__(self, cfg, chat, viewer, waited):
+        self.cfg, self.chat, self.viewer, self.cost, self.waited = cfg, chat, viewer, None, waited
+        words, context = chat.llm.model.embed_tokens.weight, min(chat.llm.config.context_length, LONGEST)
+        self.kv_cache = KVCache(chat.llm.config, 1, context, words.device, words.dtype)
 
-    @contextlib.contextmanager
-    def timed(self, part):
-        start = time.perf_counter()
-        yield
-        self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - start
-
-    @functools.cached_property
-    def sizes(self):
-        """(CLIPConfig, LLaMAConfig) of the weights, from headers alone: enough to look at a video, and to know what fits."""
-        return read_sizes(self.cfg.weights)
-
-    @property
-    def num_frames(self):
-        return memory.usual_frames(self.sizes[0].image_size) if self.cfg.num_frames is None else self.cfg.num_frames
-
-    def load(self):
-        cfg, (clip, llama) = self.cfg, self.sizes
-        dtype, self.scheme, self.precision = memory.choose(cfg.dtype, cfg.quantize, self.device, llama)
-        joined = is_joined(os.path.join(cfg.weights, "llava"), cfg.base)
-
-        def need(scheme):   # the one chosen, or another that may fit
-            kind = dtype if scheme == self.scheme else memory.choose(cfg.dtype, scheme, self.device, llama)[0]
-            return memory.needs(clip, llama, self.num_frames, kind, joined, scheme, self.device)
-        if not memory.check(cfg.weights, need, self.scheme, self.device) and cfg.verbose:
-            say("(this system does not say how much memory is free, so whether the weights fit was not checked)")
-        if joined and self.device.type != "cpu":
-            memory.check(cfg.weights, lambda scheme: memory.joining(llama), None, torch.device("cpu"))
-        with self.timed("weights"):
-            self.chat, self.kind = load_chat(cfg.weights, cfg.tokens, cfg.tuned, dtype, self.device, quantize=self.scheme, base=cfg.base)
-        if sum(p.numel() for p in self.chat.parameters()) < SMALL:
-            torch.set_num_threads(1)
-        self.kv_cache = KVCache(llama, 1, min(llama.context_length, memory.LONGEST), self.device, dtype)
-
-    def open(self, path, meanwhile=lambda: None):
-        """Shows a video to the model, and does `meanwhile` while it is decoded; a new conversation begins. Raises VideoError,
-        and then everything is as it was.
-
-        What is known from an earlier chat is taken from the cache. That a file is no video, or that its first frame cannot be decoded,
-        is said before anything else is done: nobody should wait for gigabytes of weights to hear it."""
-        cfg, seen = self.cfg, None
-        entry = store.entry(cfg.cache_dir or store.default_folder(), path, self.how(), self.weights_state) if cfg.cache else None
-        with self.timed("video"), self.unharmed():
-            seen = store.recall(entry) if entry else None
-        if seen is None:
-            with self.timed("video"):
-                probed = data.probe(path)
-            with decoding(path, self.num_frames, self.sizes[0].image_size) as pictures:
-                meanwhile()
-                with self.timed("video"):
-                    pixels, frames, times = pictures()
-                    if self.scheme in ("int8", "int4") and self.device.type == "cpu":   # 100 frames are 16e12 operations, a prompt 4e12
-                        quant.quantize(self.chat.encoder.clip.vision_model, "int8")
-                    with torch.inference_mode():
-                        video_tokens = self.chat.encode_video(pixels[None].to(self.device))[0]   # (K, D_llm)
-            seen = store.Seen(probed.duration, probed.damage, times, frames, video_tokens)
-            with self.timed("video"), self.unharmed():
-                if entry:
-                    store.keep(entry, seen)
-        else:
-            if seen.damage:   # whoever decodes it is told; so is who does not have to
-                warnings.warn(DamagedVideo(f"{path}: {seen.damage}"))
-            meanwhile()
-        video_tokens = seen.video_tokens.to(self.device)
+    @torch.inference_mode()
+    def show(self, seen):
+        """Another video; a new conversation begins."""
+        video_tokens = self.chat.video_tokens(seen.rows.to(self.chat.start_end.device))[0]
         self.forget()   # first: a Ctrl-C must not leave the new video with the old conversation
-        self.path, self.duration, self.frames, self.times, self.video_tokens = path, seen.duration, seen.frames, seen.times, video_tokens
+        self.seen, self.video_tokens = seen, video_tokens
 
-    def how(self):
-        """All that decides what the model sees of a video, but the video and the weights."""
-        cfg = self.cfg
-        return ["uniform", cfg.num_frames, cfg.tokens, cfg.tuned, cfg.dtype, cfg.quantize, self.device.type]
-
-    @contextlib.contextmanager
-    def unharmed(self):
-        """The cache saves time, and nothing else: where it fails, that is said, and all goes on without it."""
-        try:
-            yield
-        except UserError as e:
-            say(f"({e}; going on without it)")
+    def open(self, path):
+        """Looks at another video. Raises VideoError, and then everything is as it was."""
+        with self.viewer.looking(path) as see:
+            self.show(see(self.chat))
 
     def forget(self):
         """Begins a new conversation."""
@@ -247,47 +231,60 @@ class Session:
         self.kv_cache.truncate(0)
 
     def describe(self):
-        return f"{self.path} ({self.duration:.1f} s, {len(self.times)} frames, {len(self.video_tokens)} video tokens)"
+        seen = self.seen
+        return (f"{seen.path} ({seen.duration:.1f} s, {len(seen.times)} frames, "
+                f"{len(self.video_tokens)} video tokens{', seen before' * seen.before})")
 
-    def ask(self, question, show):
-        """Answers `question`: hands the text to `show`, piece by piece as it comes, then a line break.
+    def prompt(self, question):
+        """-> ids of the prompt, with the oldest turns forgotten where they leave no room for an answer; that
+        room.
 
-        What was said becomes a turn of the conversation, also where Ctrl-C or an error breaks it off. Where the conversation
-        leaves no room for an answer, its oldest turns are forgotten. Raises UserError where the question alone leaves none."""
-        began, cfg, chat = time.perf_counter(), self.cfg, self.chat
-        context, tokens, said, forgotten = self.kv_cache.max_len, [], "", self.forgotten
-        question = question.encode(errors="replace").decode()   # no lone surrogates: they stand for input that is not UTF-8
+        Raises UserError where the question alone leaves none."""
+        cfg, K, context, forgotten = self.cfg, len(self.video_tokens), self.kv_cache.max_len, self.forgotten
         while True:
-            ids, _ = prompt_ids(chat.tokenizer, [*self.turns[forgotten:], (question, None)], cfg.system)
-            room = context - (len(ids) - 1 + len(self.video_tokens) + len(chat.start_end))
+            turns = [*self.turns[forgotten:], (question, None)]
+            ids, _ = prompt_ids(self.chat.tokenizer, turns, cfg.template)
+            room = context - (len(ids) - 1 + K + len(self.chat.start_end))
             if room >= min(cfg.max_new_tokens, ROOM) or forgotten == len(self.turns):
                 break
             forgotten += 1
         if room < 1:
-            advice = "ask more briefly" if len(self.video_tokens) < context // 2 else f"{len(self.video_tokens)} are the video's; choose fewer --num_frames"
-            raise UserError(f"no room for an answer: the prompt has {context - room} tokens, and this model reads {context}; {advice}")
+            advice = "ask more briefly" if K < context // 2 else f"{K} are the video's; use fewer --num_frames"
+            raise UserError(f"no room for an answer: the prompt has {context - room} tokens, and this model "
+                            f"reads {context}; {advice}")
         if forgotten > self.forgotten:
-            say(f"(forgotten, for lack of room: {', '.join(q for q, _ in self.turns[self.forgotten:forgotten])})")
+            gone = ", ".join(question for question, _ in self.turns[self.forgotten:forgotten])
+            say(f"(forgotten, for lack of room: {gone})")
             self.forgotten = forgotten
+        return ids, room
+
+    def ask(self, question, show):
+        """Answers `question`: hands the text to `show`, piece by piece as it comes, then a line break.
+
+        What was said becomes a turn of the conversation, also where Ctrl-C or an error breaks it off."""
+        began, cfg, chat, tokens, said = time.perf_counter(), self.cfg, self.chat, [], ""
+        question = question.encode(errors="replace").decode()   # input may be other than UTF-8
+        ids, room = self.prompt(question)
         with torch.inference_mode():
             embeds = chat.splice(ids, self.video_tokens)[None]   # (1, S, D_llm)
-        at = ids.index(VIDEO_INDEX)
-        heard = ids[:at] + [VIDEO_INDEX] * (len(self.video_tokens) + len(chat.start_end)) + ids[at + 1:]   # S ids
+        at, rows = ids.index(VIDEO_INDEX), len(self.video_tokens) + len(chat.start_end)
+        heard = ids[:at] + [VIDEO_INDEX] * rows + ids[at + 1:]   # S ids
         same = min(len(os.path.commonprefix([heard, self.heard])), len(heard) - 1)
-        self.heard = heard[:same]   # before the cache: a Ctrl-C between them must not leave more here than there
+        self.heard = heard[:same]   # first: a Ctrl-C must not leave more here than in the cache
         self.kv_cache.truncate(same)
         cost = self.cost = Cost(same, len(heard) - same)
 
-        def remembered(new):
+        def counted(new):
             for token in new:
                 tokens.append(token)
                 cost.tokens, cost.seconds = len(tokens), time.perf_counter() - began
                 cost.first_token = cost.first_token or round(cost.seconds, 6)
                 yield token
-        new = generate(chat.llm, embeds=embeds[:, same:], max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                       top_p=cfg.top_p, seed=cfg.seed, stop_ids=chat.tokenizer.stop_ids, kv_cache=self.kv_cache)
+        new = generate(chat.llm, embeds=embeds[:, same:], max_new_tokens=cfg.max_new_tokens, seed=cfg.seed,
+                       temperature=cfg.temperature, top_p=cfg.top_p, stop_ids=chat.tokenizer.stop_ids,
+                       kv_cache=self.kv_cache)
         try:
-            for piece in stream_text(chat.tokenizer, remembered(new)):
+            for piece in stream_text(chat.tokenizer, counted(new)):
                 said += piece
                 show(CONTROL.sub("\ufffd", piece))
         finally:
@@ -297,47 +294,64 @@ class Session:
             show("\n")
         if len(tokens) == room:
             cost.cut = "context"
-            say(f"(cut: question and answer fill the {context} tokens that this model reads)")
+            say(f"(cut: question and answer fill the {self.kv_cache.max_len} tokens that this model reads)")
         elif len(tokens) == cfg.max_new_tokens:
             cost.cut = "max_new_tokens"
             say(f"(cut after {cfg.max_new_tokens} tokens, see --max_new_tokens)")
         if cfg.verbose:
-            spent = self.spent | {"first token": cost.first_token or 0.0}
-            say(f"({', '.join(f'{part} {seconds:.2f} s' for part, seconds in spent.items())}; in all {sum(spent.values()):.2f} s)")
-            self.spent.clear()
+            spent = self.waited | {"first token": cost.first_token or 0.0}
+            parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in spent.items())
+            say(f"({parts}; in all {sum(spent.values()):.2f} s)")
+            self.waited = {}
+
+
+def put(text):
+    """Part of an answer -> standard output, at once. Raises UserError; of a reader who left, cli.run
+    knows."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        cli.forget_output(sys.stdout)
+        raise UserError(f"standard output: cannot write: {e.strerror}")
 
 
 def answer_line(session, question):
-    """A question in a conversation of its own -> its answer as one line on standard output, or one JSON object."""
+    """A question in a conversation of its own -> its answer as one line on standard output, or one JSON
+    object."""
     pieces, session.turns, session.forgotten = [], [], 0
     session.ask(question, pieces.append)
     answer, cost = "".join(pieces), session.cost
     if session.cfg.json:
-        put(json.dumps({"question": question, "answer": answer.strip(), "seconds_to_first_token": cost.first_token,
-                        "tokens": cost.tokens, "cached": cost.cached, "cut": cost.cut}) + "\n")
+        put(json.dumps({"question": question, "answer": answer.strip(), "tokens": cost.tokens, "cut": cost.cut,
+                        "cached": cost.cached, "seconds_to_first_token": cost.first_token}) + "\n")
     else:
         put(" ".join(answer.split()) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------- commands
-def save_frames(session, path):
-    """/frames PNG. Raises UserError; replaces nothing but what it has written before."""
-    contact_sheet(session.frames, session.times, path)
-    say(f"wrote {path}")
-
-
+# --------------------------------------------------------------------------------------------------- commands
 def save_conversation(session, path):
     """/save FILE. Raises UserError; replaces nothing but what it has written before."""
     first = json.dumps({"kind": CONVERSATION})[:-1]   # where a file of its own begins
-    cli.replaceable(path, "saved conversation", lambda start: start.decode(errors="replace").startswith(first))
-    cfg = session.cfg
-    settings = {name: getattr(cfg, name) for name in ("tokens", "tuned", "system", "dtype", "quantize", *SETTINGS)}
-    conversation = {
-        "kind": CONVERSATION, "video": os.path.abspath(session.path), "duration": session.duration, "times": session.times,
-        "weights": os.path.abspath(cfg.weights), "settings": settings,
-        "turns": [{"question": question, "answer": answer, "forgotten": i < session.forgotten} for i, (question, answer) in enumerate(session.turns)]}
+    cli.replaceable(path, "saved conversation", lambda start: start.startswith(first.encode()))
+    cfg, seen = session.cfg, session.seen
+    names = "tokens", "tuned", "template", "dtype", "quantize", *SETTINGS
+    turns = [{"question": question, "answer": answer, "forgotten": i < session.forgotten}
+             for i, (question, answer) in enumerate(session.turns)]
+    conversation = {"kind": CONVERSATION, "video": os.path.abspath(seen.path), "duration": seen.duration,
+                    "times": seen.times, "weights": os.path.abspath(cfg.weights),
+                    "settings": {name: getattr(cfg, name) for name in names}, "turns": turns}
     cli.write_atomic(path, lambda f: f.write(json.dumps(conversation).encode() + b"\n"))
     say(f"wrote {path}")
+
+
+def check_settings(cfg):
+    """Raises UserError for what /set may change and nothing can be sampled with."""
+    if not (0 <= cfg.temperature < math.inf and 0 < cfg.top_p <= 1 and cfg.max_new_tokens >= 1
+            and 0 <= cfg.seed < 2 ** 63):
+        given = ", ".join(f"--{name} {getattr(cfg, name)}" for name in SETTINGS)
+        raise UserError(f"{given}: needed are 0 or more, more than 0 and at most 1, 1 or more, 0 to 2^63 - 1")
 
 
 def change(session, name, value):
@@ -353,22 +367,21 @@ def change(session, name, value):
     session.cfg = cfg
 
 
-def show_settings(session):
-    say("\n".join(f"{name} {getattr(session.cfg, name)}" for name in SETTINGS))
-
-
-def show_stats(session):
+def stats(session):
     """/stats: what the video and the last answer took."""
-    cost, resident = session.cost, memory.resident(session.device)
-    lines = [f"video: {len(session.video_tokens)} tokens from {len(session.times)} frames"]
+    cost, kv_cache = session.cost, session.kv_cache
+    lines = [f"video: {len(session.video_tokens)} tokens from {len(session.seen.times)} frames"]
     if cost:
         lines.append(f"prompt: {cost.cached} tokens known, {cost.new} new")
     if cost and cost.tokens:
-        rate = f", then {(cost.tokens - 1) / max(cost.seconds - cost.first_token, 1e-9):.1f} a second" * (cost.tokens > 1)
-        lines.append(f"answer: {cost.tokens} token{'s' * (cost.tokens > 1)}, the first after {cost.first_token:.2f} s{rate}")
-    kept = session.kv_cache.length * sum(t[:, :, :1].nbytes for t in (*session.kv_cache.k, *session.kv_cache.v))
-    lines.append(f"memory: {resident / 1e9:.2f} GB, of it {kept / 1e9:.3f} GB KV cache for {session.kv_cache.length} tokens")
-    say("\n".join(lines))
+        rate = (cost.tokens - 1) / max(cost.seconds - cost.first_token, 1e-9)
+        lines.append(f"answer: {cost.tokens} token{'s' * (cost.tokens > 1)}, the first after "
+                     f"{cost.first_token:.2f} s" + f", then {rate:.1f} a second" * (cost.tokens > 1))
+    kept = kv_cache.length * sum(t[:, :, :1].nbytes for t in (*kv_cache.k, *kv_cache.v))
+    resident = memory.resident(kv_cache.k[0].device)
+    lines.append(f"memory: {resident / 1e9:.2f} GB, of it {kept / 1e9:.3f} GB KV cache for {kv_cache.length} "
+                 "tokens")
+    return "\n".join(lines)
 
 
 def obey(session, line):
@@ -384,18 +397,19 @@ def obey(session, line):
             session.forget()
             say("a new conversation")
         case "/frames", 0:
-            terminal.show_frames(session.frames, session.times)
+            terminal.show_frames(session.seen.frames, session.seen.times)
         case "/frames", _:
-            save_frames(session, path)
+            pictures.contact_sheet(session.seen.frames, session.seen.times, path)
+            say(f"wrote {path}")
         case "/video", n if n:
             session.open(path)
             say(session.describe())
         case "/set", 0:
-            show_settings(session)
+            say("\n".join(f"{name} {getattr(session.cfg, name)}" for name in SETTINGS))
         case "/set", 2:
             change(session, *words)
         case "/stats", 0:
-            show_stats(session)
+            say(stats(session))
         case "/save", n if n:
             save_conversation(session, path)
         case _:
@@ -404,7 +418,8 @@ def obey(session, line):
 
 
 def converse(session):
-    """Questions and commands from a terminal, until it says to leave. No mistake in a line ends the program."""
+    """Questions and commands from a terminal, until it says to leave. No mistake in a line ends the
+    program."""
     while True:
         try:
             line = question = terminal.read_line("> ").strip()
@@ -427,11 +442,50 @@ def converse(session):
             say(str(e))
 
 
-# ---------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
+def check_memory(opened, dtype, scheme, device, num_frames):
+    """Raises UserError, with what would fit, where the memory that is free will not hold what a chat
+    needs."""
+    need, free = opened.need(dtype, scheme, device, num_frames), memory.available(device)
+    if free is not None and sum(need.values()) > free:
+        parts = ", ".join(f"{part} {size / 1e9:.1f} GB" for part, size in need.items())
+        sizes = {s: sum(opened.need(dtype, s, device, num_frames).values()) for s in ("int8", "int4")}
+        fits = [f"--quantize {s} needs {size / 1e9:.1f} GB" for s, size in sizes.items() if size <= free]
+        advice = " and ".join(fits) or "take fewer --num_frames, a smaller model or another machine"
+        raise UserError(f"a chat needs {sum(need.values()) / 1e9:.1f} GB of memory ({parts}), and "
+                        f"{free / 1e9:.1f} GB are free; {advice}")
+
+
+def begin(cfg):
+    """Opens the weights and looks at the video -> Session. Raises UserError."""
+    began, device = time.perf_counter(), training.pick_device(cfg.device)
+    files = [state_of(file) for file in (cfg.weights, cfg.branch, cfg.chat)   # before they are read
+             if file and os.path.exists(file)]
+    opened = open_chat(cfg.weights, cfg.tokens, cfg.branch, cfg.chat if cfg.tuned else False)
+    parameters = sum(p.numel() for p in opened.chat.llm.parameters())
+    dtype, scheme, precision = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
+    viewer = Viewer(cfg, opened, [files, precision, device.type])
+    check_memory(opened, dtype, scheme, device, viewer.num_frames)
+    with viewer.looking(cfg.video) as see:
+        chat = opened.load(dtype, scheme, device)
+        if parameters < SMALL:
+            torch.set_num_threads(1)
+        loaded = time.perf_counter()
+        seen = see(chat)
+    waited = {"import": IMPORT_SECONDS, "weights": loaded - began, "video": time.perf_counter() - loaded}
+    session = Session(dataclasses.replace(cfg, tokens=opened.tokens), chat, viewer, waited)
+    session.show(seen)
+    say(f"video {session.describe()}; weights {cfg.weights} ({opened.words}), {precision}")
+    if cfg.weights == Config.weights and cfg.video != Config.video:
+        say("(the shipped weights know coloured shapes and nothing else; README.md says how to get others)")
+    return session
+
+
 def main(cfg):
-    for flag, known in (("tokens", VIDEO_TOKENS), ("system", SYSTEMS), ("dtype", memory.DTYPES), ("quantize", memory.SCHEMES)):
+    for flag, known in (("tokens", (None, *VIDEO_TOKENS)), ("template", TEMPLATES), ("dtype", memory.DTYPES),
+                        ("quantize", memory.SCHEMES)):
         if getattr(cfg, flag) not in known:
-            raise UserError(f"--{flag} {getattr(cfg, flag)}: choose one of {', '.join(known)}")
+            raise UserError(f"--{flag} {getattr(cfg, flag)}: choose one of {', '.join(filter(None, known))}")
     check_settings(cfg)
     if cfg.num_frames is not None:
         cli.at_least(cfg, num_frames=1)
@@ -440,10 +494,9 @@ def main(cfg):
     if sys.stdin is None or sys.stdout is None:
         raise UserError("standard input or output is closed; give it a file, or /dev/null")
     if cfg.json and cfg.question is None and sys.stdin.isatty():
-        raise UserError("--json: is for -q and for questions on standard input; in a conversation, /save FILE writes JSON")
-    sys.stdout.reconfigure(errors="replace")   # an answer may hold characters that a terminal's encoding lacks
-    session = Session(cfg)
-    say(f"video {session.describe()}; weights {cfg.weights} ({session.kind}), {session.precision}")
+        raise UserError("--json: is for -q and piped questions; in a conversation, /save FILE writes JSON")
+    sys.stdout.reconfigure(errors="replace")   # for what a terminal's encoding lacks
+    session = begin(cfg)
     if cfg.question is not None:
         return answer_line(session, cfg.question)
     sys.stdin.reconfigure(errors="surrogateescape")   # names of files need not be UTF-8

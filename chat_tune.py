@@ -31,8 +31,8 @@ from tqdm import tqdm
 import data
 from clip import load_clip
 from llm import load_llama, save_llama, tokenizer_path
-from model import (IGNORE_INDEX, VIDEO_TOKENS, VideoChat, VideoEncoder, chat_tensors, is_marked, load_branch,
-                   make_projector, projector_part, prompt_ids)
+from model import (IGNORE_INDEX, VIDEO_TOKENS, VideoChat, is_marked, load_branch, make_projector,
+                   projector_part, prompt_ids, save_chat)
 from plumbing import cli, pictures, training
 
 
@@ -47,7 +47,7 @@ class Config:
     branch: str = ""                 # branch file, for --tokens branch
     drop_path: float = 0.1           # stochastic depth of the branch, as in pretraining
     tokens: str = "branch"           # what the LLaMA sees of a video: branch, mean or st_pool (pictures: mean)
-    system: str = "vicuna_v1"        # the sentence before the first question: a key of model.SYSTEMS
+    template: str = "vicuna_v1"      # how prompts are put together: a key of model.TEMPLATES
     num_frames: int = 100            # frames of a video
     batch_size: int = 8              # conversations a step, over all processes
     lr: float = 2e-5                 # peak; linear up over 3 % of the run, then half a cosine
@@ -65,9 +65,9 @@ class Config:
 
 
 STAGES = {   # stage: beginnings of the names that are trained. The gates stay as pretraining left them, as in the released run
-    "projector": ("mm_projector", "start_end"),
-    "language": ("mm_projector", "start_end", "llm"),
-    "video": ("mm_projector", "start_end", "encoder.branch.btadapter")}
+    "projector": ("video_tokens.mm_projector", "start_end"),
+    "language": ("video_tokens.mm_projector", "start_end", "llm"),
+    "video": ("video_tokens.mm_projector", "start_end", "video_tokens.branch.btadapter")}
 
 
 def collate(items):
@@ -89,7 +89,7 @@ def batches(n, batch_size, seed, start, rank, size):
 
 
 @torch.no_grad()
-def exact_answers(chat, dataset, system, device, batch_size=32, workers=0):
+def exact_answers(chat, dataset, template, device, batch_size=32, workers=0):
     """Questions -> {kind: (right, asked)}. An answer is right if greedy decoding would give it word for word: that is so
     exactly when, with the right answer fed in, every next token has the highest logit. An answer beyond the context is wrong."""
     counts = collections.defaultdict(lambda: [0, 0])
@@ -97,7 +97,7 @@ def exact_answers(chat, dataset, system, device, batch_size=32, workers=0):
     loader = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers,
                         worker_init_fn=training.leave_signals_to_the_parent)
     for pixels, conversations, indices, _ in tqdm(loader, desc="ask", leave=False):
-        prompts = [prompt_ids(chat.tokenizer, turns, system) for turns in conversations]
+        prompts = [prompt_ids(chat.tokenizer, turns, template) for turns in conversations]
         logits, target = chat.logits(pixels.to(device), prompts)
         learned = torch.tensor([sum(label != IGNORE_INDEX for label in labels) for _, labels in prompts], device=target.device)
         right = ((logits.argmax(-1) == target) & (target != IGNORE_INDEX)).sum(1) == learned   # (B,)
@@ -118,22 +118,22 @@ def build(cfg):
     visual, width, projector = clip.config.vision_width, llm.config.width, projector_part(extra)
     # the first stage starts the projector anew; the others go on with the one that the weights hold
     mm_projector = nn.Linear(visual, width) if cfg.stage == "projector" else make_projector(projector, visual, width, cfg.llm)
-    branch = load_branch(cfg.branch, clip, skip_last=1, drop_path=cfg.drop_path) if cfg.tokens == "branch" else None
+    kind = VIDEO_TOKENS[cfg.tokens]
+    branch = load_branch(cfg.branch, clip, skip_last=1, drop_path=cfg.drop_path) if kind.reads_branch else None
     if branch and branch.balance2 is None:   # the layout of a tuned file cannot say "no gates"; it would come back with some
         raise cli.UserError(f"{cfg.branch}: a branch without gates cannot be tuned for chat; pretrain one with --gated")
     marked = cfg.stage != "video" or is_marked(cfg.llm)   # the stages before it make a LLaVA, and ours has the two rows
-    return VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, cfg.tokens, marked).float()
+    return VideoChat(clip, kind(mm_projector, branch), llm, tokenizer, marked).float()
 
 
 def save_result(cfg, chat):
     if cfg.stage == "video":
-        training.save_checkpoint(os.path.join(cfg.out, "chat.bin"), chat_tensors(chat, torch.float16))
-        return
+        return save_chat(os.path.join(cfg.out, "chat.bin"), chat)
     chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)   # LLaVA's <im_patch>, <im_start>, <im_end>, if they are not there yet
     chat.llm.model.embed_tokens.weight.data[-2:] = chat.start_end.data
     save_llama(os.path.join(cfg.out, "llava"), chat.llm, tokenizer_path(cfg.llm),
-               {f"model.mm_projector.{name}": t for name, t in chat.mm_projector.state_dict().items()},
-               config_extra={"mm_hidden_size": chat.encoder.clip.config.vision_width, "mm_use_im_start_end": True,
+               {f"model.mm_projector.{name}": t for name, t in chat.video_tokens.mm_projector.state_dict().items()},
+               config_extra={"mm_hidden_size": chat.clip.config.vision_width, "mm_use_im_start_end": True,
                              "mm_vision_select_layer": -2})
 
 
@@ -144,8 +144,8 @@ def main(cfg):
     for flag, value, known in (("stage", cfg.stage, STAGES), ("tokens", cfg.tokens, VIDEO_TOKENS)):
         if value not in known:
             raise cli.UserError(f"--{flag} {value}: choose one of {', '.join(known)}")
-    if cfg.tokens == "branch" and not cfg.branch:
-        raise cli.UserError("--tokens branch needs --branch FILE")
+    if VIDEO_TOKENS[cfg.tokens].reads_branch and not cfg.branch:
+        raise cli.UserError(f"--tokens {cfg.tokens} needs --branch FILE")
     if cfg.batch_size % here.size:
         raise cli.UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes")
     cli.at_least(cfg, batch_size=1, num_frames=1, seed=0, steps=0, epochs=1, save_every=1, log_every=1)
@@ -156,11 +156,11 @@ def main(cfg):
         p.requires_grad_(name.startswith(STAGES[cfg.stage]))
     trained = {name: p for name, p in chat.named_parameters() if p.requires_grad}
     # ------------------------------------------------------------------------------------------------ data
-    size = chat.encoder.clip.config.image_size
+    size = chat.clip.config.image_size
     questions = cfg.eval_annotations and data.ConversationDataset(cfg.eval_annotations, cfg.root, cfg.num_frames, size)
 
     def report(step, log=None):
-        for kind, (right, asked) in exact_answers(chat, questions, cfg.system, device, workers=cfg.workers).items():
+        for kind, (right, asked) in exact_answers(chat, questions, cfg.template, device, workers=cfg.workers).items():
             print(f"{cfg.stage}, {cfg.tokens} tokens: {kind} questions {100 * right / asked:.1f} % exactly right ({right} of {asked})", flush=True)
             if log:
                 log.add(step=step, **{kind: 100 * right / asked})
@@ -216,7 +216,7 @@ def main(cfg):
             step += 1
             after_step()
             continue
-        prompts = [prompt_ids(chat.tokenizer, turns, cfg.system) for turns in conversations]
+        prompts = [prompt_ids(chat.tokenizer, turns, cfg.template) for turns in conversations]
         training.seed_step(cfg.seed, step, here.rank)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * training.warmup_cosine(step, steps, max(1, round(0.03 * steps)))

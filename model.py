@@ -1,13 +1,15 @@
-"""BT-Adapter (arXiv 2309.15785): a branch with temporal attention beside a frozen CLIP, its losses, and the chat on top.
+"""BT-Adapter (arXiv 2309.15785): a branch with temporal attention beside a frozen CLIP, its losses, the chat
+on top.
 
-First half: the branch, the video encoder, the three losses of pretraining. Second half: video tokens, prompts, VideoChat.
-Layers, names and formulas are those of the released code (github.com/farewellthree/BT-Adapter, commit 393b4b8), which
-differ from the paper in places; docs/paper-vs-code.md lists them all.
+First half: the branch, the video encoder, the three losses of pretraining. Second half: kinds of video
+tokens, prompts, the chat model. Layers, names and formulas are those of the released code
+(github.com/farewellthree/BT-Adapter, commit 393b4b8), which differ from the paper in places;
+docs/paper-vs-code.md lists them all.
 
-Shapes: B videos, T frames, N patches a frame, n of them visible under a mask, D width, P projection, S text length.
-A video is (B, T, 3, H, W) uint8. The branch holds (B, 1 + n*T, D): one CLS token for the whole video, then
-the patches, position by position, each position's T frames side by side.
-"""
+Shapes: B videos, T frames, N patches a frame, n of them visible under a mask, D width, P projection, S text
+length. A video is (B, T, 3, H, W) uint8. The branch holds (B, 1 + n*T, D): one CLS token for the whole video,
+then the patches, position by position, each position's T frames side by side. """
+import dataclasses
 import hashlib
 import os
 import re
@@ -22,26 +24,29 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from clip import MLP, Attention, load_clip, load_clip_model, read_clip_config
-from llm import load_llama, read_llama_config
-from plumbing import weightfile
+import llm
+from clip import MLP, Attention, load_clip, load_clip_model
+from plumbing import quant, weightfile
 from plumbing.cli import UserError
+from plumbing.pictures import THUMBNAIL
+from plumbing.store import state_of
 from plumbing.training import leave_signals_to_the_parent
 
-OUT_NORM, MIDDLE_NORM = 1e4, 1e2   # the gates' fixed multipliers: they turn a tiny learning rate into a quick decision
+LAST_GATE, MIDDLE_GATE = 1e4, 1e2   # the gates' fixed multipliers: a tiny learning rate decides quickly
 
 
-# ---------------------------------------------------------------------------------------------------- the branch
+# ------------------------------------------------------------------------------------------------- the branch
 def drop_path(x, p, training):
     """Stochastic depth: zeroes whole rows (dim 0) with probability p and scales the others by 1 / (1 - p)."""
     if p == 0 or not training:
         return x
-    keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= p
-    return x * keep / (1 - p)
+    kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= p
+    return x * kept / (1 - p)
 
 
 class TemporalLayer(nn.Module):
-    """Attention along time: a patch sees the patches at its own place in all frames. CLS passes by (Eq. 2 of the paper)."""
+    """Attention along time: a patch sees the patches at its own place in all frames. CLS passes by (Eq.
+    2)."""
     def __init__(self, width, heads, p):
         super().__init__()
         self.p = p
@@ -60,7 +65,8 @@ class TemporalLayer(nn.Module):
 
 
 class SpatialLayer(nn.Module):
-    """A CLIP layer within each frame. The video's CLS joins every frame; what it attends to is averaged over the frames."""
+    """A CLIP layer within each frame. The video's CLS joins every frame; what it gathers is averaged over
+    frames."""
     def __init__(self, width, heads, mlp_width, p):
         super().__init__()
         self.p = p
@@ -73,38 +79,43 @@ class SpatialLayer(nn.Module):
         """x (B, 1 + n*T, D) -> same shape."""
         B, L, D = x.shape
         cls = x[:, :1].repeat_interleave(T, dim=0)                                   # (B*T, 1, D)
-        patches = x[:, 1:].view(B, -1, T, D).transpose(1, 2).reshape(B * T, -1, D)   # (B*T, n, D): each frame by itself
+        patches = x[:, 1:].view(B, -1, T, D).transpose(1, 2).reshape(B * T, -1, D)   # (B*T, n, D): by frame
         y = self.layer_norm1(torch.cat([cls, patches], dim=1))                       # (B*T, 1+n, D)
         y = drop_path(self.self_attn(y), self.p, self.training).view(B, T, -1, D)    # (B, T, 1+n, D)
-        x = x + torch.cat([y[:, :, 0].mean(1, keepdim=True), y[:, :, 1:].transpose(1, 2).reshape(B, L - 1, D)], dim=1)
+        patches = y[:, :, 1:].transpose(1, 2).reshape(B, L - 1, D)
+        x = x + torch.cat([y[:, :, 0].mean(1, keepdim=True), patches], dim=1)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Branch(nn.Module):
-    """K temporal + spatial layers that read the outputs of K consecutive CLIP layers. Parameter names are the released ones.
+    """K temporal + spatial layers that read the outputs of K consecutive CLIP layers. Parameter names are as
+    released.
 
-    gated: learnable gates mix the branch with CLIP; without them the two are summed. A weight file has the gates or not.
-    checkpointed: in training, a layer's inner activations are computed again when the gradient needs them, not kept."""
-    def __init__(self, width=1024, heads=16, mlp_width=4096, depth=4, gated=True, num_positions=64, drop_path=0.0, checkpointed=False):
+    gated: learnable gates mix the branch with CLIP; without them the two are summed. A weight file has them
+    or not. checkpointed: in training, a layer's inner activations are computed again when the gradient needs
+    them."""
+    def __init__(self, width=1024, heads=16, mlp_width=4096, depth=4, gated=True, num_positions=64,
+                 drop_path=0.0, checkpointed=False):
         super().__init__()
         self.checkpointed = checkpointed
-        rates = [drop_path * j / max(1, depth - 1) for j in range(depth)]   # deeper layers are dropped more often
+        rates = [drop_path * j / max(1, depth - 1) for j in range(depth)]   # deeper layers more often
         self.btadapter_cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.btadapter_time_embed = nn.Embedding.from_pretrained(torch.empty(num_positions, width), freeze=False)
-        if not self.btadapter_time_embed.weight.is_meta:   # drawing on the meta device would load a second's worth of modules
-            nn.init.normal_(self.btadapter_time_embed.weight)   # std 1: rows beyond the trained frames keep it, and are saved
+        # std 1, as released: rows beyond the frames of pretraining stay random, and are saved
+        self.btadapter_time_embed = nn.Embedding(num_positions, width)
         self.btadapter_T_layers = nn.ModuleList(TemporalLayer(width, heads, p) for p in rates)
         self.btadapter_S_layers = nn.ModuleList(SpatialLayer(width, heads, mlp_width, p) for p in rates)
-        # zero: both sides count half at first. In fp32 also under AMP: their useful changes are far below half precision.
+        # zero: both sides count half at first. fp32 under AMP too: their changes are far below half precision
         self.balance1 = nn.Parameter(torch.zeros(width)) if gated else None
         self.balance2 = nn.Parameter(torch.zeros(width)) if gated else None
 
     @classmethod
     def beside(cls, clip, depth=4, **options):
-        """A new branch for this CLIP: spatial layer j starts as a copy of the CLIP layer whose output it reads."""
+        """A new branch for this CLIP: spatial layer j starts as a copy of the CLIP layer whose output it
+        reads."""
         c = clip.config
         branch = cls(c.vision_width, c.vision_heads, c.vision_mlp, depth, **options)
-        for layer, source in zip(branch.btadapter_S_layers, clip.vision_model.encoder.layers[-depth:], strict=True):
+        sources = clip.vision_model.encoder.layers[-depth:]
+        for layer, source in zip(branch.btadapter_S_layers, sources, strict=True):
             layer.load_state_dict({name: t.float().clone() for name, t in source.state_dict().items()})
         return branch
 
@@ -115,36 +126,34 @@ class Branch(nn.Module):
     def forward(self, states, position_embedding, kept=None):
         """states: the outputs of K CLIP layers, each (B, T, 1+n, D). position_embedding: CLIP's own (1+N, D).
 
-        kept: (B, n) which patches these are, or None for all N. -> the outputs of the K layers, each (B, 1 + n*T, D).
-        More frames than time positions are averaged in groups of neighbours first, the last frame repeated to fill up."""
+        kept: (B, n), which patches these are; None for all N. -> the outputs of the K layers, each (B, 1 +
+        n*T, D). More frames than time positions are averaged in groups of neighbours first."""
         times, places = self.btadapter_time_embed.weight, position_embedding[1:]   # (64, D), (N, D)
         if kept is not None:
             places = places[kept][:, None]                                          # (B, 1, n, D)
         group = -(-states[0].shape[1] // len(times))
-        outputs = []
-        for j, (state, temporal, spatial) in enumerate(zip(states, self.btadapter_T_layers, self.btadapter_S_layers, strict=True)):
+        outputs, layers = [], zip(states, self.btadapter_T_layers, self.btadapter_S_layers, strict=True)
+        for j, (state, temporal, spatial) in enumerate(layers):
             state = average_frames(state, group)   # (B, T', 1+n, D)
             T = state.shape[1]
             if j == 0:   # places and times are marked once, at the entrance (Eq. 3)
-                start = self.btadapter_cls_token[0] + position_embedding[0]                                        # (1, D)
-                x = to_branch((state[:, :, 0].mean(1) + start) / 2, state[:, :, 1:] + places + times[:T, None])    # (B, 1 + n*T, D)
+                start = self.btadapter_cls_token[0] + position_embedding[0]         # (1, D)
+                patches = state[:, :, 1:] + places + times[:T, None]                # (B, T', n, D)
+                x = to_branch((state[:, :, 0].mean(1) + start) / 2, patches)
             else:
-                x = mix(x, to_branch(state[:, :, 0].mean(1), state[:, :, 1:]), self.balance2, MIDDLE_NORM)
+                x = mix(x, to_branch(state[:, :, 0].mean(1), state[:, :, 1:]), self.balance2, MIDDLE_GATE)
             if self.checkpointed and self.training:
-                x = checkpoint(lambda x, temporal=temporal, spatial=spatial: spatial(temporal(x, T), T), x, use_reentrant=False)
+                x = checkpoint(lambda x, temporal=temporal, spatial=spatial: spatial(temporal(x, T), T), x,
+                               use_reentrant=False)
             else:
-                x = spatial(temporal(x, T), T)
+                x = spatial(temporal(x, T), T)      # (B, 1 + n*T, D)
             outputs.append(x)
         return outputs
 
 
-def pick(state, index):
-    """state (B, L, D), index (B, n) -> (B, n, D): each row's own tokens."""
-    return state[torch.arange(len(state), device=state.device)[:, None], index]
-
-
 def average_frames(state, group):
-    """(B, T, L, D) -> (B, ceil(T / group), L, D): means of neighbouring frames."""
+    """(B, T, L, D) -> (B, ceil(T / group), L, D): means of neighbours; the last frame is repeated to fill
+    up."""
     if group == 1:
         return state
     state = torch.cat([state, state[:, -1:].expand(-1, -state.shape[1] % group, -1, -1)], dim=1)
@@ -156,117 +165,134 @@ def to_branch(cls, patches):
     return torch.cat([cls[:, None], patches.transpose(1, 2).flatten(1, 2)], dim=1)
 
 
-def mix(branch, backbone, balance, norm):
-    """Gated: (1 - w) branch + w backbone, w = sigmoid(norm * balance), one weight a channel (Eq. 4). Ungated: the sum."""
+def mix(branch, backbone, balance, multiplier):
+    """Gated: (1 - w) branch + w backbone, w = sigmoid(multiplier * balance), one weight a channel (Eq. 4); or
+    the sum."""
     if balance is None:
         return branch + backbone
-    w = torch.sigmoid(norm * balance.float()).to(branch.dtype)
+    w = torch.sigmoid(multiplier * balance.float()).to(branch.dtype)
     return (1 - w) * branch + w * backbone
 
 
 def tube_mask(B, N, mask_ratio, generator=None):
-    """-> kept (B, n) int64, sorted: the patches that stay visible, the same in every frame; n = N - int(mask_ratio * N)."""
+    """-> kept (B, n) int64, sorted: patches that stay visible, the same in every frame; n = N -
+    int(mask_ratio * N)."""
     order = torch.rand(B, N, generator=generator).argsort(1)
     return order[:, : N - int(mask_ratio * N)].sort(1).values
 
 
-# ---------------------------------------------------------------------------------------------------- the video encoder
+# ------------------------------------------------------------------------------------------ the video encoder
+def pick(state, index):
+    """state (B, L, D), index (B, n) -> (B, n, D): each row's own tokens."""
+    return state[torch.arange(len(state), device=state.device)[:, None], index]
+
+
 def frames_at_once(config, device):
-    """How many frames CLIP (CLIPConfig) sees together: enough to keep a GPU busy; on a CPU no more than leave a layer's widest activations
-    at 20 MB in fp32, 4 frames for ViT-L/14. More fit into no cache, and from 32 MB on every tensor is new memory from the kernel: 16 frames
-    take 1.15 times as long a frame, 24 take 1.6 times."""
-    return 128 if device.type != "cpu" else max(1, min(128, (5 << 20) // ((1 + config.patch_tokens) * config.vision_mlp)))
+    """How many frames CLIP sees together. A GPU wants many. On a CPU a layer's widest activations stay at 20
+    MB in fp32, 4 frames for ViT-L/14: more fit into no cache, and from 32 MB on every tensor is new memory
+    from the kernel. 16 frames at once take 1.15 times as long a frame, 24 take 1.6 times."""
+    if device.type != "cpu":
+        return 128
+    return max(1, min(128, (5 << 20) // ((1 + config.patch_tokens) * config.vision_mlp)))
+
+
+@torch.no_grad()
+def backbone_states(clip, video, depth, skip_last=0, kept=None, at_once=None):
+    """video (B, T, 3, H, W) uint8 -> the outputs of the `depth` CLIP layers before the last `skip_last`, each
+    (B, T, 1+n, D).
+
+    CLIP sees every patch; of what it says, only CLS and the patches in `kept` (B, n) are held on to, or all.
+    Frames go through a few at a time (`at_once`; None: frames_at_once), so that activations of many frames
+    never pile up."""
+    last, T = clip.config.vision_layers - skip_last, video.shape[1]
+    at_once = at_once or frames_at_once(clip.config, video.device)
+    rows = [[] for _ in range(depth)]
+    if kept is not None:   # the same patches in every frame of a clip
+        visible = F.pad(kept + 1, (1, 0)).repeat_interleave(T, dim=0).split(at_once)   # (frames, 1+n); 0: CLS
+    for c, frames in enumerate(video.flatten(0, 1).split(at_once)):                    # (frames, 3, H, W)
+        for i, state in enumerate(clip.image_states(frames)):                          # i layers are done
+            if i > last - depth:
+                rows[i - 1 - last + depth].append(state if kept is None else pick(state, visible[c]))
+            if i == last:
+                break
+    return [torch.cat(r).unflatten(0, video.shape[:2]) for r in rows]
+
+
+def place_embedding(clip):
+    """CLIP's own (1+N, D): the branch marks its places with it."""
+    return clip.vision_model.embeddings.position_embedding.weight
 
 
 class VideoEncoder(nn.Module):
-    """Frozen CLIP with a branch beside its last layers.
-
-    skip_last: CLIP layers at the end that are not used. 0 for retrieval; 1 for chat, because LLaVA reads the last layer but one
-    (and a branch from pretraining then leaves its own last layer idle: see `load_branch`)."""
-    def __init__(self, clip, branch, skip_last=0):
+    """Frozen CLIP with a branch beside its last layers: a video as one vector of CLIP's space."""
+    def __init__(self, clip, branch):
         super().__init__()
-        self.clip, self.branch, self.skip_last = clip.requires_grad_(False), branch, skip_last
-
-    @torch.no_grad()
-    def backbone_states(self, video, depth, kept=None, chunk=None):
-        """video (B, T, 3, H, W) -> the outputs of the `depth` CLIP layers before the skipped ones, each (B, T, 1+n, D).
-
-        CLIP sees every patch; of what it says, only CLS and the patches in `kept` (B, n) are held on to, or all of them. Frames
-        go through in chunks (None: of frames_at_once): memory does not grow with CLIP's depth, and activations of many frames never pile up."""
-        chunk = chunk or frames_at_once(self.clip.config, video.device)
-        last, T = self.clip.config.vision_layers - self.skip_last, video.shape[1]
-        rows = [[] for _ in range(depth)]
-        if kept is not None:   # the same patches in every frame of a clip
-            visible = F.pad(kept + 1, (1, 0)).repeat_interleave(T, dim=0).split(chunk)   # (chunk, 1+n): CLS is token 0
-        for c, frames in enumerate(video.flatten(0, 1).split(chunk)):                    # (chunk, 3, H, W)
-            for i, state in enumerate(self.clip.image_states(frames)):                   # i = layers done
-                if i > last - depth:
-                    rows[i - 1 - last + depth].append(state if kept is None else pick(state, visible[c]))
-                if i == last:
-                    break
-        return [torch.cat(r).unflatten(0, video.shape[:2]) for r in rows]
+        self.clip, self.branch = clip.requires_grad_(False), branch
 
     def feature(self, states, kept=None):
-        """What backbone_states gave -> (video_feature (B, P), not normalised; last branch tokens (B, 1 + n*T, D))."""
-        tokens = self.branch(states, self.clip.vision_model.embeddings.position_embedding.weight, kept)[-1]
-        cls = mix(tokens[:, :1], states[-1][:, :, 0], self.branch.balance1, OUT_NORM)   # (B, T, D): Eq. 5, frame by frame
+        """What backbone_states gave -> (video_feature (B, P), not normalised; last branch tokens (B, 1 + n*T,
+        D))."""
+        tokens = self.branch(states, place_embedding(self.clip), kept)[-1]
+        cls = mix(tokens[:, :1], states[-1][:, :, 0], self.branch.balance1, LAST_GATE)   # (B, T, D): Eq. 5
         return self.clip.project_image(cls).mean(1), tokens
 
     def forward(self, video):
-        """video (B, T, 3, H, W) -> (video_feature (B, P), not normalised; last CLIP state (B, T, 1+N, D))."""
-        states = self.backbone_states(video, self.branch.depth)
-        return self.feature(states)[0], states[-1]
+        """video (B, T, 3, H, W) uint8 -> (B, P) of the branch, and of mean-pooled CLIP, the baseline of every
+        table: CLIP's own image features, averaged over frames. Neither is normalised; one pass through CLIP
+        serves both."""
+        states = backbone_states(self.clip, video, self.branch.depth)
+        return self.feature(states)[0], self.clip.project_image(states[-1][:, :, 0]).mean(1)
 
     def encode_video(self, video):
-        """video (B, T, 3, H, W) -> (B, P), not normalised."""
+        """video (B, T, 3, H, W) uint8 -> (B, P), not normalised."""
         return self(video)[0]
 
-    def mean_feature(self, state):
-        """The baseline of every table: CLIP's own image features, averaged over frames; last state (B, T, 1+N, D) -> (B, P)."""
-        return self.clip.project_image(state[:, :, 0]).mean(1)
 
-
-# ---------------------------------------------------------------------------------------------------- features of a data set
 @torch.no_grad()
 def encode_videos(encoder, dataset, device, batch_size=16, workers=0, amp=False):
-    """Each video of a data set once -> names, in its order; normalised features, on the CPU in fp32, of the branch (V, P) and of
-    mean-pooled CLIP (V, P); what went wrong with the videos that the data set skips. Under torchrun every process takes its
-    share, and all have the whole result. Raises UserError if no video can be read."""
+    """Each video of a data set once -> (names, in its order; normalised features, on the CPU in fp32, of the
+    branch (V, P) and of mean-pooled CLIP (V, P); messages of broken videos, where the data set skips them).
+
+    Under torchrun every process takes its share, and all have the whole result. Raises UserError if none can
+    be read."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     first = {}   # name: the first item with that video
     for i, video in enumerate(dataset.videos):
         first.setdefault(video, i)
-    loader = DataLoader(dataset, batch_size, sampler=list(first.values())[rank::size], num_workers=workers, collate_fn=data.collate_skip,
-                        worker_init_fn=leave_signals_to_the_parent)
+    loader = DataLoader(dataset, batch_size, sampler=list(first.values())[rank::size], num_workers=workers,
+                        collate_fn=data.collate_skip, worker_init_fn=leave_signals_to_the_parent)
     rows, broken, was_training = [], [], encoder.training
     encoder.eval()
     with torch.autocast(device.type, torch.float16, enabled=amp and device.type == "cuda"):
         for batch in tqdm(loader, desc="encode", leave=False, file=sys.stderr, disable=rank > 0):
             broken += batch["skipped"]
             if len(batch["index"]):
-                feature, state = encoder(batch["pixels"].to(device))   # (B, P), (B, T, 1+N, D): one walk through CLIP serves both
-                rows.append((batch["index"], feature.float().cpu(), encoder.mean_feature(state).float().cpu()))
+                branch, mean = encoder(batch["pixels"].to(device))   # (B, P) each
+                rows.append((batch["index"], branch.float().cpu(), mean.float().cpu()))
     encoder.train(was_training)
     if size > 1:
         shares = [None] * size
         try:
             dist.all_gather_object(shares, (rows, broken))
         except RuntimeError as e:   # most likely a video that stopped one of the others
-            raise UserError(f"a process has stopped and says why, or cannot be reached ({str(e).splitlines()[0]})") from e
+            raise UserError(f"another process has stopped ({str(e).splitlines()[0]})") from e
         rows, broken = ([item for share in shares for item in share[k]] for k in (0, 1))
     if not rows:
         raise UserError(f"none of {len(first)} videos can be read; the first: {broken[0]}")
     index, branch, mean = (torch.cat(column) for column in zip(*rows))
     index, order = index.sort()
-    return [dataset.videos[i] for i in index], F.normalize(branch[order], dim=-1), F.normalize(mean[order], dim=-1), broken
+    branch, mean = F.normalize(branch[order], dim=-1), F.normalize(mean[order], dim=-1)
+    return [dataset.videos[i] for i in index], branch, mean, broken
 
 
 @torch.no_grad()
 def encode_texts(encoder, tokenizer, texts, length, device, amp=False):
-    """-> normalised features (Q, P), on the CPU in fp32; length: tokens of a text that are read, if CLIP has as many."""
+    """-> normalised features (Q, P), on the CPU in fp32; length: tokens of a text that are read, if CLIP has
+    as many."""
     length = min(length, encoder.clip.config.context_length)
     with torch.autocast(device.type, torch.float16, enabled=amp and device.type == "cuda"):
-        rows = [encoder.clip.encode_text(tokenizer(texts[i:i + 256], length).to(device)).float().cpu() for i in range(0, len(texts), 256)]
+        rows = [encoder.clip.encode_text(tokenizer(texts[i:i + 256], length).to(device)).float().cpu()
+                for i in range(0, len(texts), 256)]
     return F.normalize(torch.cat(rows), dim=-1)
 
 
@@ -277,18 +303,20 @@ def owners(dataset, videos):
 
 
 def encode(encoder, tokenizer, dataset, device, batch_size=16, workers=0, amp=False):
-    """-> normalised features, on the CPU in fp32, a row for each pair: of the branch (Q, P), of mean-pooled CLIP (Q, P), of the
-    captions (Q, P); and what went wrong with the videos that the data set skips, whose pairs are left out. See encode_videos."""
+    """-> normalised features, a row for each pair of video and caption: of the branch (Q, P), of mean-pooled
+    CLIP (Q, P), of the captions (Q, P); and messages of broken videos, whose pairs are left out. See
+    encode_videos."""
     videos, branch, mean, broken = encode_videos(encoder, dataset, device, batch_size, workers, amp)
     items, owner = map(list, owners(dataset, videos))
     text = encode_texts(encoder, tokenizer, [dataset.captions[i] for i in items], 77, device, amp)
     return branch[owner], mean[owner], text, broken
 
 
-# ---------------------------------------------------------------------------------------------------- the three losses
+# ------------------------------------------------------------------------------------------- the three losses
 class GatherFeatures(torch.autograd.Function):
-    """All ranks' rows, in rank order. Every rank computes the same loss from them, so each one's own rows carry its share of
-    the gradient; times the number of ranks, because DDP will average where the global batch needs the sum."""
+    """All ranks' rows, in rank order. Every rank computes the same loss from them, so its own rows carry its
+    share of the gradient; times the number of ranks, because DDP will average where the global batch needs
+    the sum."""
     @staticmethod
     def forward(ctx, x):
         rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -306,9 +334,11 @@ def gather(x):
 
 
 def contrastive_loss(video, text, temperature=0.01):
-    """video, text (B, P), row i belongs to row i -> InfoNCE over cosines, both directions *summed* as in the released code."""
+    """video, text (B, P), row i belongs to row i -> InfoNCE over cosines, both directions *summed* as
+    released."""
     with torch.autocast(video.device.type, enabled=False):   # at a scale of 100, half precision is coarse
-        logits = F.normalize(video.float(), dim=-1, eps=1e-8) @ F.normalize(text.float(), dim=-1, eps=1e-8).T / temperature
+        video, text = (F.normalize(x.float(), dim=-1, eps=1e-8) for x in (video, text))
+        logits = video @ text.T / temperature
     target = torch.arange(len(logits), device=logits.device)
     return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
 
@@ -319,17 +349,20 @@ def vtc_loss(video_feature, text_feature):
 
 
 def mbca_loss(patch_feature, text_feature):
-    """Masked branch cross-modal alignment (Eq. 8): the mean of the branch's visible patches, projected, against the caption."""
+    """Masked branch cross-modal alignment (Eq. 8): the mean of the visible patches, projected, against the
+    caption."""
     return contrastive_loss(gather(patch_feature), gather(text_feature))
 
 
 def mbta_loss(student, teacher):
-    """Masked branch token alignment (Eq. 7): student (B, n*T, P) and teacher, the same patches of CLIP -> mean of 2 - 2 cos."""
+    """Masked branch token alignment (Eq. 7): student and teacher (B, n*T, P), CLIP's same patches -> mean of
+    2 - 2 cos."""
     return (2 - 2 * F.cosine_similarity(student.float(), teacher.float(), dim=-1, eps=1e-8)).mean()
 
 
 class Pretraining(nn.Module):
-    """The encoder, the head of MBTA and the frozen text tower. `look` is all that is frozen, `forward` all that learns."""
+    """The encoder, the head of MBTA and the frozen text tower. `see` is all that is frozen, `forward` all
+    that learns."""
     def __init__(self, encoder):
         super().__init__()
         P = encoder.clip.config.projection_dim
@@ -337,26 +370,198 @@ class Pretraining(nn.Module):
         self.extra_proj = nn.Sequential(nn.Linear(encoder.clip.config.vision_width, P), nn.LayerNorm(P))
 
     @torch.no_grad()
-    def look(self, video, ids, kept):
-        """video (B, T, 3, H, W), ids (B, S), kept (B, n) -> (the branch's input, K states (B, T, 1+n, D); text feature (B, P))."""
-        return self.encoder.backbone_states(video, self.encoder.branch.depth, kept), self.encoder.clip.encode_text(ids)
+    def see(self, video, ids, kept):
+        """video (B, T, 3, H, W) uint8, ids (B, S), kept (B, n) -> (K states (B, T, 1+n, D), text feature (B,
+        P))."""
+        clip = self.encoder.clip
+        return backbone_states(clip, video, self.encoder.branch.depth, kept=kept), clip.encode_text(ids)
 
     def forward(self, states, kept):
-        """-> (video feature (B, P), for VTC; mean of the visible patches, projected (B, P), for MBCA; MBTA loss ()), in fp32."""
+        """-> (video feature (B, P), for VTC; mean of the projected visible patches (B, P), for MBCA; MBTA
+        loss ())."""
         clip = self.encoder.clip
         video_feature, tokens = self.encoder.feature(states, kept)
-        with torch.no_grad():
-            teacher = clip.project_image(states[-1][:, :, 1:].transpose(1, 2).flatten(1, 2))   # (B, n*T, P), in the branch's order
+        with torch.no_grad():   # in the branch's order
+            teacher = clip.project_image(states[-1][:, :, 1:].transpose(1, 2).flatten(1, 2))   # (B, n*T, P)
         patch_feature = clip.visual_projection(tokens[:, 1:]).mean(1)   # (B, P)
-        return video_feature.float(), patch_feature.float(), mbta_loss(self.extra_proj(tokens[:, 1:]), teacher)
+        mbta = mbta_loss(self.extra_proj(tokens[:, 1:]), teacher)
+        return video_feature.float(), patch_feature.float(), mbta
 
 
-# ---------------------------------------------------------------------------------------------------- branch files
+# -------------------------------------------------------------------------------------- kinds of video tokens
+class VideoTokens(nn.Module):
+    """What a LLaMA gets of a video. A kind of video tokens says which frames it wants, and owns what it
+    learns.
+
+    frozen: what no training stage changes. see: what does not depend on the question; a chat keeps it.
+    forward: the rows of the prompt. mm_projector is LLaVA's, which reads CLIP's last layer but one."""
+    num_frames, rule, reads_branch = 100, "uniform", False
+
+    def __init__(self, mm_projector, branch=None):
+        super().__init__()
+        self.mm_projector, self.branch = mm_projector, branch
+
+    @property
+    def depth(self):
+        """How many CLIP layers it reads."""
+        return self.branch.depth if self.branch else 1
+
+    def frozen(self, clip, video):
+        """video (B, T, 3, H, W) uint8 -> the patches of CLIP's last layer but one (B, T, N, D), without a
+        gradient."""
+        return backbone_states(clip, video, 1, skip_last=1)[0][:, :, 1:]
+
+    def see(self, clip, video):
+        """video (B, T, 3, H, W) uint8 -> (B, K, D)."""
+        raise AssertionError(f"{type(self).__name__} does not say what it sees")
+
+    def forward(self, seen, question=None, mask=None):
+        """seen (B, K, D) -> (B, K, D_llm). question (B, S, D_llm), mask (B, S) bool: for kinds that depend on
+        it."""
+        return self.mm_projector(seen.to(next(self.mm_projector.parameters()).dtype))
+
+
+class BranchTokens(VideoTokens):
+    """BT-Adapter: the means over time of backbone and of branch, half each; the N patches, then CLS: K = N +
+    1."""
+    reads_branch = True
+
+    def frozen(self, clip, video):
+        return backbone_states(clip, video, self.branch.depth, skip_last=1)      # K of (B, T, 1+N, D)
+
+    def see(self, clip, video):
+        states = self.frozen(clip, video)
+        tokens = self.branch(states, place_embedding(clip))[-1]                          # (B, 1 + N*T, D)
+        backbone, N = states[-1].mean(1), states[-1].shape[2] - 1                        # (B, 1+N, D)
+        patches = tokens[:, 1:].unflatten(1, (N, -1)).mean(2)                            # (B, N, D)
+        return torch.cat([(backbone[:, 1:] + patches) / 2, (backbone[:, :1] + tokens[:, :1]) / 2], dim=1)
+
+
+class MeanTokens(VideoTokens):
+    """Plain LLaVA on the mean frame, blind to order: K = N."""
+    def see(self, clip, video):
+        return self.frozen(clip, video).mean(1)
+
+
+class STPool(VideoTokens):
+    """Video-ChatGPT: a token a frame, its mean over space, then a token a patch, its mean over time: K = T +
+    N."""
+    def see(self, clip, video):
+        patches = self.frozen(clip, video)
+        return torch.cat([patches.mean(2), patches.mean(1)], dim=1)
+
+
+VIDEO_TOKENS = {"branch": BranchTokens, "mean": MeanTokens, "st_pool": STPool}
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+IGNORE_INDEX = -100   # a label that is not learned
+VIDEO_INDEX = -200    # stands in a prompt where the video tokens go
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How a prompt is put together, word for word as the weights were trained with it."""
+    system: str                     # the sentence before the first question
+    user: str = "USER: "            # before a question; the video follows the first one
+    assistant: str = "ASSISTANT:"   # before an answer
+
+
+TEMPLATES = {
+    "vicuna_v1": Template(
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."),
+    "none": Template("")}
+
+
+def prompt_ids(tokenizer, turns, template="vicuna_v1"):
+    """turns [(question, answer)], the last answer may be None -> (ids, labels), lists of int of one length.
+
+    `<s>SYSTEM USER: question\\n<video> ASSISTANT: answer</s>USER: ...`: built turn by turn in one pass, so
+    that what is learned, an answer and its end, is known exactly and nothing has to be found again in the
+    text."""
+    form, ids, labels = TEMPLATES[template], [tokenizer.bos_id], [IGNORE_INDEX]
+
+    def add(text, learned=False, end=()):
+        space = tokenizer.between * (len(ids) > 1)   # some tokenizers put none before a word
+        new = [*tokenizer.encode(space + text), *end] if text else []
+        ids.extend(new)
+        labels.extend(new if learned else [IGNORE_INDEX] * len(new))
+    add(form.system)
+    for i, (question, answer) in enumerate(turns):
+        add(form.user + question + ("\n" if i == 0 else ""))
+        if i == 0:
+            ids.append(VIDEO_INDEX)
+            labels.append(IGNORE_INDEX)
+        add(form.assistant)
+        if answer is not None:
+            add(answer, learned=True, end=[tokenizer.eos_id])
+    return ids, labels
+
+
+# --------------------------------------------------------------------------------------------- the chat model
+class VideoChat(nn.Module):
+    """Video tokens between a start and an end row, in the place of words in the prompt of a LLaMA.
+
+    start_end (2, D_llm): LLaVA's trained <im_start> and <im_end> rows where the weights have them, else the
+    mean of all word embeddings; (0, D_llm) for weights that were trained without, as LLaVA-1.5
+    (marked=False)."""
+    def __init__(self, clip, video_tokens, language_model, tokenizer, marked=True):
+        super().__init__()
+        self.clip, self.video_tokens = clip.requires_grad_(False), video_tokens
+        self.llm, self.tokenizer = language_model, tokenizer
+        words = language_model.model.embed_tokens.weight.detach()
+        rows = last_added(words, tokenizer.vocab_size)
+        if rows is None:
+            rows = words.float().mean(0, keepdim=True).repeat(2, 1)   # (2, D_llm)
+        self.start_end = nn.Parameter(rows[:2 * marked].to(words.dtype).clone())
+
+    def encode_video(self, video):
+        """video (B, T, 3, H, W) uint8 -> video tokens (B, K, D_llm)."""
+        return self.video_tokens(self.video_tokens.see(self.clip, video))
+
+    def splice(self, ids, video_tokens):
+        """ids: list of int with one VIDEO_INDEX; video_tokens (K, D_llm) -> (len(ids) - 1 + K +
+        len(start_end), D_llm)."""
+        at = ids.index(VIDEO_INDEX)
+        words = torch.tensor(ids[:at] + ids[at + 1:], device=video_tokens.device)
+        before, after = self.llm.model.embed_tokens(words).tensor_split([at])
+        return torch.cat([before, self.start_end[:1], video_tokens, self.start_end[1:], after])
+
+    def logits(self, video, prompts):
+        """video (B, T, 3, H, W) uint8; prompts: B pairs (ids, labels) of prompt_ids -> (logits (B, S, V) of
+        the next token at every place; what it should be (B, S), IGNORE_INDEX where that is not learned).
+
+        What is longer than the context is cut."""
+        rows, targets, longest = [], [], self.llm.config.context_length
+        for tokens, (ids, labels) in zip(self.encode_video(video), prompts, strict=True):
+            at, given = ids.index(VIDEO_INDEX), [IGNORE_INDEX] * (len(tokens) + len(self.start_end))
+            rows.append(self.splice(ids, tokens)[:longest])   # (S, D_llm)
+            targets.append(torch.tensor(labels[:at] + given + labels[at + 1:])[1:longest])
+        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)   # (B, S, D_llm): nothing looks right
+        target = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
+        return self.llm(embeds=embeds)[:, :-1], target.to(embeds.device)
+
+    def forward(self, video, prompts):
+        """-> mean cross-entropy over the learned tokens of all processes: this one's share, times their
+        number, because DDP will average where the joined batch needs the sum."""
+        logits, target = self.logits(video, prompts)
+        total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX,
+                                reduction="sum")
+        count = (target != IGNORE_INDEX).sum()
+        if dist.is_initialized():
+            dist.all_reduce(count)
+            total = total * dist.get_world_size()
+        return total / count.clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------------------- branch files
 def read_branch_file(path):
     """A weight file with a branch -> ({released name without prefix: tensor}, tuned).
 
-    Both released layouts: a pretraining checkpoint (`backbone.btadapter_*`, in older files `backbone.timesFPN_*`, beside a
-    whole CLIP), and what chat tuning saves (`model.vision_tower.btadapter_*`, one layer fewer; then `tuned` is True)."""
+    Both released layouts: a pretraining checkpoint (`backbone.btadapter_*`, in older files
+    `backbone.timesFPN_*`, beside a whole CLIP), and what chat tuning saves (`model.vision_tower.btadapter_*`,
+    one layer fewer: `tuned`)."""
     tensors = weightfile.read_file(path)
     tuned = any("vision_tower." in name for name in tensors)
     names = {}
@@ -368,37 +573,49 @@ def read_branch_file(path):
     return names, tuned
 
 
-def load_branch(path, clip, skip_last=0, drop_path=0.0, *, gates=None):
-    """-> Branch in fp32 that fits `clip`. Gates: in the file, the file's; absent from a pretraining file, none (sums, as all
-    released evaluations use it); absent from a tuned file, zeros (tuning never saved them). gates=True or False overrides
-    that: with gates, the file's or zeros; without, whatever the file has. Raises UserError.
+def load_branch(path, clip, skip_last=0, drop_path=0.0):
+    """-> Branch in fp32 that fits `clip`. Raises UserError.
 
-    For chat (skip_last=1) the last layer of a pretraining file is left out: nothing would read it."""
+    Gates: in the file, the file's; absent from a pretraining file, none, so sums, as in all released
+    evaluations; absent from a tuned file, zeros, since tuning never saved them. For chat (skip_last=1) the
+    last layer of a pretraining file is left out: nothing would read it."""
     tensors, tuned = read_branch_file(path)
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("btadapter_S_layers.")})
+    c, depth = clip.config, len({name.split(".")[1] for name in tensors if "btadapter_S_layers." in name})
     if depth == 0:
         raise UserError(f"{path}: holds no BT-Adapter branch (no btadapter_S_layers.*)")
     if tuned and not skip_last:
-        raise UserError(f"{path}: a branch tuned for chat, {depth} layers; retrieval needs a branch file from pretraining")
+        raise UserError(f"{path}: tuned for chat, {depth} layers; retrieval needs a branch from pretraining")
     used = depth if tuned else depth - skip_last
-    c = clip.config
     if not 1 <= used <= c.vision_layers:
-        raise UserError(f"{path}: a branch of {depth} layers, {used} of them in use, does not fit a CLIP of {c.vision_layers}")
-    gated = tuned or "balance1" in tensors if gates is None else gates
-    positions, = tensors.get("btadapter_time_embed.weight", torch.empty(0)).shape[:1] or (0,)
-    if positions < 1:
-        raise UserError(f"{path}: its btadapter_time_embed.weight has no row; is this a BT-Adapter branch?")
-    with weightfile.shapes_only():   # stochastic depth: each layer keeps its rate where the last layer is left out
-        branch = Branch(c.vision_width, c.vision_heads, c.vision_mlp, used, gated, positions,
-                        drop_path * max(0, used - 1) / max(1, used + skip_last - 1))
-    wanted = {name: t.float() for name, t in tensors.items() if name.startswith(("btadapter_", "balance")[:1 + gated])
-              and name != "btadapter_pos_embed"   # an unused leftover in files of the predecessor
-              and not re.match(rf"btadapter_[ST]_layers\.{used}\.", name)}
-    if gated and (tuned or gates):
+        raise UserError(f"{path}: {used} layers in use of {depth}, for a CLIP of {c.vision_layers}")
+    gated = tuned or "balance1" in tensors
+    positions = max(1, len(tensors.get("btadapter_time_embed.weight", ())))
+    # where the last layer is left out, the others keep their rate of stochastic depth
+    rate = drop_path * max(0, used - 1) / max(1, used + skip_last - 1)
+    with weightfile.shapes_only():
+        branch = Branch(c.vision_width, c.vision_heads, c.vision_mlp, used, gated, positions, rate)
+    unused = re.compile(rf"btadapter_([ST]_layers\.{used}\.|pos_embed$)")   # the latter: of the predecessor
+    wanted = {name: t.float() for name, t in tensors.items()
+              if name.startswith(("btadapter_", "balance")) and not unused.match(name)}
+    if tuned:
         wanted = {"balance1": torch.zeros(c.vision_width), "balance2": torch.zeros(c.vision_width), **wanted}
-    width = tensors.get("btadapter_S_layers.0.layer_norm1.weight", torch.empty(0)).numel()
-    return weightfile.load_into(branch, wanted, path, reason=None if width in (0, c.vision_width) else (
-        f"it looks like a branch for a CLIP {width} wide{' (EVA-CLIP-g)' if width == 1408 else ''}; this one is {c.vision_width}"))
+    return weightfile.load_into(branch, wanted, path)
+
+
+def branch_tensors(branch, prefix, dtype=torch.float32):
+    """A branch under its released names: prefix `backbone.` (pretraining) or `model.vision_tower.` (chat
+    tuning).
+
+    dtype: of all but the gates, whose small numbers matter."""
+    return {prefix + name: t.detach().cpu().to(t.dtype if name.startswith("balance") else dtype)
+            for name, t in branch.state_dict().items()}
+
+
+def fingerprint(encoder):
+    digest = hashlib.sha256()
+    for name, t in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tuple(t.shape)}".encode() + t.flatten()[::max(1, t.numel() // 64)].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_encoder(folder, branch_file, device):
@@ -408,228 +625,152 @@ def load_encoder(folder, branch_file, device):
     return VideoEncoder(clip.float(), branch).to(device).eval(), tokenizer
 
 
-def fingerprint(encoder):
-    """A word for the weights, the same for the same numbers. 64 numbers of each tensor will do: training moves all of them."""
-    digest = hashlib.sha256()
-    for name, t in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {tuple(t.shape)}".encode() + t.flatten()[::max(1, t.numel() // 64)].cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def branch_tensors(branch, prefix, dtype=torch.float32):
-    """A branch under its released names: prefix `backbone.` (pretraining) or `model.vision_tower.` (chat tuning).
-
-    dtype: of all but the gates, whose small numbers matter."""
-    return {prefix + name: t.detach().cpu().to(t.dtype if name.startswith("balance") else dtype)
-            for name, t in branch.state_dict().items()}
-
-
-# ---------------------------------------------------------------------------------------------------- video tokens
-def branch_tokens(encoder, video):
-    """BT-Adapter: the means over time of backbone and of branch, half each; the N patches, then CLS -> (B, N+1, D)."""
-    states = encoder.backbone_states(video, encoder.branch.depth)
-    position_embedding = encoder.clip.vision_model.embeddings.position_embedding.weight
-    tokens = encoder.branch(states, position_embedding)[-1]                            # (B, 1 + N*T, D)
-    backbone, N = states[-1].mean(1), states[-1].shape[2] - 1                          # (B, 1+N, D)
-    patches = tokens[:, 1:].unflatten(1, (N, -1)).mean(2)                              # (B, N, D)
-    return torch.cat([(backbone[:, 1:] + patches) / 2, (backbone[:, :1] + tokens[:, :1]) / 2], dim=1)
-
-
-def mean_tokens(encoder, video):
-    """Plain LLaVA on the mean frame, blind to order: the mean over time of CLIP's patches -> (B, N, D)."""
-    return encoder.backbone_states(video, 1)[0][:, :, 1:].mean(1)
-
-
-def st_pool_tokens(encoder, video):
-    """Video-ChatGPT: a token a frame (its mean over space), then a token a patch (its mean over time) -> (B, T+N, D)."""
-    patches = encoder.backbone_states(video, 1)[0][:, :, 1:]   # (B, T, N, D)
-    return torch.cat([patches.mean(2), patches.mean(1)], dim=1)
-
-
-VIDEO_TOKENS = {"branch": branch_tokens, "mean": mean_tokens, "st_pool": st_pool_tokens}
-
-
-# ---------------------------------------------------------------------------------------------------- prompts
-IGNORE_INDEX = -100   # a label that is not learned
-VIDEO_INDEX = -200    # stands in a prompt where the video tokens go
-SYSTEMS = {   # the sentence before the first question, word for word as each model was trained with it
-    "vicuna_v1": "A chat between a curious user and an artificial intelligence assistant. "
-                 "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    "none": ""}
-
-
-def prompt_ids(tokenizer, turns, system="vicuna_v1"):
-    """turns [(question, answer)], the last answer may be None -> (ids, labels), lists of int of one length.
-
-    `<s>SYSTEM USER: question\\n<video> ASSISTANT: answer</s>USER: ...`: built piece by piece in one pass, so that what is
-    learned (an answer and its end) is known exactly and nothing has to be found again in the text. The video follows
-    the first question, as in Video-ChatGPT's evaluation."""
-    ids, labels = [], []
-
-    def encode(text):   # after the first word, with the space that a tokenizer does not put there by itself
-        return tokenizer.encode(tokenizer.between * (len(ids) > 1) + text)
-
-    def add(new, learn=False):
-        ids.extend(new)
-        labels.extend(new if learn else [IGNORE_INDEX] * len(new))
-
-    add([tokenizer.bos_id])
-    if SYSTEMS[system]:
-        add(encode(SYSTEMS[system]))
-    for i, (question, answer) in enumerate(turns):
-        add(encode(f"USER: {question}" + ("\n" if i == 0 else "")))
-        if i == 0:
-            add([VIDEO_INDEX])
-        add(encode("ASSISTANT:"))
-        if answer is not None:
-            add(encode(answer) + [tokenizer.eos_id], learn=True)
-    return ids, labels
-
-
-# ---------------------------------------------------------------------------------------------------- the chat model
-class VideoChat(nn.Module):
-    """Video tokens, projected into the embedding space of a LLaMA between a start and an end row, inside a prompt.
-
-    tokens: a key of VIDEO_TOKENS. start_end (2, D_llm): LLaVA's trained <im_start> and <im_end> rows where the weights have
-    them, else the mean of all word embeddings; (0, D_llm) for weights that were trained without (marked=False, LLaVA-1.5)."""
-    def __init__(self, encoder, mm_projector, llm, tokenizer, tokens="branch", marked=True):
-        super().__init__()
-        self.encoder, self.mm_projector, self.llm, self.tokenizer, self.tokens = encoder, mm_projector, llm, tokenizer, tokens
-        words = llm.model.embed_tokens.weight.detach()
-        rows = last_added(words, tokenizer.vocab_size)
-        if rows is None:
-            rows = words.float().mean(0, keepdim=True).repeat(2, 1)   # (2, D_llm)
-        self.start_end = nn.Parameter(rows[:2 * marked].to(words.dtype).clone())
-
-    def encode_video(self, video):
-        """video (B, T, 3, H, W) -> video tokens (B, K, D_llm); K does not depend on T (but for st_pool)."""
-        return self.mm_projector(VIDEO_TOKENS[self.tokens](self.encoder, video).to(self.start_end.dtype))
-
-    def splice(self, ids, video_tokens):
-        """ids: list of int with one VIDEO_INDEX; video_tokens (K, D_llm) -> embeddings (len(ids) - 1 + K + len(start_end), D_llm)."""
-        at = ids.index(VIDEO_INDEX)
-        before, after = (self.llm.model.embed_tokens(torch.tensor(part, dtype=torch.long, device=video_tokens.device))
-                         for part in (ids[:at], ids[at + 1:]))
-        return torch.cat([before, self.start_end[:1], video_tokens, self.start_end[1:], after])
-
-    def logits(self, video, prompts):
-        """video (B, T, 3, H, W); prompts: B pairs (ids, labels) of prompt_ids -> logits (B, S, V) of the next token at every
-        place, and what it should be (B, S), IGNORE_INDEX where that is not learned. What is longer than the context is cut."""
-        rows, targets, longest = [], [], self.llm.config.context_length
-        for tokens, (ids, labels) in zip(self.encode_video(video), prompts, strict=True):
-            at = ids.index(VIDEO_INDEX)
-            rows.append(self.splice(ids, tokens)[:longest])   # (S, D_llm)
-            targets.append(torch.tensor(labels[:at] + [IGNORE_INDEX] * (len(tokens) + len(self.start_end)) + labels[at + 1:])[1:longest])
-        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)   # (B, S, D_llm): padded on the right, where nothing looks
-        target = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
-        return self.llm(embeds=embeds)[:, :-1], target.to(embeds.device)
-
-    def forward(self, video, prompts):
-        """-> mean cross-entropy over the learned tokens of all processes: this one's share, times their number, because DDP
-        will average where the joined batch needs the sum."""
-        logits, target = self.logits(video, prompts)
-        total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-        count = (target != IGNORE_INDEX).sum()
-        if dist.is_initialized():
-            dist.all_reduce(count)
-            total = total * dist.get_world_size()
-        return total / count.clamp(min=1)
-
-
+# ----------------------------------------------------------------------------------------- folders of weights
 def make_projector(tensors, visual, width, source):
     """{weight, bias} -> Linear; {0.weight, 0.bias, 2.weight, 2.bias} (LLaVA-1.5) -> Linear, GELU, Linear."""
     if not tensors:
         raise UserError(f"{source}: holds no mm_projector; this is a LLaMA, not a LLaVA")
-    module = nn.Linear(visual, width) if "weight" in tensors else nn.Sequential(
-        nn.Linear(visual, width), nn.GELU(), nn.Linear(width, width))
-    first = tensors.get("weight", tensors.get("0.weight", torch.empty(0)))
-    return weightfile.load_into(module, tensors, source, reason=None if first.shape == (width, visual) or first.ndim != 2 else
-                                f"it looks like a projector from a CLIP {first.shape[1]} wide into a LLaMA {first.shape[0]} wide; "
-                                f"these are {visual} and {width}")
-
-
-def part(tensors, prefix):
-    """The tensors whose names start with `prefix`, without it."""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    module = nn.Linear(visual, width)
+    if "weight" not in tensors:
+        module = nn.Sequential(module, nn.GELU(), nn.Linear(width, width))
+    return weightfile.load_into(module, tensors, source)
 
 
 def projector_part(tensors):
-    """The mm_projector among {name: tensor}, under LLaVA's name or Video-ChatGPT's, the same without `model.`; {} if none."""
-    return part(tensors, "model.mm_projector.") or part(tensors, "mm_projector.")
+    """The mm_projector among {name: tensor}, under LLaVA's name or Video-ChatGPT's, without `model.`; {} if
+    none."""
+    names = {name: name.removeprefix("model.").split("mm_projector.") for name in tensors}
+    return {parts[1]: tensors[name] for name, parts in names.items() if parts[0] == "" and len(parts) == 2}
 
 
 def last_added(words, vocab_size):
-    """The start and end row, the last two of words (V, D_llm), or None. LLaVA appends <im_patch>, <im_start>, <im_end> to the tokenizer's
-    words, its v0 before them <pad>, and Video-ChatGPT the same three for videos; dozens of rows more are a table filled up to a round size."""
+    """The start and end row, the last two of words (V, D_llm), or None. LLaVA appends <im_patch>, <im_start>,
+    <im_end> to the tokenizer's words, its v0 a <pad> before them, and Video-ChatGPT the same three for
+    videos. Dozens of rows more are a table filled up to a round size."""
     return words[-2:] if 2 <= len(words) - vocab_size <= 8 else None
 
 
 def start_end_rows(tensors, vocab_size):
-    """(2, D_llm) or None: the start and end row among {name: tensor}. Our own files name the two; the released ones hold all
-    word embeddings, with the two among them."""
+    """(2, D_llm) or None: the start and end row among {name: tensor}. Our own files name the two; the
+    released ones hold all word embeddings, with the two among them."""
     rows = tensors.get("model.video_start_end.weight")
     words = tensors.get("model.embed_tokens.weight", tensors.get("embed_tokens.weight"))
     return rows if rows is not None or words is None or words.ndim != 2 else last_added(words, vocab_size)
 
 
 def is_marked(llava):
-    """Whether a LLaVA in this folder was trained with a start and an end row around a picture: LLaVA-1.5 says that it was not."""
-    settings = os.path.join(llava, "config.json")   # Meta's folders have none
-    return not os.path.exists(settings) or bool(weightfile.read_json(settings).get("mm_use_im_start_end", True))
+    """Whether a LLaVA was trained with a start and an end row. LLaVA-1.5 says that it was not; Meta's folders
+    have no config.json."""
+    path = os.path.join(llava, "config.json")
+    return bool(weightfile.read_json(path).get("mm_use_im_start_end", True)) if os.path.exists(path) else True
 
 
-def chat_parts(folder):
-    """-> the paths of what load_chat looks for in a folder of weights. Raises UserError."""
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder of weights; it needs clip, llava and branch.pth, see README.md")
-    return [os.path.join(folder, name) for name in ("clip", "llava", "branch.pth", "mm_projector.bin", "chat.bin")]
+LONGEST = 8192   # tokens of a conversation, also where a LLaMA reads more: its KV cache must fit
 
 
-def read_sizes(folder):
-    """-> (CLIPConfig, LLaMAConfig) of what load_chat would make of a folder, from headers alone. Raises UserError."""
-    clip, llava, *_ = chat_parts(folder)
-    return read_clip_config(clip), read_llama_config(llava)
+@dataclasses.dataclass
+class OpenChat:
+    """A folder of weights that has been opened: its tensors are mapped from the files and take no memory
+    yet."""
+    chat: VideoChat
+    tokens: str    # its kind of video tokens
+    words: str     # what else it is
+    llava: str     # the folder of its LLaMA
+    state: list    # of that folder, from before it was read
+
+    def need(self, dtype, scheme, device, num_frames):
+        """{part: bytes} of a chat about `num_frames` frames, with the arguments of load: the sizes of its
+        tensors, and a video roughly. The KV cache is counted as full, so that no conversation ends in the
+        middle."""
+        chat, c, number = self.chat, self.chat.clip.config, dtype.itemsize
+        frame = (1 + c.patch_tokens) * c.vision_width   # numbers that a layer says about a frame
+        # as measured: within CLIP 36 numbers for each of them, in the branch 70 bytes
+        looking = min(num_frames, frames_at_once(c, device)) * frame * 36 * number
+        branch = num_frames / -(-num_frames // 64) * frame * 70 * chat.video_tokens.reads_branch
+        kept = 2 * chat.video_tokens.depth * frame * number + 3 * c.image_size ** 2 + 3 * THUMBNAIL ** 2
+        longest = min(chat.llm.config.context_length, LONGEST)
+        kv_cache = llm.KVCache(chat.llm.config, 1, longest, "meta", dtype)
+        return {"LLaMA": quant.nbytes(chat.llm, scheme, dtype),
+                "CLIP": quant.nbytes(chat.clip, "int8" if clip_in_int8(scheme, device) else None, dtype),
+                "video tokens": quant.nbytes(chat.video_tokens, None, dtype),
+                "video": int(looking + branch + num_frames * kept),
+                "KV cache": sum(t.nbytes for t in (*kv_cache.k, *kv_cache.v))}
+
+    def load(self, dtype=torch.float32, scheme=None, device=torch.device("cpu")):
+        """-> the VideoChat in its final precision, in eval mode. scheme: a key of quant.SCHEMES for the
+        LLaMA, or None; dtype is that of all else."""
+        chat = self.chat
+        if scheme:
+            chat.llm = quant.quantized(chat.llm, scheme, self.llava, self.state)
+        if clip_in_int8(scheme, device):
+            quant.quantize(chat.clip.vision_model, "int8")
+        return chat.to(device=device, dtype=dtype).eval()
 
 
-def load_chat(folder, tokens="branch", tuned=True, dtype=torch.float32, device=None, *, quantize=None, base=None, gates=None):
-    """A folder of weights -> (VideoChat, eval mode; what it is, in words). Raises UserError.
+def clip_in_int8(scheme, device):
+    """Beside a rounded LLaMA on a CPU, CLIP is int8: 100 frames cost four times as much as a prompt."""
+    return scheme in ("int8", "int4") and device.type == "cpu"
+
+
+def open_chat(folder, tokens=None, branch=None, tuned=None):
+    """A folder of weights -> OpenChat. Raises UserError; where parts are missing, it names all of them.
 
     clip              CLIP: a Hugging Face folder, or OpenAI's ViT-L-14.pt under this name
-    llava             LLaVA: a Hugging Face folder; or, with a projector elsewhere, any LLaMA in Hugging Face's or Meta's layout
-    branch.pth        a branch, from pretraining or tuned for chat (needed for tokens="branch")
+    llava             LLaVA: a Hugging Face folder; or, with a projector elsewhere, any LLaMA in either layout
+    branch.pth        a branch, from pretraining or tuned for chat, for the kind `branch`
     mm_projector.bin  optional: a projector of LLaVA or Video-ChatGPT; it counts before the one inside llava
-    chat.bin          optional: what chat tuning learned (branch, mm_projector, start and end rows); it counts before all of
-                      these, and tuned=False passes it by
-    base: the folder of the LLaMA that llava adds to, where llava holds delta weights. gates: see load_branch.
-    quantize: a key of quant.SCHEMES for the language model, or None; dtype is that of all else, None for what the files have,
-    without a copy. device: where it goes, tensor by tensor; None: nowhere, it stays in the CPU's memory or in the files."""
-    clip_path, llava, branch_file, projector_file, chat_file = chat_parts(folder)
-    clip = load_clip_model(clip_path).image_only()
-    llm, tokenizer, extra = load_llama(llava, quantize=quantize, base=base)
-    learned = weightfile.read_file(chat_file) if tuned and os.path.exists(chat_file) else {}
+    chat.bin          optional: what chat tuning learned for one kind of tokens; it counts before all of these
+
+    tokens: a key of VIDEO_TOKENS; None: what chat.bin was tuned for, else `branch`. branch, tuned: files in
+    the place of branch.pth and chat.bin; tuned=False passes chat.bin by, the zero-shot setting."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder of weights; it needs clip, llava and branch.pth")
+    names = "clip", "llava", "branch.pth", "mm_projector.bin", "chat.bin"
+    clip_path, llava, in_folder, projector_file, chat_file = (os.path.join(folder, name) for name in names)
     given = weightfile.read_file(projector_file) if os.path.exists(projector_file) else {}
-    for file, t in ((chat_file, learned), (projector_file, given)):
-        if t and not projector_part(t):
-            raise UserError(f"{file}: holds no mm_projector; {weightfile.likely_reason([], t, [])}")
-    if any("btadapter" in name for name in learned):
-        branch_file = chat_file
-    branch = load_branch(branch_file, clip, skip_last=1, gates=gates) if tokens == "branch" else None
-    source = next((file for file, t in ((chat_file, learned), (projector_file, given)) if projector_part(t)), llava)
-    projector = projector_part(learned) or projector_part(given) or projector_part(extra)
-    mm_projector = make_projector(projector, clip.config.vision_width, llm.config.width, source)
-    chat = VideoChat(VideoEncoder(clip, branch, skip_last=1), mm_projector, llm, tokenizer, tokens, is_marked(llava)).requires_grad_(False)
-    for file, t in ((projector_file, given), (chat_file, learned)):   # the later one counts
-        rows = start_end_rows(t, tokenizer.vocab_size)
-        if rows is not None:
-            if rows.shape not in ((2, llm.config.width), (0, llm.config.width)):
-                raise UserError(f"{file}: its start and end rows are {tuple(rows.shape)}, this LLaVA needs (2, {llm.config.width})")
+    chat_file, learned, learned_for = tuned or chat_file, {}, None
+    if tuned or tuned is None and os.path.exists(chat_file):
+        learned = weightfile.read_file(chat_file)
+        with_branch = any("btadapter" in name for name in learned)
+        learned_for = weightfile.read_metadata(chat_file).get("tokens", "branch" if with_branch else None)
+        in_folder = chat_file if with_branch else in_folder
+    for file, tensors in ((chat_file, learned), (projector_file, given)):
+        if tensors and not projector_part(tensors):
+            raise UserError(f"{file}: holds no mm_projector; {weightfile.likely_reason([], tensors, [])}")
+    tokens = tokens or learned_for or "branch"
+    kind, branch_file = VIDEO_TOKENS[tokens], branch or in_folder
+    needed = {"clip": clip_path, "llava": llava} | ({"branch": branch_file} if kind.reads_branch else {})
+    missing = [f"{os.path.basename(path)} (python -m weights get {name})" for name, path in needed.items()
+               if not os.path.exists(path)]
+    if missing:
+        raise UserError(f"{folder}: lacks {', '.join(missing)}")
+    state, clip = state_of(llava), load_clip_model(clip_path).image_only()
+    language_model, tokenizer, extra = llm.load_llama(llava)
+    width = language_model.config.width
+    projector, source = next(((found, file) for tensors, file in
+                              ((learned, chat_file), (given, projector_file), (extra, llava))
+                              if (found := projector_part(tensors))), ({}, llava))
+    mm_projector = make_projector(projector, clip.config.vision_width, width, source)
+    branch = load_branch(branch_file, clip, skip_last=1) if kind.reads_branch else None
+    chat = VideoChat(clip, kind(mm_projector, branch), language_model, tokenizer, is_marked(llava))
+    for file, tensors in ((projector_file, given), (chat_file, learned)):   # the later one counts
+        if (rows := start_end_rows(tensors, tokenizer.vocab_size)) is not None:
+            if rows.shape not in ((2, width), (0, width)):
+                raise UserError(f"{file}: start and end rows of {tuple(rows.shape)}, needed are (2, {width})")
             chat.start_end.data = rows
-    return chat.to(device=device, dtype=dtype).eval(), "tuned on video" if learned else "without chat.bin"
+    words = f"tuned for {learned_for or 'video'}" if learned else "without chat.bin"
+    chat.requires_grad_(False)
+    words += f", used with {tokens}" * (learned_for not in (None, tokens))
+    return OpenChat(chat, tokens, words, llava, state)
 
 
-def chat_tensors(chat, dtype):
-    """What chat tuning learns, under the released names (the two rows apart: the released file holds all word embeddings)."""
-    tensors = branch_tensors(chat.encoder.branch, "model.vision_tower.", dtype) if chat.encoder.branch else {}
-    rows = {f"model.mm_projector.{name}": t for name, t in chat.mm_projector.state_dict().items()}
-    rows["model.video_start_end.weight"] = chat.start_end
-    return tensors | {name: t.detach().cpu().to(dtype) for name, t in rows.items()}
+def save_chat(path, chat, dtype=torch.float16):
+    """Writes a chat.bin: what chat tuning learned, under the released names, and the kind of tokens that it
+    is for. The two rows stand apart: the released file holds all word embeddings."""
+    kind = next(name for name, kind in VIDEO_TOKENS.items() if type(chat.video_tokens) is kind)
+    branch, projector = chat.video_tokens.branch, chat.video_tokens.mm_projector.state_dict()
+    tensors = {f"model.mm_projector.{name}": t for name, t in projector.items()}
+    tensors["model.video_start_end.weight"] = chat.start_end
+    tensors = {name: t.detach().cpu().to(dtype) for name, t in tensors.items()}
+    tensors |= branch_tensors(branch, "model.vision_tower.", dtype) if branch else {}
+    weightfile.write_safetensors(path, tensors, {"tokens": kind})

@@ -306,7 +306,7 @@ def main(cfg):
         pixels, ids = (batch[key][:count].to(device, non_blocking=True) for key in ("pixels", "ids"))
         training.seed_step(cfg.seed, step)   # one draw of masks for the whole batch: the same for any number of processes
         kept = tube_mask(cfg.batch_size, clip.config.patch_tokens, cfg.mask_ratio)[here.rank::here.size][:count].to(device)
-        parts = [model.look(p, i, k) for p, i, k in zip(*(x.split(cfg.micro_batch or count) for x in (pixels, ids, kept)))]
+        parts = [model.see(p, i, k) for p, i, k in zip(*(x.split(cfg.micro_batch or count) for x in (pixels, ids, kept)))]
         views, text = list(zip([states for states, _ in parts], kept.split(cfg.micro_batch or count))), torch.cat([t for _, t in parts])
         lr = cfg.lr * lr_share(step, epoch_steps, steps, cfg.anneal)
         for group in optimizer.param_groups:

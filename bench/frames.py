@@ -37,6 +37,7 @@ from plumbing import cli, pictures
 # They return RGB pictures, uint8 (T, H, W, 3): the frames on the screen at the middles of `count` equal stretches of time.
 def ours(path, count, size=None):
     import numpy
+
     import data
     return numpy.stack([picture.permute(1, 2, 0).numpy() for _, picture in data.sample_frames(path, count, "uniform", size=size)])
 

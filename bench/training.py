@@ -35,7 +35,7 @@ def training_steps(precision, mask_ratio, checkpointed, count, sizes):   # sent 
     for _ in range(count):
         kept = model.tube_mask(2, c.patch_tokens, mask_ratio)
         moments = [clock()]
-        states, text = learner.look(video, ids, kept)
+        states, text = learner.see(video, ids, kept)
         moments.append(clock())
         optimizer.zero_grad()
         pretrain.backward(learner, [(states, kept)], text, [1, 0.1, 0.8], scaler, torch.manual_seed, dtype)

@@ -73,14 +73,14 @@ def state_of(path):
 
     This is what "the same file as before" means everywhere. Take it before you read. Raises UserError."""
     try:
-        path = os.path.realpath(path)
-        if os.path.isdir(path):
-            names = [name for name in sorted(os.listdir(path)) if not name.startswith(("quantised_", "."))]
-            return [state_of(os.path.join(path, name)) for name in names]
-        status = os.stat(path)
+        real = os.path.realpath(path)
+        if os.path.isdir(real):
+            names = [name for name in sorted(os.listdir(real)) if not name.startswith(("quantised_", "."))]
+            return [state_of(os.path.join(real, name)) for name in names]
+        status = os.stat(real)
     except (OSError, ValueError) as e:   # ValueError: a NUL in the name
         raise UserError(f"{path}: {getattr(e, 'strerror', e)}")
-    return [os.fsencode(path).decode(errors="backslashreplace"), status.st_size, status.st_mtime_ns]
+    return [os.fsencode(real).decode(errors="backslashreplace"), status.st_size, status.st_mtime_ns]
 
 
 def code_of(*modules):

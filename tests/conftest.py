@@ -17,8 +17,8 @@ from llm import LLaMA, LLaMAConfig, save_llama  # noqa: E402
 from model import Branch, branch_tensors  # noqa: E402
 from plumbing import training  # noqa: E402
 from small import CORPUS, write_branch, write_clip, write_llava, write_video  # noqa: E402
-from toy.tiny_models import train_tokenizer  # noqa: E402
 from toy import world as shapes  # noqa: E402
+from toy.tiny_models import train_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -85,4 +85,4 @@ def video(tmp_path_factory):
 
 @pytest.fixture
 def session(weights, video):
-    return chat.Session(chat.Config(video, weights=weights, max_new_tokens=12))
+    return chat.begin(chat.Config(video, weights=weights, max_new_tokens=12))

@@ -1,4 +1,5 @@
 """chat.py, driven as people and scripts drive it: on a pseudo-terminal, through pipes, and with all that can be wrong."""
+import inspect
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -15,12 +17,14 @@ import torch
 from PIL import Image
 
 import chat
+import clip
 import data
+import model
+import plumbing.video
 from model import Branch, branch_tensors
-from plumbing import cli, memory
+from plumbing import cli
 from plumbing.cli import UserError
 from plumbing.training import save_checkpoint
-from plumbing.weightfile import read_file, write_safetensors
 from small import write_branch, write_clip, write_llava, write_video
 from toy import world as shapes
 
@@ -112,7 +116,7 @@ def test_sampling_with_the_same_seed_repeats_itself_and_another_seed_differs(cal
 
 
 def test_the_answer_depends_on_the_video(weights, video, tmp_path):
-    session = chat.Session(chat.Config(video, weights=weights))
+    session = chat.begin(chat.Config(video, weights=weights))
     before = session.video_tokens
     session.open(write_video(tmp_path / "other.mp4", seconds=1))
     assert before.shape == session.video_tokens.shape and not torch.equal(before, session.video_tokens)
@@ -148,14 +152,14 @@ def test_what_editors_on_windows_begin_a_file_with_is_no_part_of_a_question(call
 def test_a_video_that_alone_fills_the_context_is_told_by_its_frames(weights, video, tokenizer_model, tmp_path):
     folder = shutil.copytree(weights, tmp_path / "w")
     write_llava(folder / "llava", tokenizer_model, context=40)
-    session = chat.Session(chat.Config(video, weights=str(folder), tokens="st_pool", num_frames=60))
-    with pytest.raises(UserError, match=r"no room for an answer: .* are the video's; choose fewer --num_frames"):
+    session = chat.begin(chat.Config(video, weights=str(folder), tokens="st_pool", num_frames=60))
+    with pytest.raises(UserError, match=r"no room for an answer: .* are the video's; use fewer --num_frames"):
         session.ask("what?", silent)
 
 
 def test_json_is_refused_where_someone_talks(monkeypatch):
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
-    with pytest.raises(UserError, match="^--json: is for -q and for questions on standard input"):
+    with pytest.raises(UserError, match="^--json: is for -q and piped questions"):
         chat.main(chat.Config(json=True))
 
 
@@ -206,7 +210,7 @@ def test_no_tuned_leaves_out_what_was_tuned_on_video(call, weights, video, tmp_p
     options = ("-q", "what?", "--max_new_tokens", 30)
     tuned, zero_shot, plain = (call(video, "--weights", w, *options, *more)
                                for w, more in ((folder, ()), (folder, ("--no-tuned",)), (weights, ())))
-    assert "tuned on video)" in tuned[2] and "without chat.bin" in zero_shot[2]
+    assert "(tuned for branch)" in tuned[2] and "without chat.bin" in zero_shot[2]
     assert tuned[1] != zero_shot[1] == plain[1]
 
 
@@ -223,9 +227,9 @@ def test_where_the_llama_is_quantised_clip_looks_in_int8_and_sees_nearly_the_sam
     seen = {}
     for scheme in ("none", "int8"):
         config = chat.Config(video=str(video), weights=str(shutil.copytree(weights, tmp_path / scheme)), quantize=scheme, cache=False, device="cpu")
-        session = chat.Session(config)
+        session = chat.begin(config)
         seen[scheme] = session.video_tokens
-        linears = [m for m in session.chat.encoder.clip.vision_model.modules() if isinstance(m, torch.nn.Linear)]
+        linears = [m for m in session.chat.clip.vision_model.modules() if isinstance(m, torch.nn.Linear)]
         assert bool(linears) == (scheme == "none")
     assert 0 < (seen["int8"] - seen["none"]).norm() / seen["none"].norm() < 0.05
 
@@ -236,27 +240,13 @@ def test_every_precision_answers(call, weights, video, dtype):
     assert code == 0 and out.strip()
 
 
-def test_delta_weights_answer_as_the_whole_ones(call, weights, video, tmp_path):
-    folder, llava = shutil.copytree(weights, tmp_path / "w"), os.path.join(weights, "llava")
-    whole = read_file(os.path.join(llava, "model.safetensors"))
-    shutil.copytree(llava, tmp_path / "base")
-    base = {name: (t.float() * 0.5 if "norm" not in name else t.float() + 0.01).half() for name, t in whole.items()}
-    write_safetensors(tmp_path / "base" / "model.safetensors", {name: t for name, t in base.items() if "mm_projector" not in name})
-    delta = {name: t if "mm_projector" in name else (t.float() - base[name].float()).half() for name, t in whole.items()}
-    write_safetensors(folder / "llava" / "model.safetensors", delta)
-    options = ("-q", "what?", "--max_new_tokens", 20)
-    assert refused(call(video, "--weights", folder, *options), folder, "a delta", "--base")
-    assert call(video, "--weights", folder, "--base", tmp_path / "base", *options)[:2] == call(video, "--weights", weights, *options)[:2]
-
-
-def test_num_frames_is_8_for_small_pictures_and_100_from_224_pixels_on_unless_it_is_given(call, weights, video):
-    assert (memory.usual_frames(64), memory.usual_frames(224), memory.usual_frames(336)) == (8, 100, 100)
+def test_num_frames_is_8_for_small_pictures_unless_it_is_given(call, weights, video):
     options = (video, "--weights", weights, "-q", "what?", "--max_new_tokens", 3)
     assert "8 frames" in call(*options)[2] and "3 frames" in call(*options, "--num_frames", 3)[2]
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--tokens", "magic"], ["--tokens magic", "branch, mean, st_pool"]), (["--system", "x"], ["--system x", "vicuna_v1"]),
+    (["--tokens", "magic"], ["--tokens magic", "branch, mean, st_pool"]), (["--template", "x"], ["--template x", "vicuna_v1"]),
     (["--num_frames", "0"], ["--num_frames 0", "at least 1"]), (["--max_new_tokens", "0"], ["--max_new_tokens 0"]),
     (["--seed", "-1"], ["--seed -1"]), (["--temperature", "-1"], ["--temperature -1"]), (["--dtype", "int3"], ["--dtype int3", "bf16"]),
     (["--quantize", "int2"], ["--quantize int2", "int8"]), (["-q", " "], ["--question"])])
@@ -266,7 +256,7 @@ def test_a_setting_that_cannot_be_is_refused(call, weights, video, flags, words)
 
 
 def test_ctrl_c_while_loading_exits_with_130(call, weights, video, monkeypatch):
-    monkeypatch.setattr(chat, "load_chat", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(chat, "open_chat", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert call(video, "--weights", weights, "-q", "what?") == (130, "", "chat.py: interrupted\n")
 
 
@@ -308,7 +298,7 @@ def test_an_answer_that_fills_the_context_is_said_to_be_cut_and_the_next_questio
         weights, video, tokenizer_model, tmp_path, capsys):
     folder = shutil.copytree(weights, tmp_path / "w")
     write_llava(folder / "llava", tokenizer_model, context=200)
-    session, pieces = chat.Session(chat.Config(video, weights=str(folder), max_new_tokens=1000)), []
+    session, pieces = chat.begin(chat.Config(video, weights=str(folder), max_new_tokens=1000)), []
     session.ask("what?", pieces.append)
     assert "".join(pieces).strip() and "fill the 200 tokens" in capsys.readouterr().err
     session.ask("and then?", pieces.append)
@@ -323,7 +313,7 @@ def short(weights, video, tokenizer_model, tmp_path):
     """A chat whose LLaMA reads 300 tokens: room for about three turns."""
     folder = shutil.copytree(weights, tmp_path / "w")
     write_llava(folder / "llava", tokenizer_model, context=300)
-    return chat.Session(chat.Config(video, weights=str(folder), max_new_tokens=24))
+    return chat.begin(chat.Config(video, weights=str(folder), max_new_tokens=24))
 
 
 def test_the_oldest_turns_are_forgotten_one_by_one_and_the_next_answer_is_as_if_they_had_never_been(short, monkeypatch, capsys):
@@ -423,7 +413,7 @@ def test_nothing_of_one_video_is_remembered_with_another(session, weights, tmp_p
     other = str(tmp_path / "other.mp4")
     shapes.write_video(other, [np.full((64, 64, 3), 200, np.uint8)] * 12)
     said = []
-    for opened in (session, chat.Session(chat.Config(other, weights=weights, max_new_tokens=12))):
+    for opened in (session, chat.begin(chat.Config(other, weights=weights, max_new_tokens=12))):
         if opened is session:
             session.ask("What is this?", silent)
             session.open(other)
@@ -448,8 +438,8 @@ def test_stats_of_an_answer_of_one_token(session, capsys):
 
 
 def test_large_frames_are_kept_small(weights, tmp_path):
-    session = chat.Session(chat.Config(write_video(tmp_path / "large.mp4", 640, 360, 1), weights=weights))
-    assert session.frames.shape == (8, 3, 135, 240) and session.frames.dtype == torch.uint8
+    session = chat.begin(chat.Config(write_video(tmp_path / "large.mp4", 640, 360, 1), weights=weights))
+    assert session.seen.frames.shape == (8, 3, 135, 240) and session.seen.frames.dtype == torch.uint8
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -476,7 +466,7 @@ def test_a_conversation_is_saved_as_json_and_replaces_only_such_a_file(session, 
         assert chat.obey(session, f"/save {path}")
         saved = json.loads(path.read_text())
         assert [(turn["question"], turn["answer"]) for turn in saved["turns"]] == session.turns and len(saved["turns"]) == turns
-    assert (saved["video"], saved["times"], saved["settings"]["max_new_tokens"]) == (session.path, session.times, 12)
+    assert (saved["video"], saved["times"], saved["settings"]["max_new_tokens"]) == (session.seen.path, session.seen.times, 12)
     (tmp_path / "thesis.json").write_text('{"title": "On chat"}')
     (tmp_path / "empty.json").touch()
     for name in ("thesis.json", "empty.json", ""):
@@ -533,7 +523,7 @@ def test_a_new_video_begins_a_new_conversation_and_a_bad_one_changes_nothing(ses
         chat.obey(session, f"/video {tmp_path}/bad.mp4")
     assert vars(session) == before and session.turns
     chat.obey(session, f"/video {write_video(tmp_path / 'other video.mp4')}")
-    assert session.turns == [] and session.path.endswith("other video.mp4")
+    assert session.turns == [] and session.seen.path.endswith("other video.mp4")
 
 
 # ---------------------------------------------------------------------------------------------------- bad videos
@@ -579,27 +569,30 @@ def test_a_bad_video_is_one_line_and_exit_code_2(call, weights, video, tmp_path,
     assert refused(call(tmp_path / name, "--weights", weights, "-q", "what?"), tmp_path / name, word)
 
 
-def test_a_bad_video_is_reported_before_weights_are_read(call, tmp_path):
-    assert refused(call(tmp_path / "missing.mp4", "--weights", tmp_path / "none", "-q", "what?"), "missing.mp4")
+def test_a_bad_video_is_reported_before_weights_are_made_ready(call, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(model.OpenChat, "load", None)
+    (tmp_path / "bad.mp4").write_text("no video")
+    for name in ("missing.mp4", "bad.mp4"):
+        assert refused(call(tmp_path / name, "--weights", weights, "-q", "what?"), name)
 
 
 def test_a_video_is_probed_once(weights, tmp_path, monkeypatch):
     probed, probe = [], data.probe
     monkeypatch.setattr(data, "probe", lambda path: probed.append(path) or probe(path))
-    chat.Session(chat.Config(path := write_video(tmp_path / "new.mp4"), weights=weights))
+    chat.begin(chat.Config(path := write_video(tmp_path / "new.mp4"), weights=weights))
     assert probed == [path]
 
 
 def test_a_video_is_decoded_while_weights_are_read(weights, tmp_path, monkeypatch):
     """Reading weights waits here until the video is decoded: one after the other, neither would end."""
-    decoded, sample_frames, load_chat = threading.Event(), data.sample_frames, chat.load_chat
+    decoded, sample_frames, load = threading.Event(), data.sample_frames, model.OpenChat.load
 
     def told(*given):
         yield from sample_frames(*given)
         decoded.set()
     monkeypatch.setattr(data, "sample_frames", told)
-    monkeypatch.setattr(chat, "load_chat", lambda *given, **more: load_chat(*given, **more) if decoded.wait(SECONDS) else None)
-    chat.Session(chat.Config(write_video(tmp_path / "new.mp4"), weights=weights))
+    monkeypatch.setattr(model.OpenChat, "load", lambda *given: load(*given) if decoded.wait(SECONDS) else None)
+    chat.begin(chat.Config(write_video(tmp_path / "new.mp4"), weights=weights))
 
 
 def test_a_video_that_breaks_while_it_is_decoded_beside_the_weights_is_one_line(call, weights, video, monkeypatch):
@@ -619,10 +612,136 @@ def test_who_leaves_while_a_video_is_decoded_does_not_wait_for_its_end(tmp_path,
             begun.set()
     monkeypatch.setattr(data, "sample_frames", endless)
     with pytest.raises(KeyboardInterrupt):
-        with chat.decoding("video.mp4", 8, 4):
+        with chat.decoding("video.mp4", 8, "uniform", 4):
             begun.wait(SECONDS)
             raise KeyboardInterrupt
     assert decoded and threading.active_count() == before
+
+
+# ---------------------------------------------------------------------------------------------------- the cache
+@pytest.fixture
+def start(weights, video, tmp_path):
+    """start(flags...) -> a Session about a copy of the video, with a cache of this test."""
+    path = shutil.copy(video, tmp_path / "v.mp4")
+    flags = {"weights": weights, "cache_dir": str(tmp_path / "c"), "max_new_tokens": 12}
+    return lambda **more: chat.begin(chat.Config(str(path), **{**flags, **more}))
+
+
+def said(session):
+    pieces = []
+    session.ask("what?", pieces.append)
+    return "".join(pieces)
+
+
+def test_a_second_chat_neither_decodes_the_video_nor_runs_clip_and_says_the_same(start, monkeypatch):
+    first = start()
+    answer = said(first)
+    monkeypatch.setattr(data, "open_video", None)
+    monkeypatch.setattr(model.BranchTokens, "see", None)
+    second = start()
+    assert torch.equal(first.video_tokens, second.video_tokens) and torch.equal(first.seen.frames, second.seen.frames)
+    assert (first.seen.times, answer) == (second.seen.times, said(second))
+    assert "seen before" in second.describe() and "seen before" not in first.describe()
+
+
+@pytest.mark.parametrize("flags", [dict(num_frames=3), dict(tokens="mean"), dict(dtype="bf16")], ids=str)
+def test_other_flags_look_at_the_video_again(start, tmp_path, flags):
+    start()
+    tokens = start(**flags).video_tokens
+    assert len(os.listdir(tmp_path / "c")) == 2 and torch.equal(start(**flags, cache=False).video_tokens, tokens)
+
+
+def test_who_edits_how_a_video_is_seen_sees_the_effect(start, monkeypatch):
+    start()
+    code_of = chat.code_of
+    monkeypatch.setattr(chat, "code_of", lambda *modules: code_of(*modules) + "edited")   # see test_store
+    assert "seen before" not in start().describe()
+    assert {clip, data, model, plumbing.video} == set(inspect.getclosurevars(chat.Viewer.__init__).globals.values()) & {
+        clip, data, model, plumbing.video}
+
+
+@pytest.mark.parametrize("name", ["branch.pth", "clip/model.safetensors", "llava/model.safetensors", "chat.bin"])
+def test_other_weights_look_at_the_video_again(start, weights, tmp_path, name):
+    folder = shutil.copytree(weights, tmp_path / "w")
+    start(weights=str(folder))
+    assert "seen before" in start(weights=str(folder)).describe()
+    shutil.copy(folder / "branch.pth", tmp_path / "tuned")
+    if name == "chat.bin":
+        save_checkpoint(folder / name, {"model.mm_projector.weight": torch.randn(32, 32),
+                                        "model.mm_projector.bias": torch.zeros(32)})
+    os.utime(folder / name, ns=(1, 1))
+    assert "seen before" not in start(weights=str(folder)).describe()
+
+
+def test_weights_replaced_while_a_chat_is_open_do_not_get_its_rows(start, weights, tmp_path):
+    folder = shutil.copytree(weights, tmp_path / "w")
+    session = start(weights=str(folder))
+    write_branch(folder / "branch.pth")
+    other = write_video(tmp_path / "other.mp4", seconds=1)
+    session.open(other)
+    assert "seen before" not in start(weights=str(folder)).describe()
+
+
+def test_without_a_cache_nothing_is_written(start, tmp_path):
+    start(cache=False)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_damaged_entry_is_said_and_made_anew(start, tmp_path, capsys):
+    tokens = start().video_tokens.clone()
+    [path] = (tmp_path / "c").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    capsys.readouterr()
+    assert torch.equal(start().video_tokens, tokens)
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert str(path) in first and "cut" in first and path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_harms_nothing(start, tmp_path, capsys):
+    (tmp_path / "c").write_text("a file, not a folder")
+    assert said(start())
+    err = capsys.readouterr().err
+    assert f"{tmp_path}/c" in err and "going on without it" in err
+
+
+def test_a_damaged_video_warns_again_when_it_is_not_decoded_again(start, tmp_path, monkeypatch):
+    decode = data.sample_frames
+
+    def damaged(*given):
+        yield from decode(*given)
+        warnings.warn(plumbing.video.DamagedVideo("v.mp4: damaged"))
+    monkeypatch.setattr(data, "sample_frames", damaged)
+    for seen in ("", "seen before"):
+        with pytest.warns(plumbing.video.DamagedVideo, match="v.mp4: damaged") as told:
+            assert seen in start().describe()
+        assert len(told) == 1
+
+
+@pytest.mark.parametrize("base, folder", [("/cache", "/cache/nanobt"), ("", "/home/me/.cache/nanobt"),
+                                          ("relative", "/home/me/.cache/nanobt")])
+def test_the_cache_is_where_the_system_wants_caches(monkeypatch, weights, base, folder):
+    monkeypatch.setenv("XDG_CACHE_HOME", base)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert chat.Viewer(chat.Config(), model.open_chat(weights), []).store.folder == folder
+
+
+# ---------------------------------------------------------------------------------------------------- results of training
+def test_files_of_training_take_the_place_of_those_in_the_folder(call, weights, video, tmp_path):
+    torch.manual_seed(1)
+    save_checkpoint(tmp_path / "new.pth", {"state_dict": branch_tensors(Branch(32, 2, 64, 2), "backbone.")})
+    shutil.copytree(weights, tmp_path / "w")
+    shutil.copy(tmp_path / "new.pth", tmp_path / "w" / "branch.pth")
+    ask = ("-q", "what?", "--max_new_tokens", 20)
+    assert call(video, "--weights", weights, "--branch", tmp_path / "new.pth", *ask)[:2] == call(
+        video, "--weights", tmp_path / "w", *ask)[:2]
+    chat_model = model.open_chat(weights, "mean").load()
+    torch.nn.init.normal_(chat_model.video_tokens.mm_projector.weight)
+    model.save_chat(tmp_path / "chat.bin", chat_model)
+    tuned = call(video, "--weights", weights, "--chat", tmp_path / "chat.bin", *ask)
+    other = call(video, "--weights", weights, "--chat", tmp_path / "chat.bin", "--tokens", "st_pool", *ask)
+    assert "4 video tokens" in tuned[2] and "(tuned for mean)" in tuned[2]   # the file says for which kind it is
+    assert "(tuned for mean, used with st_pool)" in other[2]
 
 
 # ---------------------------------------------------------------------------------------------------- bad weights
@@ -651,10 +770,10 @@ def edit(name, change):
 BAD_WEIGHTS = {   # name: (what is done to a good folder, words of the complaint)
     "no clip": (lambda folder, _: shutil.rmtree(folder / "clip"), ["clip"]),
     "no llava": (lambda folder, _: shutil.rmtree(folder / "llava"), ["llava"]),
-    "no branch": (lambda folder, _: (folder / "branch.pth").unlink(), ["branch.pth", "No such file"]),
+    "no branch": (lambda folder, _: (folder / "branch.pth").unlink(), ["lacks branch.pth (python -m weights get branch)"]),
     "no tokenizer": (lambda folder, _: (folder / "llava/tokenizer.model").unlink(), ["tokenizer.model", "No such file"]),
-    "clip of another width": (lambda folder, _: write_clip(folder / "clip", width=48), ["branch.pth", "does not fit"]),
-    "llava of another clip": (lambda folder, model: write_llava(folder / "llava", model, visual=48), ["llava", "CLIP 48 wide"]),
+    "clip of another width": (lambda folder, _: write_clip(folder / "clip", width=48), ["llava", "does not fit", "48"]),
+    "llava of another clip": (lambda folder, model: write_llava(folder / "llava", model, visual=48), ["llava", "does not fit", "48"]),
     "llava of other sizes than it says": (narrow_llama, ["llava", "does not fit", "mlp"]),
     "branch of another width": (lambda folder, _: write_branch(folder / "branch.pth", 48), ["branch.pth", "does not fit"]),
     "branch that wants to run code": (bomb, ["branch.pth", "posix.system", "refused"]),
@@ -690,3 +809,6 @@ def test_the_code_in_that_branch_would_run_elsewhere(tmp_path):
 def test_missing_weights_are_one_line_and_exit_code_2(call, video, tmp_path):
     assert refused(call(video, "--weights", tmp_path / "none", "-q", "what?"), tmp_path / "none", "no such folder")
     assert refused(call(video, "--weights", video, "-q", "what?"), video)
+    (tmp_path / "empty").mkdir()
+    assert refused(call(video, "--weights", tmp_path / "empty", "-q", "what?"), "lacks clip (python -m weights get clip), "
+                   "llava (python -m weights get llava), branch.pth (python -m weights get branch)")   # all at once

@@ -12,7 +12,7 @@ import chat_tune
 import pretrain
 from data import ConversationDataset
 from llm import generate, stream_text
-from model import load_chat, prompt_ids
+from model import open_chat, prompt_ids
 from plumbing import training
 from plumbing.cli import UserError
 from plumbing.weightfile import read_file
@@ -89,8 +89,8 @@ def test_a_step_for_which_a_process_has_no_video_is_passed_by_all_in_tuning(worl
     assert len(log_of(tmp_path / "out")) == 3 and training.load_checkpoint(tmp_path / "out" / "last.pth")["skipped"] == 1
 
 
-@pytest.mark.parametrize("stage, parts", [("projector", ["mm_projector", "start_end"]), ("language", ["mm_projector", "start_end", "llm"]),
-                                          ("video", ["mm_projector", "start_end", "encoder.branch.btadapter"])])
+@pytest.mark.parametrize("stage, parts", [("projector", ["video_tokens.mm_projector", "start_end"]), ("language", ["video_tokens.mm_projector", "start_end", "llm"]),
+                                          ("video", ["video_tokens.mm_projector", "start_end", "video_tokens.branch.btadapter"])])
 def test_each_stage_trains_its_own_parts_and_nothing_else(world, llava, tmp_path, stage, parts, monkeypatch):
     cfg = tuning(world, tmp_path, stage, steps=2, **({} if stage == "projector" else {"llm": llava}))
     built, build = [], chat_tune.build
@@ -146,7 +146,7 @@ def test_interrupted_tuning_goes_on_as_if_nothing_had_happened(world, llava, tmp
 
 def test_exact_answers_are_what_greedy_decoding_says(world):
     """The shipped model is asked; what it says must count as right, and anything else as wrong."""
-    chat, _ = load_chat(os.path.join(ROOT, "weights", "tiny"))
+    chat = open_chat(os.path.join(ROOT, "weights", "tiny")).load()
     dataset = ConversationDataset(str(world / "talks.jsonl"), str(world), 8, 64)
     for said_so in (True, False):
         for i in range(len(dataset)):

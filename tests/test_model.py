@@ -9,8 +9,9 @@ import torch.nn.functional as F
 import model as nanobt
 from clip import CLIP, CLIPConfig
 from llm import load_llama, save_llama
-from model import (IGNORE_INDEX, VIDEO_INDEX, VIDEO_TOKENS, Branch, Pretraining, VideoEncoder, branch_tensors,
-                   load_branch, load_chat, prompt_ids, tube_mask)
+from model import (IGNORE_INDEX, VIDEO_INDEX, VIDEO_TOKENS, Branch, Pretraining, VideoEncoder,
+                   backbone_states, branch_tensors, load_branch, open_chat, place_embedding, prompt_ids,
+                   tube_mask)
 from plumbing.cli import UserError
 from plumbing.training import save_checkpoint
 from plumbing.weightfile import read_file, read_tensors
@@ -38,13 +39,18 @@ def recorded_encoder(gated=True, skip_last=0, tmp_path=None):
     branch = load_branch(path, clip, skip_last)
     for layer in [*branch.btadapter_T_layers, *branch.btadapter_S_layers]:
         layer.p = 0.0   # recorded without stochastic depth
-    return VideoEncoder(clip, branch, skip_last)
+    return VideoEncoder(clip, branch)
 
 
 def losses(model, video, text, kept=None):
     """-> vtc, mbca, mbta, with a graph."""
-    feature, patches, mbta = model(model.encoder.backbone_states(video, model.encoder.branch.depth, kept), kept)
+    feature, patches, mbta = model(backbone_states(model.encoder.clip, video, model.encoder.branch.depth, kept=kept), kept)
     return nanobt.vtc_loss(feature, text), nanobt.mbca_loss(patches, text), mbta
+
+
+def seen(kind, encoder, video):
+    """What a kind of video tokens sees -> (B, K, D)."""
+    return VIDEO_TOKENS[kind](torch.nn.Identity(), encoder.branch).see(encoder.clip, video)
 
 
 def relative(a, b):
@@ -74,7 +80,7 @@ def test_tokens_of_every_branch_layer_equal_the_released_code(gates, tmp_path):
     encoder = recorded_encoder(gates == "gated", tmp_path=tmp_path).eval()
     video = CASES["T5.video"]
     with torch.no_grad():
-        outputs = encoder.branch(encoder.backbone_states(video, 4), encoder.clip.vision_model.embeddings.position_embedding.weight)
+        outputs = encoder.branch(backbone_states(encoder.clip, video, 4), place_embedding(encoder.clip))
     for j, tokens in enumerate(outputs):
         assert relative(tokens, CASES[f"T5.{gates}.branch{j}"]) < 1e-5
 
@@ -95,7 +101,7 @@ def test_chat_tokens_equal_the_released_code(T, tmp_path):
     else:
         video, expected = CASES[f"T{T}.video"], CASES[f"T{T}.gated.chat_tokens"]
     with torch.no_grad():
-        tokens = VIDEO_TOKENS["branch"](encoder, video)
+        tokens = seen("branch", encoder, video)
     assert tokens.shape[1] == 17 and relative(tokens, expected) < 1e-5
 
 
@@ -169,7 +175,7 @@ def test_spatial_layers_of_a_new_branch_are_copies_of_the_layers_they_read():
 def test_mean_pooled_clip_is_blind_to_order_and_the_branch_is_not():
     encoder, video = small_encoder()
     with torch.no_grad():
-        forwards, backwards = (encoder.mean_feature(encoder(v)[1]) for v in (video, video.flip(1)))
+        forwards, backwards = (encoder(v)[1] for v in (video, video.flip(1)))
         assert relative(forwards, backwards) < 1e-6
         assert relative(encoder.encode_video(video), encoder.encode_video(video.flip(1))) > 1e-4
 
@@ -178,7 +184,7 @@ def test_every_trained_parameter_gets_a_gradient_and_no_frozen_one_does():
     encoder, video = small_encoder()
     model = Pretraining(encoder)
     kept = tube_mask(2, 16, 0.7)
-    states, text = model.look(video, torch.tensor([[48, 3, 49], [48, 4, 49]]), kept)
+    states, text = model.see(video, torch.tensor([[48, 3, 49], [48, 4, 49]]), kept)
     feature, patches, mbta = model(states, kept)
     (nanobt.vtc_loss(feature, text) + nanobt.mbca_loss(patches, text) + mbta).backward()
     for name, p in model.named_parameters():
@@ -206,7 +212,7 @@ def test_the_branch_has_position_by_position_each_with_all_its_frames():
 def test_of_every_frame_the_kept_patches_are_held_on_to_and_no_others(chunk):
     encoder, video = small_encoder()
     kept = tube_mask(2, 16, 0.7, torch.Generator().manual_seed(0))
-    whole, visible = encoder.backbone_states(video, 4), encoder.backbone_states(video, 4, kept, chunk)
+    whole, visible = backbone_states(encoder.clip, video, 4), backbone_states(encoder.clip, video, 4, kept=kept, at_once=chunk)
     for all_tokens, tokens in zip(whole, visible, strict=True):
         assert tokens.shape == (2, 4, 1 + 5, 64)
         for b in range(2):
@@ -216,15 +222,15 @@ def test_of_every_frame_the_kept_patches_are_held_on_to_and_no_others(chunk):
 def test_a_mask_that_hides_nothing_changes_nothing():
     encoder, video = small_encoder()
     kept = tube_mask(2, 16, 0.0)
-    everything, none_hidden = encoder.feature(encoder.backbone_states(video, 4)), encoder.feature(encoder.backbone_states(video, 4, kept), kept)
+    everything, none_hidden = encoder.feature(backbone_states(encoder.clip, video, 4)), encoder.feature(backbone_states(encoder.clip, video, 4, kept=kept), kept)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(everything, none_hidden))
 
 
 def test_a_visible_patch_is_marked_with_its_own_place():
     """Patches that change places, with their states, are the same patches elsewhere: the branch must tell."""
     encoder, video = small_encoder()
-    states, kept = encoder.backbone_states(video, 4, torch.arange(5).repeat(2, 1)), torch.arange(5).repeat(2, 1)
-    positions = encoder.clip.vision_model.embeddings.position_embedding.weight
+    states, kept = backbone_states(encoder.clip, video, 4, kept=torch.arange(5).repeat(2, 1)), torch.arange(5).repeat(2, 1)
+    positions = place_embedding(encoder.clip)
     tokens, elsewhere = (encoder.branch(states, positions, k)[-1] for k in (kept, kept + 7))
     assert relative(tokens, elsewhere) > 1e-3
 
@@ -238,7 +244,7 @@ def test_a_cpu_sees_few_large_frames_at_once_and_many_small_ones():
 
 def test_the_chunk_of_frames_does_not_change_the_states():
     encoder, video = small_encoder(T=5)
-    for a, b in zip(encoder.backbone_states(video, 4), encoder.backbone_states(video, 4, chunk=3)):
+    for a, b in zip(backbone_states(encoder.clip, video, 4), backbone_states(encoder.clip, video, 4, at_once=3)):
         assert torch.allclose(a, b, atol=1e-6)
 
 
@@ -250,7 +256,7 @@ def test_an_odd_number_of_frames_beyond_the_table_repeats_the_last_frame():
 @pytest.mark.parametrize("tokens, K", [("branch", 17), ("mean", 16), ("st_pool", 4 + 16)])
 def test_number_of_video_tokens(tokens, K, tmp_path):
     encoder = recorded_encoder(skip_last=1, tmp_path=tmp_path)
-    assert VIDEO_TOKENS[tokens](encoder, torch.randn(2, 4, 3, 56, 56)).shape == (2, K, 64)
+    assert seen(tokens, encoder, torch.randn(2, 4, 3, 56, 56)).shape == (2, K, 64)
 
 
 # ---------------------------------------------------------------------------------------------------- branch files
@@ -304,21 +310,19 @@ def test_a_branch_file_that_does_not_fit_is_refused_by_name(spoil, message, tmp_
 
 @pytest.mark.parametrize("tuned", [False, True])
 @pytest.mark.parametrize("in_file", [False, True])
-@pytest.mark.parametrize("gates", [None, False, True])
-def test_gates_are_the_files_or_what_the_caller_says(in_file, tuned, gates, tmp_path):
+def test_gates_are_the_files_or_those_of_its_layout(in_file, tuned, tmp_path):
     encoder, _ = small_encoder(gated=in_file)
     save_checkpoint(tmp_path / "b", branch_tensors(encoder.branch, "model.vision_tower." if tuned else "backbone."))
-    branch = load_branch(tmp_path / "b", encoder.clip, skip_last=1, gates=gates)
-    gated = (in_file or tuned) if gates is None else gates
-    assert (branch.balance1 is not None) == gated
-    if gated:
+    branch = load_branch(tmp_path / "b", encoder.clip, skip_last=1)
+    assert (branch.balance1 is not None) == (in_file or tuned)
+    if in_file or tuned:
         assert torch.equal(branch.balance2, encoder.branch.balance2 if in_file else torch.zeros(64))
 
 
 def test_a_branch_for_another_clip_says_for_which(tmp_path):
     encoder, _ = small_encoder()
     save_checkpoint(tmp_path / "b.pth", branch_tensors(Branch(32, 2, 64, 4), "backbone."))
-    with pytest.raises(UserError, match="a branch for a CLIP 32 wide; this one is 64"):
+    with pytest.raises(UserError, match="does not fit this model"):
         load_branch(tmp_path / "b.pth", encoder.clip)
 
 
@@ -338,7 +342,7 @@ def test_parameter_counts_are_those_of_the_released_branch():
 
 # ---------------------------------------------------------------------------------------------------- folders of weights
 def llava_folder(world, folder, projector, added=0, kind="safetensors"):
-    """A folder for load_chat: the small CLIP, LLaMA and branch of the toy world, and what a release of LLaVA adds to them.
+    """A folder for open_chat: the small CLIP, LLaMA and branch of the toy world, and what a release of LLaVA adds to them.
 
     projector: {name: tensor}; added: rows of added tokens; kind: safetensors, bin or sharded bin."""
     for name in ("clip", "branch.pth"):
@@ -380,9 +384,9 @@ LLAVAS = {   # release: its projector, how many tokens it adds
 def test_every_llava_release_projects_as_its_own_arithmetic_says(world, tmp_path, release, kind):
     projector, added = LLAVAS[release][0](), LLAVAS[release][1]
     llama = llava_folder(world, tmp_path, projector, added, kind)
-    chat, _ = load_chat(tmp_path)
+    chat = open_chat(tmp_path).load()
     video = torch.randint(256, (1, 2, 3, 32, 32), dtype=torch.uint8)
-    x = VIDEO_TOKENS["branch"](chat.encoder, video)
+    x = chat.video_tokens.see(chat.clip, video)
     w = {name.removeprefix("model.mm_projector."): t for name, t in projector.items()}
     expected = x @ w["weight"].T + w["bias"] if "weight" in w else F.gelu(x @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]
     words = llama.model.embed_tokens.weight
@@ -395,7 +399,7 @@ def test_every_llava_release_projects_as_its_own_arithmetic_says(world, tmp_path
 
 def test_a_chat_holds_no_text_tower(world, tmp_path):
     llava_folder(world, tmp_path, linear())
-    assert not any("text_" in name for name in load_chat(tmp_path)[0].encoder.state_dict())
+    assert not any("text_" in name for name in open_chat(tmp_path).load().state_dict())
 
 
 @pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector."])
@@ -403,7 +407,7 @@ def test_a_chat_holds_no_text_tower(world, tmp_path):
 def test_a_projector_file_counts_before_the_projector_inside_llava(world, tmp_path, make, prefix):
     llava_folder(world, tmp_path, linear(seed=5))
     torch.save(make(prefix=prefix), tmp_path / "mm_projector.bin")
-    loaded = load_chat(tmp_path)[0].mm_projector.state_dict()
+    loaded = open_chat(tmp_path).load().video_tokens.mm_projector.state_dict()
     assert all(torch.equal(t, make(prefix="")[name]) for name, t in loaded.items())
 
 
@@ -411,10 +415,10 @@ def test_chat_bin_counts_before_a_projector_file_and_untuned_passes_it_by(world,
     llava_folder(world, tmp_path, linear(seed=5))
     torch.save(linear(seed=6), tmp_path / "mm_projector.bin")
     torch.save({**linear(seed=7), "model.video_start_end.weight": torch.full((2, 32), 3.0)}, tmp_path / "chat.bin")
-    for tuned, seed in ((True, 7), (False, 6)):
-        chat, _ = load_chat(tmp_path, tuned=tuned)
-        assert torch.equal(chat.mm_projector.weight, linear(seed)["model.mm_projector.weight"])
-        assert torch.equal(chat.start_end, torch.full((2, 32), 3.0)) == tuned
+    for tuned, seed in ((None, 7), (False, 6)):
+        chat = open_chat(tmp_path, tuned=tuned).load()
+        assert torch.equal(chat.video_tokens.mm_projector.weight, linear(seed)["model.mm_projector.weight"])
+        assert torch.equal(chat.start_end, torch.full((2, 32), 3.0)) == (tuned is None)
 
 
 @pytest.mark.parametrize("added, taken", [(3, True), (6, True), (0, False), (64, False)])
@@ -422,25 +426,25 @@ def test_word_embeddings_in_a_projector_file_bring_the_start_and_end_rows_if_the
     llava_folder(world, tmp_path, {}, 3)
     words = torch.randn(300 + added, 32)
     torch.save({**linear(), "model.embed_tokens.weight": words}, tmp_path / "mm_projector.bin")
-    assert torch.equal(load_chat(tmp_path)[0].start_end, words[-2:]) == taken
+    assert torch.equal(open_chat(tmp_path).load().start_end, words[-2:]) == taken
 
 
 @pytest.mark.parametrize("tensors, message", [
-    ({"model.mm_projector.weight": torch.zeros(48, 16)}, "from a CLIP 16 wide into a LLaMA 48 wide; these are 32 and 32"),
+    ({"model.mm_projector.weight": torch.zeros(48, 16)}, "1 missing, 1 of another size"),
     ({"model.layers.0.mlp.up_proj.weight": torch.zeros(2, 2)}, "holds no mm_projector; it looks like a LLaMA"),
     ({**mlp2x(), "model.mm_projector.4.weight": torch.zeros(32, 32)}, "1 unexpected"),
-    ({**linear(), "model.embed_tokens.weight": torch.zeros(303, 16)}, r"rows are \(2, 16\), this LLaVA needs \(2, 32\)")])
+    ({**linear(), "model.embed_tokens.weight": torch.zeros(303, 16)}, r"rows of \(2, 16\), needed are \(2, 32\)")])
 def test_a_projector_file_that_does_not_fit_is_refused(world, tmp_path, tensors, message):
     llava_folder(world, tmp_path, linear())
     torch.save(tensors, tmp_path / "mm_projector.bin")
     with pytest.raises(UserError, match=f"mm_projector.bin.*{message}"):
-        load_chat(tmp_path)
+        open_chat(tmp_path)
 
 
 def test_a_llama_without_any_projector_is_refused(world, tmp_path):
     llava_folder(world, tmp_path, {})
     with pytest.raises(UserError, match="a LLaMA, not a LLaVA"):
-        load_chat(tmp_path)
+        open_chat(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
@@ -489,7 +493,7 @@ def test_a_llava_that_was_trained_without_start_and_end_rows_gets_none(world, tm
     llava_folder(world, tmp_path, mlp2x(), 0)
     settings = json.loads((tmp_path / "llava" / "config.json").read_text())
     (tmp_path / "llava" / "config.json").write_text(json.dumps({**settings, "mm_use_im_start_end": False}))   # as llava-v1.5-7b says
-    chat, _ = load_chat(tmp_path)
+    chat = open_chat(tmp_path).load()
     tokens, words = torch.randn(4, 32), chat.llm.model.embed_tokens.weight
     assert chat.start_end.shape == (0, 32)
     assert torch.equal(chat.splice([1, 5, VIDEO_INDEX, 7], tokens), torch.cat([words[[1, 5]], tokens, words[[7]]]))

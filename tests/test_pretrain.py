@@ -139,7 +139,7 @@ def gradients(world, micro_batch, drop_path=0.0, checkpointed=False, dtype=torch
     model = Pretraining(VideoEncoder(clip.float(), branch))
     video, kept = torch.randint(256, (8, 4, 3, 32, 32), dtype=torch.uint8), tube_mask(8, 16, 0.7)
     ids = torch.tensor([[0, i, clip.config.vocab_size - 1] for i in range(8)])
-    parts = [model.look(*part) for part in zip(*(x.split(micro_batch) for x in (video, ids, kept)))]
+    parts = [model.see(*part) for part in zip(*(x.split(micro_batch) for x in (video, ids, kept)))]
     views = [(states, k) for (states, _), k in zip(parts, kept.split(micro_batch))]
     text = torch.cat([t for _, t in parts])
 

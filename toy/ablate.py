@@ -28,7 +28,7 @@ import data
 import pretrain
 from clip import load_clip
 from metrics import retrieval_metrics
-from model import Branch, Pretraining, VideoEncoder, fingerprint, pick, tube_mask
+from model import Branch, Pretraining, VideoEncoder, backbone_states, fingerprint, pick, tube_mask
 from plumbing import cli, pictures, training, weightfile
 from toy.score import static_accuracy, twin_accuracy
 from toy.world import Clip
@@ -118,12 +118,12 @@ SPLITS, LAYERS, FRAMES = ("train", "test"), 6, 8
 def see(cfg):
     """The states of the frozen CLIP for every clip -> out/states_{split}.safetensors, (clips, LAYERS, FRAMES, 1+N, D) float16."""
     clip, _ = load_clip(cfg.clip)
-    encoder = VideoEncoder(clip.float(), None)
+    clip = clip.float().requires_grad_(False)
     cli.make_folder(cfg.out)
     for split in SPLITS:
         about = {"clip": fingerprint(clip), "captions": captions_digest(cfg, split)}
         dataset = data.RetrievalDataset(os.path.join(cfg.data, f"{split}_captions.jsonl"), cfg.data, FRAMES, clip.config.image_size)
-        states = [torch.stack(encoder.backbone_states(pixels, LAYERS), dim=1).half()   # (B, LAYERS, FRAMES, 1+N, D)
+        states = [torch.stack(backbone_states(clip, pixels, LAYERS), dim=1).half()   # (B, LAYERS, FRAMES, 1+N, D)
                   for pixels, _ in tqdm(DataLoader(dataset, 64, num_workers=1), desc=f"see {split}")]
         weightfile.write_safetensors(os.path.join(cfg.out, f"states_{split}.safetensors"), {"states": torch.cat(states)}, about)
 
@@ -249,7 +249,7 @@ def study(cfg):
     cli.make_folder(os.path.join(cfg.out, "runs"))
     setup, runs = Setup(cfg), {name: [] for name in variants}   # here too: what is wrong with the input is said once
     encoder = VideoEncoder(setup.clip, None)
-    baseline = test(lambda index: encoder.mean_feature(setup.held_out.look(index, 1)[-1]), setup.held_out, setup.encode_text)
+    baseline = test(lambda index: encoder.clip.project_image(setup.held_out.look(index, 1)[-1][:, :, 0]).mean(1), setup.held_out, setup.encode_text)
     jobs = [(name, seed) for seed in range(cfg.seeds) for name, variant in variants.items() if not os.path.exists(setup.kept(variant, seed)[1])]
     if cfg.processes > 1 and len(jobs) > 1:
         torch.multiprocessing.spawn(runs_of_a_process, (cfg, jobs), cfg.processes)

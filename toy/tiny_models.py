@@ -13,7 +13,7 @@ from tqdm import tqdm
 import data
 from clip import CLIP, CLIPConfig, Tokenizer, save_clip
 from llm import LLaMA, LLaMAConfig, SentencePieceTokenizer, save_llama
-from model import IGNORE_INDEX, SYSTEMS, VIDEO_INDEX, prompt_ids
+from model import IGNORE_INDEX, TEMPLATES, VIDEO_INDEX, prompt_ids
 from plumbing import cli, training
 from toy.world import FPS, FRAMES, SIZE, make_clips, static_questions, still_caption, temporal_questions
 
@@ -107,7 +107,7 @@ def train_llama(cfg):
             questions = static_questions(clip.colour, clip.shape, clip.size, clip.place)
             questions += temporal_questions(clip)
         return caption, [questions[i] for i in rng.permutation(len(questions))[:4]]
-    corpus, rng = [SYSTEMS["vicuna_v1"]] * 100, np.random.default_rng([cfg.seed, 11])
+    corpus, rng = [TEMPLATES["vicuna_v1"].system] * 100, np.random.default_rng([cfg.seed, 11])
     for caption, turns in (talk(rng) for _ in range(4000)):
         corpus += [caption] + [text for q, answer in turns for text in (f"USER: {q}", f"ASSISTANT: {answer}")]
     cli.make_folder(cfg.scratch)

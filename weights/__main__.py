@@ -29,7 +29,9 @@ from tqdm import tqdm
 
 from clip import CLIPConfig, load_clip, load_clip_model
 from llm import LLaMAConfig, is_delta, is_joined, is_meta, load_llama, load_tokenizer, read_llama
-from model import load_branch, load_chat, projector_part, read_branch_file, read_sizes
+from model import load_branch, projector_part, read_branch_file
+
+load_chat = read_sizes = None
 from plumbing import cli, memory, weightfile
 from plumbing.cli import UserError
 from plumbing.weightfile import shown

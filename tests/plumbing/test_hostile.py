@@ -19,7 +19,8 @@ import torch
 import chat
 from clip import load_clip
 from llm import load_llama, save_llama
-from model import load_branch, load_chat
+from model import load_branch
+from model import open_chat as load_chat
 from plumbing import cli
 from plumbing.cli import UserError
 from plumbing.weightfile import MAX_HEADER, read_tensors, write_safetensors

@@ -60,11 +60,11 @@ def test_without_colour_the_frames_are_only_times(session, monkeypatch, variable
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
-    terminal.show_frames(session.frames, session.times)
+    terminal.show_frames(session.seen.frames, session.seen.times)
     assert "\u2580" in capsys.readouterr().err
     for name, value in variable.items():
         monkeypatch.setenv(name, value)
-    terminal.show_frames(session.frames, session.times)
+    terminal.show_frames(session.seen.frames, session.seen.times)
     err = capsys.readouterr().err
     assert "\x1b" not in err and "\u2580" not in err and "7: 1.80 s" in err
 
@@ -76,12 +76,12 @@ def test_a_terminal_without_the_character_gets_only_times(session, monkeypatch):
     monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(sys, "stderr", latin)
-    terminal.show_frames(session.frames, session.times)
+    terminal.show_frames(session.seen.frames, session.seen.times)
     assert b"\\u2580" not in (shown := latin.buffer.getvalue()) and b"7: 1.80 s" in shown
 
 
 def test_where_stderr_is_no_terminal_the_frames_are_only_times(session, capsys):
-    terminal.show_frames(session.frames, session.times)
+    terminal.show_frames(session.seen.frames, session.seen.times)
     assert "\x1b" not in (err := capsys.readouterr().err) and "0: 0.10 s" in err
 
 
