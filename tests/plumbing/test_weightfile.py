@@ -1,22 +1,21 @@
 """Weight files are data and never code."""
 import json
 import os
-import struct
 import sys
 import types
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 
-from plumbing import training, weightfile
+from plumbing import weightfile
 from plumbing.cli import UserError
 
 
 def tensors():
-    return {"a": torch.arange(6.0).view(2, 3), "b.c": torch.ones(3, dtype=torch.float16), "none": torch.empty(0, 4),
-            "i": torch.tensor(5), "bf": torch.ones(2, dtype=torch.bfloat16)}
+    return {
+        "a": torch.arange(6.0).view(2, 3), "b.c": torch.ones(3, dtype=torch.float16),
+        "none": torch.empty(0, 4), "i": torch.tensor(5), "bf": torch.ones(2, dtype=torch.bfloat16)}
 
 
 def same(found, expected):
@@ -43,42 +42,25 @@ def test_a_transposed_view_and_shared_storage_survive(tmp_path):
     same(weightfile.read_file(tmp_path / "w"), {"t": t.T, "row": t[1], "again": t})
 
 
+def test_modules_of_a_torchscript_archive_become_dotted_names(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3)).half()
+    torch.jit.script(module).save(str(tmp_path / "w"))
+    same(weightfile.read_file(tmp_path / "w"), module.state_dict())
+
+
+def test_tensors_are_views_of_the_file_and_take_no_memory_of_their_own(tmp_path):
+    """Two tensors of one file lie in one map: as far apart as in the file."""
+    torch.save({"a": torch.ones(300), "b": torch.zeros(300)}, tmp_path / "w")
+    found = weightfile.read_file(tmp_path / "w")
+    content = (tmp_path / "w").read_bytes()
+    apart = content.index(bytes(1200)) - content.index(torch.ones(300).numpy().tobytes())
+    assert found["b"].data_ptr() - found["a"].data_ptr() == apart
+
+
 def test_writing_to_a_mapped_tensor_does_not_reach_the_file(tmp_path):
     weightfile.write_safetensors(tmp_path / "w", tensors())
     weightfile.read_file(tmp_path / "w")["a"].fill_(7)
     same(weightfile.read_file(tmp_path / "w"), tensors())
-
-
-class Run:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
-class Evaluate:
-    def __reduce__(self):
-        return eval, ("open('executed', 'w').close()",)
-
-
-@pytest.mark.parametrize("attack", [Run(), Evaluate(), {"state_dict": {"w": torch.ones(2), "x": Run()}}])
-def test_a_pickle_that_wants_to_run_code_is_refused_by_name(tmp_path, monkeypatch, attack):
-    monkeypatch.chdir(tmp_path)
-    torch.save(attack, "evil.pth")
-    for read in (weightfile.read_file, training.load_checkpoint):
-        with pytest.raises(UserError, match="evil.pth"):
-            read("evil.pth")
-    with pytest.raises(UserError, match="posix.system|nt.system|builtin.*eval"):
-        weightfile.read_file("evil.pth")
-    assert not os.path.exists("executed")
-
-
-def test_a_getattr_in_a_pickle_does_nothing(tmp_path, monkeypatch):
-    """Real mmengine checkpoints hold one; it must not lead anywhere."""
-    monkeypatch.chdir(tmp_path)
-    payload = b"\x80\x02cbuiltins\ngetattr\ncbuiltins\ngetattr\nX\x09\0\0\0__class__\x86R."
-    with zipfile.ZipFile("w.pth", "w") as z:
-        z.writestr("archive/data.pkl", payload)
-    with pytest.raises(UserError, match="no tensors"):
-        weightfile.read_file("w.pth")
 
 
 class HistoryBuffer:
@@ -92,23 +74,12 @@ def test_an_mmengine_checkpoint_is_read_past_its_log(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     buffer = HistoryBuffer()
-    buffer.__dict__ = {"_log_history": np.arange(3.0), "_max_length": 10, "last": np.float64(2.5), "call": getattr}
-    torch.save({"meta": {"epoch": 1}, "message_hub": {"log_scalars": {"loss": buffer}}, "state_dict": {"w": torch.ones(2)}}, tmp_path / "w.pth")
+    buffer.__dict__ = {"_log_history": np.arange(3.0), "last": np.float64(2.5), "call": getattr}
+    checkpoint = {"meta": {"epoch": 1}, "message_hub": {"loss": buffer}, "state_dict": {"w": torch.ones(2)}}
+    torch.save(checkpoint, tmp_path / "w.pth")
     for name in ("mmengine", "mmengine.logging", module.__name__):
         monkeypatch.delitem(sys.modules, name)
     same(weightfile.read_file(tmp_path / "w.pth"), {"w": torch.ones(2)})
-
-
-@pytest.mark.parametrize("spoil, message", [
-    (lambda b: b[:40], "cut|damaged"), (lambda b: b[:-3], "cut"), (lambda b: struct.pack("<Q", 1 << 60) + b[8:], "claims"),
-    (lambda b: b.replace(b"[0, 24]", b"[4, 28]"), "damaged"), (lambda b: b.replace(b"[2, 3]", b"[9, 3]"), "damaged"),
-    (lambda b: b.replace(b'"F32"', b'"F99"'), "damaged"), (lambda b: b"garbage" * 9, "neither"), (lambda b: b"", "empty")])
-def test_damaged_safetensors_are_one_line(tmp_path, spoil, message):
-    weightfile.write_safetensors(tmp_path / "w", {"a": torch.arange(6.0).view(2, 3)})
-    (tmp_path / "bad").write_bytes(spoil((tmp_path / "w").read_bytes()))
-    with pytest.raises(UserError, match=message) as e:
-        weightfile.read_file(tmp_path / "bad")
-    assert "bad" in str(e.value) and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("cut", [30, 200, 1200, -30])
@@ -119,32 +90,6 @@ def test_a_cut_torch_file_is_one_line(tmp_path, cut):
         weightfile.read_file(tmp_path / "bad")
 
 
-def test_a_storage_that_claims_more_than_the_file_has_is_refused(tmp_path):
-    torch.save({"a": torch.ones(300)}, tmp_path / "w")
-    with zipfile.ZipFile(tmp_path / "w") as old, zipfile.ZipFile(tmp_path / "bad", "w") as new:
-        for name in old.namelist():
-            content = old.read(name)
-            new.writestr(name, content[:40] if "/data/" in name else content)
-    with pytest.raises(UserError, match="does not hold 300 numbers"):
-        weightfile.read_file(tmp_path / "bad")
-
-
-@pytest.mark.parametrize("shape, offsets", [("Infinity", "0, 4"), ("0, 1180591620717411303424", "0, 0"), ("1", "0, 4, 8"), ("1", "4"), ('"x"', "0, 4")])
-def test_absurd_safetensors_headers_are_one_line(tmp_path, shape, offsets):
-    header = f'{{"a": {{"dtype": "F32", "shape": [{shape}], "data_offsets": [{offsets}]}}}}'.encode()
-    (tmp_path / "bad").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    with pytest.raises(UserError, match="bad.*damaged"):
-        weightfile.read_file(tmp_path / "bad")
-
-
-def test_a_pickle_that_contains_itself_is_one_line(tmp_path):
-    loop = {"w": torch.ones(2)}
-    loop["self"] = loop
-    torch.save(loop, tmp_path / "bad")
-    with pytest.raises(UserError, match="bad.*damaged"):
-        weightfile.read_file(tmp_path / "bad")
-
-
 @pytest.mark.parametrize("weight_map", [["a"], {"a": 3}, None])
 def test_an_index_of_shards_that_is_none_is_one_line(tmp_path, weight_map):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -152,26 +97,23 @@ def test_an_index_of_shards_that_is_none_is_one_line(tmp_path, weight_map):
         weightfile.read_tensors(tmp_path)
 
 
-def test_a_shard_outside_its_folder_is_refused(tmp_path):
-    (tmp_path / "model").mkdir()
-    weightfile.write_safetensors(tmp_path / "secret.safetensors", tensors())
-    index = {"weight_map": {"a": "../secret.safetensors"}}
-    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="outside its own folder"):
-        weightfile.read_tensors(tmp_path / "model")
-
-
-def test_a_load_that_does_not_fit_is_a_line_with_the_likely_reason_and_a_table_of_the_offenders():
+def test_a_load_that_does_not_fit_is_a_line_with_the_likely_reason_and_a_table_of_the_misfits():
     module = torch.nn.Linear(2, 3)
     with pytest.raises(UserError) as e:
         weightfile.load_into(module, {"weight": torch.zeros(3, 5), "x.lora_A": torch.zeros(1)}, "file.bin")
     assert str(e.value).splitlines() == [
-        "file.bin: does not fit this model: 1 missing, 1 unexpected, 1 of another size; "
+        "file.bin: does not fit this model: 1 missing, 1 unexpected, 1 of another size or dtype; "
         "it looks like an adapter (LoRA), not a whole model: merge it into its model first",
-        "                   name      in the file  in the model",
-        "  missing          bias      -            (3,)",
-        "  unexpected       x.lora_A  (1,)         -",
-        "  of another size  weight    (3, 5)       (3, 2)"]
+        "                            name      in the file     in the model",
+        "  missing                   bias      -               (3,) float32",
+        "  unexpected                x.lora_A  (1,) float32    -",
+        "  of another size or dtype  weight    (3, 5) float32  (3, 2) float32"]
+
+
+def test_whole_numbers_are_no_weights():
+    weights = {"weight": torch.zeros(3, 2, dtype=torch.int8), "bias": torch.zeros(3)}
+    with pytest.raises(UserError, match=r"1 of another size or dtype(.|\n)*\(3, 2\) int8 +\(3, 2\) float32"):
+        weightfile.load_into(torch.nn.Linear(2, 3), weights, "file.bin")
 
 
 def test_a_table_ends_after_ten_rows_and_says_how_many_more_there_are():
@@ -182,11 +124,12 @@ def test_a_table_ends_after_ten_rows_and_says_how_many_more_there_are():
 
 
 @pytest.mark.parametrize("name, reason", [
-    ("model.layers.0.self_attn.q_proj.bias", "Qwen 2"), ("model.layers.0.self_attn.q_norm.weight", "Qwen 3"),
-    ("model.layers.0.mlp.experts.0.w1.weight", "mixture of experts"), ("model.layers.0.mlp.up_proj.qweight", "quantised"),
-    ("language_model.model.norm.weight", "original release"), ("transformer.h.0.ln_1.weight", "GPT"),
-    ("bert.encoder.layer.0.output.dense.weight", "text encoder"), ("down_blocks.0.resnets.0.conv1.weight", "UNet"),
-    ("layers.0.attention.wq.weight", "Meta's layout"), ("vision_model.post_layernorm.bias", "a CLIP")])
+    ("model.layers.0.self_attn.q_proj.bias", "Qwen"), ("model.layers.0.self_attn.q_norm.weight", "Qwen"),
+    ("model.layers.0.mlp.experts.0.w1.weight", "mixture of experts"),
+    ("model.layers.0.mlp.up_proj.qweight", "quantised"),
+    ("language_model.model.norm.weight", "original release"),
+    ("layers.0.attention.wq.weight", "Meta's layout"), ("vision_model.post_layernorm.bias", "a CLIP"),
+    ("down_blocks.0.conv1.weight", "another kind")])
 def test_the_likely_reason_is_told_from_the_names_that_are_left_over(name, reason):
     with pytest.raises(UserError, match=reason):
         weightfile.load_into(torch.nn.Identity(), {name: torch.zeros(1)}, "file.bin")
@@ -198,12 +141,12 @@ def test_a_name_from_a_file_cannot_speak_to_the_terminal():
     assert "\x1b" not in str(e.value) and max(map(len, str(e.value).splitlines())) < 160
 
 
-@pytest.mark.parametrize("size", [(4096, 1024), (64, 64)])
-def test_a_cut_torch_file_says_how_long_it_must_have_been(tmp_path, size):
-    torch.save({"model.mm_projector.weight": torch.zeros(size), "model.mm_projector.bias": torch.zeros(size[0])}, tmp_path / "w.bin")
-    whole = os.path.getsize(tmp_path / "w.bin")
-    os.truncate(tmp_path / "w.bin", size[0] * size[1] * 4)
-    with pytest.raises(UserError, match=f"cut: {size[0] * size[1] * 4:,} bytes where about .* are expected; download it again") as e:
+@pytest.mark.parametrize("rows, columns", [(4096, 1024), (64, 64)])
+def test_a_cut_torch_file_says_how_long_it_must_have_been(tmp_path, rows, columns):
+    torch.save({"projector.weight": torch.zeros(rows, columns), "b": torch.zeros(rows)}, tmp_path / "w.bin")
+    whole, cut = os.path.getsize(tmp_path / "w.bin"), rows * columns * 4
+    os.truncate(tmp_path / "w.bin", cut)
+    with pytest.raises(UserError, match=f"cut: {cut:,} bytes where about .* are expected; download") as e:
         weightfile.read_file(tmp_path / "w.bin")
     about = int(str(e.value).split("about ")[1].split()[0].replace(",", ""))
     assert abs(about - whole) < 100
