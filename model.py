@@ -10,7 +10,6 @@ Shapes: B videos, T frames, N patches a frame, n of them visible under a mask, D
 length. A video is (B, T, 3, H, W) uint8. The branch holds (B, 1 + n*T, D): one CLS token for the whole video,
 then the patches, position by position, each position's T frames side by side. """
 import dataclasses
-import hashlib
 import os
 import re
 import sys
@@ -609,13 +608,6 @@ def branch_tensors(branch, prefix, dtype=torch.float32):
     dtype: of all but the gates, whose small numbers matter."""
     return {prefix + name: t.detach().cpu().to(t.dtype if name.startswith("balance") else dtype)
             for name, t in branch.state_dict().items()}
-
-
-def fingerprint(encoder):
-    digest = hashlib.sha256()
-    for name, t in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {tuple(t.shape)}".encode() + t.flatten()[::max(1, t.numel() // 64)].cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def load_encoder(folder, branch_file, device):

@@ -10,6 +10,8 @@ from metrics import retrieval_metrics
 from model import encode, encode_texts, load_encoder
 from toy.world import COLOURS, MOTIONS, SHAPES, SIZE, TURNS, read_clips
 
+STATIC = {"colour": list(COLOURS), "shape": SHAPES}
+
 
 def twin_accuracy(video, text):
     """video, text (2Q, P) normalised, twins side by side -> (2Q,) 1.0 where a clip is nearer to its own
@@ -19,16 +21,20 @@ def twin_accuracy(video, text):
     return (own > other).float() + 0.5 * (own == other).float()
 
 
-def static_accuracy(video, clips, encode_text):
-    """video (Q, P) -> share of clips whose caption is nearer than those with another colour, and with another
-    shape."""
-    right = []
-    for field, values in (("colour", list(COLOURS)), ("shape", SHAPES)):
-        rows = [dataclasses.replace(clip, **{field: value}).caption for clip in clips for value in values]
-        features = encode_text(rows).view(len(clips), len(values), -1)   # (Q, 8, P)
-        truth = torch.tensor([values.index(getattr(clip, field)) for clip in clips])
-        right.append(((features @ video[:, :, None])[:, :, 0].argmax(1) == truth).float().mean())
-    return torch.stack(right).mean().item()
+def static_features(clips, encode_text):
+    """Each clip's caption with every colour, and with every shape -> (Q, 2, 8, P) of encode_text(texts)."""
+    texts = [dataclasses.replace(clip, **{field: value}).caption
+             for clip in clips for field, values in STATIC.items() for value in values]
+    once = list(dict.fromkeys(texts))
+    place = {text: i for i, text in enumerate(once)}
+    return encode_text(once)[[place[text] for text in texts]].view(len(clips), 2, 8, -1)
+
+
+def static_accuracy(video, clips, features):
+    """video (Q, P), features (Q, 2, 8, P) -> how often the right colour or shape is the nearest."""
+    nearest = (features @ video[:, None, :, None])[..., 0].argmax(2)   # (Q, 2)
+    truth = [[values.index(getattr(clip, field)) for field, values in STATIC.items()] for clip in clips]
+    return (nearest == torch.tensor(truth)).float().mean().item()
 
 
 def score(cfg):
@@ -41,13 +47,11 @@ def score(cfg):
     by_motion = {}   # {pair of motions, how many: [twin accuracy of the branch, a seed each]}
     for file in cfg.branches.split(","):
         encoder, tokenizer = load_encoder(cfg.out, file, device)
-
-        def encode_text(texts):
-            return encode_texts(encoder, tokenizer, texts, 32, device)
+        features = static_features(clips, lambda texts: encode_texts(encoder, tokenizer, texts, 32, device))
         branch, mean, text, _ = encode(encoder, tokenizer, dataset, device, 64)
         for name, video in (("mean-pooled CLIP", mean), ("branch", branch)):
             metrics = {"twins": 100 * twin_accuracy(video, text).mean().item(),
-                       "static": 100 * static_accuracy(video, clips, encode_text),
+                       "static": 100 * static_accuracy(video, clips, features),
                        **retrieval_metrics(text @ video.T),
                        "twin distance": (video[::2] - video[1::2]).norm(dim=1).max().item()}
             rows.setdefault(name, []).append(metrics)

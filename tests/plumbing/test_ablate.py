@@ -1,4 +1,4 @@
-"""The studies: each variant is what it says, a study goes on where it was stopped, and it knows which CLIP it is about."""
+"""The studies: each variant is what it says, and a study goes on where it was stopped."""
 import dataclasses
 import json
 import os
@@ -13,12 +13,13 @@ from plumbing.cli import UserError
 from toy import ablate
 from toy.world import film, make_clips, write_video
 
-CLIP = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "weights", "tiny", "clip")
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+CLIP = os.path.join(ROOT, "weights", "tiny", "clip")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Four clips and their twins for training, as many to test, and what the shipped CLIP saw of them."""
+    """Four clips and their twins for training, as many to test."""
     folder = tmp_path_factory.mktemp("ablate")
     for split, held_out in (("train", False), ("test", True)):
         rows = []
@@ -26,9 +27,16 @@ def config(tmp_path_factory):
             write_video(str(folder / f"{split}{i}.mp4"), film(clip))
             rows.append({"video": f"{split}{i}.mp4", "caption": clip.caption, **dataclasses.asdict(clip)})
         (folder / f"{split}_captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cfg = ablate.Config("see", CLIP, str(folder), str(folder / "out"), str(folder), seeds=2, steps=2, batch_size=8, processes=1)
-    ablate.main(cfg)
-    return cfg
+    return ablate.Config("losses", CLIP, str(folder), str(folder / "out"), str(folder), seeds=2, steps=2,
+                         batch_size=8, processes=1)
+
+
+@pytest.fixture
+def taught(monkeypatch):
+    """The variants that are taught, as they come."""
+    variants, teach = [], ablate.teach
+    monkeypatch.setattr(ablate, "teach", lambda *given: variants.append(given[1]) or teach(*given))
+    return variants
 
 
 def test_a_study_has_every_variant_and_goes_on_where_it_was_stopped(config, capsys, monkeypatch):
@@ -41,51 +49,58 @@ def test_a_study_has_every_variant_and_goes_on_where_it_was_stopped(config, caps
             raise KeyboardInterrupt
         return teach(*given)
     monkeypatch.setattr(ablate, "teach", stop_at_the_fourth)
-    cfg = dataclasses.replace(config, stage="losses")
     with pytest.raises(KeyboardInterrupt):
-        ablate.main(cfg)
-    ablate.main(cfg)
+        ablate.main(config)
+    ablate.main(config)
     variants = ablate.STUDIES["losses"][1]
     assert len(runs) == 2 * len(variants) + 1   # the one that was stopped ran twice
     out = capsys.readouterr().out
     assert all(f"| {name} |" in out for name in ["mean-pooled CLIP", *variants]) and "Table 7" in out
     assert os.path.getsize(os.path.join(config.pictures, "ablate_losses.png")) > 1000
-    ablate.main(cfg)
+    ablate.main(config)
     assert len(runs) == 2 * len(variants) + 1 and capsys.readouterr().out == out
 
 
-def test_what_studies_share_runs_once_and_other_settings_are_other_runs(config, monkeypatch):
-    teach, runs = ablate.teach, []
-    monkeypatch.setattr(ablate, "teach", lambda *given: runs.append(given[1]) or teach(*given))
+def test_what_studies_share_runs_once_and_other_settings_are_other_runs(config, taught):
     ablate.main(dataclasses.replace(config, seeds=1, stage="projection"))
-    runs.clear()
+    taught.clear()
     ablate.main(dataclasses.replace(config, seeds=1, stage="mask"))
-    assert sorted(variant.mask_ratio for variant in runs) == [0.0, 0.3, 0.5, 0.9]   # 0.7 is the branch as it is
+    assert sorted(variant.mask_ratio for variant in taught) == [0.0, 0.3, 0.5, 0.9]   # 0.7 stands in both
     ablate.main(dataclasses.replace(config, seeds=1, stage="mask", steps=3))
-    assert len(runs) == 4 + 5
+    assert len(taught) == 4 + 5
 
 
 def test_two_processes_find_what_one_finds(config, tmp_path, capsys):
     tables = []
     for processes in (1, 2):
-        cfg = dataclasses.replace(config, stage="depth", seeds=1, out=str(tmp_path / str(processes)), processes=processes)
-        shutil.copytree(config.out, cfg.out, ignore=shutil.ignore_patterns("runs"))
-        ablate.main(cfg)
-        assert len(os.listdir(os.path.join(cfg.out, "runs"))) == 5
-        tables.append([line.rsplit("|", 2)[0] for line in capsys.readouterr().out.splitlines()])   # without the seconds
+        out = str(tmp_path / str(processes))
+        ablate.main(dataclasses.replace(config, stage="depth", seeds=1, out=out, processes=processes))
+        assert len(os.listdir(os.path.join(out, "runs"))) == 5
+        lines = capsys.readouterr().out.splitlines()
+        tables.append([line.rsplit("|", 2)[0] for line in lines])   # without the seconds
     assert tables[0] == tables[1] and len(tables[0]) > 6
 
 
-def test_another_clip_another_world_and_no_stage_are_refused(config, world, tmp_path):
-    with pytest.raises(UserError, match="another CLIP"):
-        ablate.main(dataclasses.replace(config, stage="mask", clip=str(world / "clip")))
-    for split in ablate.SPLITS:
-        with open(os.path.join(config.data, f"{split}_captions.jsonl")) as f:
-            (tmp_path / f"{split}_captions.jsonl").write_text("".join(reversed(f.readlines())))
-    with pytest.raises(UserError, match="another world"):
-        ablate.main(dataclasses.replace(config, stage="mask", data=str(tmp_path)))
-    with pytest.raises(UserError, match="no such stage"):
+def test_another_clip_and_another_world_are_seen_and_run_anew(config, tmp_path, taught):
+    cfg = dataclasses.replace(config, seeds=1, stage="structure", out=str(tmp_path / "out"))
+    ablate.main(cfg)
+    shutil.copytree(CLIP, tmp_path / "clip")
+    ablate.main(dataclasses.replace(cfg, clip=str(tmp_path / "clip")))
+    shutil.copytree(config.data, tmp_path / "data")
+    for split in ("train", "test"):
+        path = tmp_path / "data" / f"{split}_captions.jsonl"
+        path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    ablate.main(dataclasses.replace(cfg, data=str(tmp_path / "data")))
+    assert len(taught) == 3 * 4
+    kinds = sorted(name.split("_")[0] for name in os.listdir(cfg.out))
+    assert kinds == ["runs", *["test"] * 3, *["train"] * 3]
+
+
+def test_bad_input_is_one_line(config):
+    with pytest.raises(UserError, match="no such study"):
         ablate.main(dataclasses.replace(config, stage="song"))
+    with pytest.raises(UserError, match="--batch_size 9: more than the 8 clips"):
+        ablate.main(dataclasses.replace(config, batch_size=9))
 
 
 def test_the_chat_study_gathers_the_last_evaluation_of_each_run(config, tmp_path, capsys):
@@ -93,23 +108,26 @@ def test_the_chat_study_gathers_the_last_evaluation_of_each_run(config, tmp_path
     for i, tokens in enumerate(ablate.VIDEO_TOKENS):
         for seed in range(cfg.seeds):
             (tmp_path / f"chat_{tokens}_{seed}").mkdir()
-            rows = [{"step": 1, "loss": 2.0}, *({"step": step, kind: 10.0 * i + seed + step} for step in (1, 2) for kind in ("static", "temporal"))]
-            (tmp_path / f"chat_{tokens}_{seed}" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            shares = [10.0 * i + seed + step for step in (1, 2)]
+            rows = [{"loss": 2.0}, *({"static": share, "temporal": share} for share in shares)]
+            log = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / f"chat_{tokens}_{seed}" / "log.jsonl").write_text(log)
     ablate.main(cfg)
     table = capsys.readouterr().out
-    assert "| CLIP's, mean over time | 12.5 (12.0 to 13.0) | 12.5 (12.0 to 13.0) |" in table and "s a step" not in table
-    assert os.path.getsize(tmp_path / "ablate_chat.png") > 1000
+    assert "| CLIP's, mean over time | 12.5 (12.0 to 13.0) | 12.5 (12.0 to 13.0) |" in table
+    assert "s a step" not in table and os.path.getsize(tmp_path / "ablate_chat.png") > 1000
     (tmp_path / "chat_mean_1" / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
-    with pytest.raises(UserError, match="chat_mean_1.*never evaluated"):
+    with pytest.raises(UserError, match="chat_mean_1.*no evaluation"):
         ablate.main(cfg)
     os.remove(tmp_path / "chat_mean_1" / "log.jsonl")
-    with pytest.raises(UserError, match="chat_mean_1.*not there"):
+    with pytest.raises(UserError, match="chat_mean_1.*no evaluation"):
         ablate.main(cfg)
 
 
 def test_each_variant_is_what_it_says():
     clip, _ = load_clip(CLIP)
-    positions, states = clip.float().vision_model.embeddings.position_embedding.weight, [torch.randn(2, 4, 17, 128) for _ in range(4)]
+    positions = clip.float().vision_model.embeddings.position_embedding.weight
+    states = [torch.randn(2, 4, 17, 128) for _ in range(4)]
 
     def tokens(change, states):
         torch.manual_seed(0)
@@ -121,14 +139,18 @@ def test_each_variant_is_what_it_says():
     assert torch.allclose(tokens(ablate.one_entrance, states)[0], tokens(ablate.one_entrance, later)[0])
     assert not torch.allclose(tokens(ablate.as_it_is, states)[0], tokens(ablate.as_it_is, later)[0])
     assert not any(p.requires_grad for p in tokens(ablate.no_time, states)[1].btadapter_T_layers.parameters())
-    forwards, backwards = (tokens(ablate.no_space, played)[0][:, 0] for played in (states, [state.flip(1) for state in states]))
-    assert torch.allclose(forwards, backwards, atol=1e-6)   # blind to order: CLS passes by the layers along time
+    backwards = [state.flip(1) for state in states]
+    there, back = (tokens(ablate.no_space, played)[0][:, 0] for played in (states, backwards))
+    assert torch.allclose(there, back, atol=1e-6)   # blind to order: CLS passes by the layers along time
     plain = tokens(ablate.as_it_is, states)[0]
-    for change in (ablate.random_projection, ablate.no_projection):   # from zero the layers along time do nothing yet
+    for change in (ablate.random_projection, ablate.no_projection):   # from zero, attention does nothing yet
         assert not torch.allclose(tokens(change, states)[0], plain)
-    with torch.no_grad():   # gates or sums, with CLIP or without
-        for options, change, shares in (({}, ablate.as_it_is, (0.5, 0.5)), ({}, ablate.branch_alone, (1.0, 0.0)), ({"gated": False}, ablate.as_it_is, (1, 1))):
-            branch = Branch.beside(clip, 4, **options).eval()
-            change(branch)
-            cls = shares[0] * branch(states, positions)[-1][:, :1] + shares[1] * states[-1][:, :, 0]   # (2, 4, D): frame by frame
-            assert torch.allclose(VideoEncoder(clip, branch).feature(states)[0], clip.project_image(cls).mean(1), atol=1e-5)
+    gates = (({}, ablate.as_it_is, (0.5, 0.5)), ({}, ablate.branch_alone, (1, 0)),
+             ({"gated": False}, ablate.as_it_is, (1, 1)))
+    for options, change, (ours, clips) in gates:   # gates or sums, with CLIP or without
+        branch = Branch.beside(clip, 4, **options).eval()
+        change(branch)
+        with torch.no_grad():
+            cls = ours * branch(states, positions)[-1][:, :1] + clips * states[-1][:, :, 0]   # (2, 4, D)
+            feature = VideoEncoder(clip, branch).feature(states)[0]
+            assert torch.allclose(feature, clip.project_image(cls).mean(1), atol=1e-5)
