@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import llm
-from clip import MLP, Attention, load_clip, load_clip_model
+from clip import MLP, Attention, build_clip, load_clip, read_clip
 from plumbing import quant, weightfile
 from plumbing.cli import UserError
 from plumbing.pictures import THUMBNAIL
@@ -736,7 +736,7 @@ def open_chat(folder, tokens=None, branch=None, tuned=None):
                if not os.path.exists(path)]
     if missing:
         raise UserError(f"{folder}: lacks {', '.join(missing)}")
-    state, clip = state_of(llava), load_clip_model(clip_path).image_only()
+    state, clip = state_of(llava), build_clip(*read_clip(clip_path), clip_path).image_only()
     language_model, tokenizer, extra = llm.load_llama(llava)
     width = language_model.config.width
     projector, source = next(((found, file) for tensors, file in

@@ -29,7 +29,7 @@ def loading(kind, path, scheme):   # sent to a process of its own, too
             rows = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in f if line.endswith("kB\n")}
         return rows["Private_Clean"] + rows["Private_Dirty"], rows["Anonymous"]
     before, began = memory(), time.perf_counter()
-    model = clip.load_clip_model(path) if kind == "clip" else llm.load_llama(path, quantize=scheme)[0]
+    model = clip.build_clip(*clip.read_clip(path), path) if kind == "clip" else llm.load_llama(path, quantize=scheme)[0]
     ready, after = time.perf_counter() - began, memory()
     with torch.inference_mode():
         if kind == "llama":
