@@ -366,13 +366,13 @@ def read_clip(path):
         config = sizes(tensors, heads)
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as e:
         reason = weightfile.likely_reason((), tensors, ())
-        raise UserError(f"{path}: not a CLIP of OpenAI or Hugging Face with a vision transformer ({e}; {reason})"
-                        "; give OpenAI's archive, such as ViT-L-14.pt, or the folder of Hugging Face")
+        raise UserError(f"{path}: not a CLIP of OpenAI or Hugging Face with a vision transformer ({e}; "
+                        f"{reason}); give OpenAI's ViT-L-14.pt, or the folder of Hugging Face")
     return config, tensors
 
 
 def sizes(tensors, heads):
-    """{Hugging Face name: tensor}, heads of both towers or None -> CLIPConfig. Raises KeyError, ValueError."""
+    """{Hugging Face name: tensor}, heads of both towers or None -> CLIPConfig. Raises ValueError and such."""
     def rows(name):
         return len(tensors[f"{name}.weight"])
 
