@@ -30,3 +30,10 @@ def retrieval_metrics(similarity, right=None):
     better, tied = ranks(similarity, right)
     rank = better + (tied - 1) / 2 + 1
     return {**{f"R@{k}": recall_at_k(similarity, k, right) for k in (1, 5, 10)}, "MdR": rank.quantile(0.5).item(), "MnR": rank.mean().item()}
+
+
+def twin_accuracy(video, text):
+    """video, text (2Q, P) normalised, twins side by side -> (2Q,): 1.0 where a clip is nearer to its own caption
+    than to its twin's, 0.5 where both are equally near."""
+    own, other = (video * text).sum(1), (video * text.view(-1, 2, text.shape[1]).flip(1).flatten(0, 1)).sum(1)
+    return (own > other).float() + 0.5 * (own == other).float()

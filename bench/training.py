@@ -24,7 +24,6 @@ def training_steps(precision, mask_ratio, checkpointed, count, sizes):   # sent 
     branch = model.Branch.beside(towers, drop_path=0.1, checkpointed=checkpointed)
     learner = model.Pretraining(model.VideoEncoder(pretrain.lighten(towers, dtype), branch))
     optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=1e-6)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     c = towers.config
     video = torch.randint(256, (2, 8, 3, c.image_size, c.image_size), dtype=torch.uint8)
     ids = torch.randint(c.vocab_size, (2, min(64, c.context_length)))
@@ -38,7 +37,9 @@ def training_steps(precision, mask_ratio, checkpointed, count, sizes):   # sent 
         states, text = learner.see(video, ids, kept)
         moments.append(clock())
         optimizer.zero_grad()
-        pretrain.backward(learner, [(states, kept)], text, [1, 0.1, 0.8], scaler, torch.manual_seed, dtype)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            features, patches, mbta = learner(states, kept)
+        (model.vtc_loss(features, text) + 0.1 * model.mbca_loss(patches, text) + 0.8 * mbta).backward()
         moments.append(clock())
         optimizer.step()
         moments.append(clock())

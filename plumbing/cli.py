@@ -101,6 +101,15 @@ def make_folder(path):
         raise UserError(f"{path}: cannot make this folder: {e.strerror}")
 
 
+def fill(cfg, row):
+    """A Config with the values of a row of settings, {field: value}, in the place of None. Raises UserError."""
+    cfg = dataclasses.replace(cfg, **{name: row[name] for name, value in vars(cfg).items()
+                                      if value is None and name in row})
+    if lacking := [f"--{name}" for name, value in vars(cfg).items() if value is None]:
+        raise UserError(f"{', '.join(lacking)}: needed")
+    return cfg
+
+
 def at_least(cfg, **bounds):
     """Raises UserError for the first field of `cfg` that is below its bound."""
     for name, bound in bounds.items():

@@ -1,91 +1,25 @@
-"""What the training loops have in common and is no lesson: processes, signals, checkpoints, a log."""
+"""What training loops have in common and is no lesson: processes, signals, batches, checkpoints, a log."""
 import atexit
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from plumbing.cli import UserError, write_atomic
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
-def remove_leftovers(folder):
-    """Removes from a folder of ours what write_atomic leaves there when it is killed: NAME.PROCESS.tmp."""
-    for name in os.listdir(folder):
-        if re.fullmatch(r".+\.(pth|bin|png|jsonl)\.\d+\.tmp", name):
-            os.remove(os.path.join(folder, name))
-
-
-def save_checkpoint(path, state):
-    """A dict of tensors, numbers, strings and containers of these -> one torch.save file, atomically."""
-    write_atomic(path, lambda f: torch.save(state, f))
-
-
-def load_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU. A file that holds anything but data is refused. Raises UserError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}")
-    except Exception as e:   # a damaged or hostile file can make the reader raise anything
-        raise UserError(f"{path}: not a checkpoint of this program, or damaged ({type(e).__name__})")
-
-
-def put_back(parameters, saved, path):
-    """Copies saved tensors into {name: parameter}, if names and sizes are the same on both sides. Raises UserError."""
-    if {name: t.shape for name, t in saved.items()} != {name: p.shape for name, p in parameters.items()}:
-        raise UserError(f"{path}: made with a model of other sizes; choose another --out")
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(saved[name])
-
-
-FREE = {"out", "root", "steps", "epochs", "workers", "device", "amp", "precision", "micro_batch", "checkpointed", "eval_annotations",
-        "eval_every", "save_every", "log_every"}
-
-
-def check_same_run(saved, path, cfg):
-    """A run may go on from a checkpoint only with the settings that made it (those in FREE may change). Raises UserError."""
-    if not isinstance(saved, dict) or "optimizer" not in saved or "config" not in saved:
-        raise UserError(f"{path}: not a checkpoint of this script; choose another --out")
-    for key, value in dataclasses.asdict(cfg).items():
-        if key not in FREE and saved["config"].get(key) != value:
-            raise UserError(f"{path}: was made with --{key} {saved['config'].get(key)}, not {value}; choose another --out")
-
-
-class Log:
-    """log.jsonl, one JSON object a line. Resuming at a step drops the lines that an interrupted run wrote after it."""
-    def __init__(self, path, start):
-        self.path, self.rows = path, []
-        if start and os.path.exists(path):
-            try:
-                with open(path) as f:
-                    self.rows = [row for row in (json.loads(line) for line in f if line.endswith("\n")) if row["step"] <= start]
-            except (OSError, ValueError, KeyError, TypeError) as e:
-                raise UserError(f"{path}: not a log of this program ({type(e).__name__}); move it away")
-        write_atomic(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
-
-    def add(self, **row):
-        self.rows.append(row)
-        try:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(row) + "\n")
-        except OSError as e:
-            raise UserError(f"{self.path}: cannot write: {e.strerror}")
-
-    def column(self, name):
-        """[(step, value)] of the rows that have `name`."""
-        return [(row["step"], row[name]) for row in self.rows if name in row]
-
-
-# ---------------------------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------------------------ processes
 @dataclasses.dataclass
 class World:
     """This process among those that torchrun started (one, without torchrun)."""
@@ -111,56 +45,181 @@ def pick_device(device="auto", index=0):
 
 
 def start_distributed(device="auto"):
-    """Joins the process group of torchrun, if any (NCCL on GPUs, gloo on CPUs), and picks this process's device."""
-    rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """Joins torchrun's process group, if any (NCCL on GPUs, gloo on CPUs), and picks a device."""
+    rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = pick_device(device, local_rank)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(rank, size, device)
 
 
-def told_by_all(here, *numbers):
-    """Every process says some numbers, all whole or none -> for each of them a list: what all said, in rank order.
-
+def gather_numbers(here, *numbers):
+    """Each process gives some numbers, all whole or none -> for each the list of all processes' values.
     Raises UserError where another process has stopped."""
-    said = torch.tensor(numbers, device=here.device)
-    rows = [said.clone() for _ in range(here.size)]
+    given = torch.tensor(numbers, device=here.device)
+    rows = [given.clone() for _ in range(here.size)]
     if here.size > 1:
         try:
-            dist.all_gather(rows, said)
+            dist.all_gather(rows, given)
         except RuntimeError as e:
-            raise UserError(f"another process has stopped and says why, or cannot be reached ({str(e).splitlines()[0]})") from e
+            raise UserError("another process has stopped and says why, or cannot be reached "
+                            f"({str(e).splitlines()[0]})") from e
     return torch.stack(rows, dim=1).tolist()
 
 
+def means(here, *scalars):
+    """Tensors of one number each -> the means over all processes, as float."""
+    return [sum(values) / here.size for values in gather_numbers(here, *(x.item() for x in scalars))]
+
+
 def on_sigterm():
-    """-> an Event that SIGTERM sets, instead of ending the program: a loop looks at it where it can stop without loss."""
+    """-> an Event that SIGTERM sets instead of ending the program: a loop stops where nothing is lost."""
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
     return asked
 
 
 def leave_signals_to_the_parent(worker):
-    """worker_init_fn for a DataLoader: Ctrl-C and SIGTERM reach the whole group, and the script itself decides what they mean."""
+    """worker_init_fn for a DataLoader: Ctrl-C and SIGTERM reach the whole group, and the script decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @atexit.register   # after multiprocessing's own, so it is called before that one
 def end_loaders():
-    """Python ends its child processes with SIGTERM and waits for them. A loader's ignore it: that would last for ever."""
+    """Python ends its children with SIGTERM and waits for them. A loader's ignore it: that lasts for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch's handler would report their end as an error
     for process in multiprocessing.active_children():
         process.kill()
 
 
+# ------------------------------------------------------------------------------------------------ batches
+def batches(n, batch_size, together, seed, start, here):
+    """Endless lists of this process's (epoch, index), from step `start` on: a fresh order each epoch, where
+    `together` neighbours stay side by side; incomplete batches are left out. A step has the same rows for any
+    number of processes, which take turns in picking theirs."""
+    groups = np.arange(n - n % together).reshape(-1, together)
+    per_epoch, drawn = n // batch_size, None
+    for step in itertools.count(start):
+        epoch, k = divmod(step, per_epoch)
+        if epoch != drawn:
+            order = groups[np.random.default_rng([seed, epoch]).permutation(len(groups))].ravel()
+            drawn = epoch
+        yield [(epoch, int(i)) for i in order[k * batch_size + here.rank:(k + 1) * batch_size:here.size]]
+
+
+def next_batch(loader, here, asked_to_stop):
+    """-> (a batch of as many rows as in every other process, maybe none; whether SIGTERM has reached any).
+
+    loader: yields dicts of tensors and lists, among them "index" and "skipped": what is wrong with the videos
+    that are left out. Raises UserError where no process has a row."""
+    batch = next(loader)
+    for message in batch.pop("skipped"):
+        tqdm.write(f"skipped: {message}", file=sys.stderr)
+    counts, stops = gather_numbers(here, len(batch["index"]), int(asked_to_stop.is_set()))
+    if not any(counts) and not any(stops):
+        raise UserError("a batch without one readable video; is --root right?")
+    return {name: rows[:min(counts)] for name, rows in batch.items()}, any(stops)
+
+
 def seed_step(seed, step, rank=0, part=0):
-    """Every random number of a part of a training step follows from (seed, step, rank, part): a resumed run needs no saved state."""
+    """All random numbers of a step follow from (seed, step, rank, part): to resume takes no saved state."""
     torch.manual_seed((((seed * 1_000_003 + step) * 1_009 + rank) * 1_013 + part) % 2 ** 63)
 
 
 def warmup_cosine(step, steps, warmup, floor=0.0):
-    """Share of the peak learning rate at `step` of `steps`: linear up over `warmup` steps, then half a cosine to `floor`."""
+    """Share of the peak learning rate: linear up over `warmup` steps, then half a cosine to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+def save_checkpoint(path, state):
+    """A dict of tensors, numbers, strings and containers of these -> one torch.save file, atomically."""
+    write_atomic(path, lambda f: torch.save(state, f))
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote, on the CPU. A file with more than data is refused. Raises UserError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}")
+    except Exception as e:   # a damaged or hostile file can make the reader raise anything
+        raise UserError(f"{path}: not a checkpoint of this program, or damaged ({type(e).__name__})")
+
+
+def put_back(parameters, saved, path):
+    """Copies saved tensors into {name: parameter}, if names and sizes agree. Raises UserError."""
+    if {name: t.shape for name, t in saved.items()} != {name: p.shape for name, p in parameters.items()}:
+        raise UserError(f"{path}: made with a model of other sizes; choose another --out")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(saved[name])
+
+
+FREE = {"out", "root", "steps", "epochs", "workers", "device", "amp", "precision", "checkpointed",
+        "eval_annotations", "eval_every", "save_every", "log_every"}   # may change as a run goes on
+
+
+def save_run(cfg, trained, optimizer, scaler, step, skipped):
+    """last.pth in --out: all that a run needs to go on. trained: {name: parameter}."""
+    save_checkpoint(os.path.join(cfg.out, "last.pth"), {
+        "state_dict": {name: p.detach().cpu() for name, p in trained.items()},
+        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step, "skipped": skipped,
+        "config": dataclasses.asdict(cfg)})
+
+
+def resume(cfg, here, trained, optimizer, scaler):
+    """Puts what save_run wrote back -> its step and skipped, (0, 0) where there is none. Raises UserError if
+    it is of a run with other settings, but for those in FREE, or not the same for all processes."""
+    path, step, skipped = os.path.join(cfg.out, "last.pth"), 0, 0
+    if os.path.exists(path):
+        saved = load_checkpoint(path)
+        if not isinstance(saved, dict) or "optimizer" not in saved or "config" not in saved:
+            raise UserError(f"{path}: not a checkpoint of this script; choose another --out")
+        for key, value in dataclasses.asdict(cfg).items():
+            if key not in FREE and saved["config"].get(key) != value:
+                raise UserError(f"{path}: was made with --{key} {saved['config'].get(key)}, not {value}; "
+                                "choose another --out")
+        put_back(trained, saved["state_dict"], path)
+        optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:   # empty after a run in another precision
+            scaler.load_state_dict(saved["scaler"])
+        step, skipped = saved["step"], saved["skipped"]
+    if len(set(gather_numbers(here, step)[0])) > 1:
+        raise UserError(f"{path}: not the same for all processes; --out must be a folder all machines share")
+    return step, skipped
+
+
+class Log:
+    """log.jsonl in a folder, one JSON object a line. Resuming at a step drops the lines written after it, and
+    what write_atomic leaves in the folder when it is killed: NAME.PROCESS.tmp."""
+    def __init__(self, folder, start):
+        self.path, self.rows = os.path.join(folder, "log.jsonl"), []
+        for name in os.listdir(folder):
+            if re.fullmatch(r".+\.(pth|bin|png|jsonl)\.\d+\.tmp", name):
+                os.remove(os.path.join(folder, name))
+        if start and os.path.exists(self.path):
+            try:
+                with open(self.path) as f:
+                    rows = [json.loads(line) for line in f if line.endswith("\n")]
+                self.rows = [row for row in rows if row["step"] <= start]
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                raise UserError(f"{self.path}: not a log of this program ({type(e).__name__}); move it away")
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomic(self.path, lambda f: f.write(lines.encode()))
+
+    def add(self, **row):
+        self.rows.append(row)
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot write: {e.strerror}")
+
+    def column(self, name):
+        """[(step, value)] of the rows that have `name`."""
+        return [(row["step"], row[name]) for row in self.rows if name in row]

@@ -1,8 +1,9 @@
-"""Runs pretrain.main in processes forked after one import of torch: a run then costs what the run costs. Not a test itself.
+"""Runs pretrain.main in processes forked after one import of torch: a run costs only itself. Not a test.
 
-Reads jobs, JSON lines, from stdin and answers each with a JSON line, {"codes": exit codes by rank, "seconds", "stderr"}:
-{"config": fields of pretrain.Config, "size": processes, "signal": what is sent to all of them, "after" so many seconds from the moment when so many "rows" are in the log,
-"half_save": the number of the save in whose middle a process dies, "file_limit": bytes that a file can have}
+Reads jobs, JSON lines, from stdin and answers each with a JSON line, {"codes": exit codes by rank, "stderr"}:
+{"config": fields of pretrain.Config, "size": processes, "signal": what all of them are sent, "after" so many
+seconds from the moment when so many "rows" are in the log, "half_save": the number of the save in whose middle
+a process dies, "file_limit": bytes that a file can have}
 """
 import io
 import json
@@ -39,10 +40,12 @@ def die_in_the_middle_of_save(number):
 def child(job, rank, port, errors):
     signal.alarm(120)   # a deadlock must not last for as long as gloo is patient
     os.setsid()   # so that a signal to its group reaches its loaders and nobody else
+    os.dup2(errors.fileno(), 1)
     os.dup2(errors.fileno(), 2)
     torch.set_num_threads(1)
     if job.get("size", 1) > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(job["size"]), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["size"]),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if "half_save" in job:
         die_in_the_middle_of_save(job["half_save"])
     if "file_limit" in job:
@@ -76,7 +79,7 @@ def run(job):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    began, pids = time.perf_counter(), []
+    pids = []
     with open(os.path.join(job["config"]["out"] + ".stderr"), "w+") as errors:
         for rank in range(job.get("size", 1)):
             pid = os.fork()
@@ -93,7 +96,7 @@ def run(job):
                     os.kill(pid, job["signal"])
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         errors.seek(0)
-        return {"codes": codes, "seconds": time.perf_counter() - began, "stderr": errors.read()}
+        return {"codes": codes, "stderr": errors.read()}
 
 
 if __name__ == "__main__":

@@ -50,11 +50,13 @@ def trouble(words):
             return "no such file"
         fields = defined(defined(body(script))["Config"].body)
         name = flag.removeprefix("no-")
-        if name not in fields or name != flag and fields[name].annotation.id != "bool":
+        if name not in fields or name != flag and "bool" not in ast.unparse(fields[name].annotation):
             return "no such flag"
-        default = fields[name].value
-        if value and value[0] == "=" and (default is None or str(ast.literal_eval(default)) != value[1:]):
-            return f"the default is {ast.unparse(default) if default else 'missing: the flag is required'}"
+        default = fields[name].value and ast.literal_eval(fields[name].value)
+        if default is None and "RELEASED" in (names := defined(body(script))):   # a flag that a recipe or stage sets
+            default = ast.literal_eval(names["RELEASED"].value).get(name)
+        if value and value[0] == "=" and str(default) != value[1:]:
+            return f"the default is {default}"
         return None
     if found := NAME.fullmatch(words):
         file = found[1].replace(".", "/") + ".py"
@@ -83,7 +85,7 @@ def test_the_document_names_enough_to_be_worth_checking():
     ("modle.py", "no such file"), ("tests/test_doc.py", "no such file"), ("model.Branch.foward", "foward is not defined there"),
     ("model.load_clip", "load_clip is not defined there"),   # imported, not defined
     ("models.Branch", "no such module"), ("pretrain.py --learning_rate", "no such flag"), ("pretrain.py --no-lr", "no such flag"),
-    ("pretrain.py --lr=1e-06", "the default is 2e-06"), ("pretrain.py --clip=x", "the default is missing: the flag is required"),
+    ("pretrain.py --lr=1e-06", "the default is 2e-06"), ("pretrain.py --clip=x", "the default is None"),
     ("load_branch", "neither a file nor module.name nor script.py --flag")])
 def test_a_wrong_name_is_noticed(words, what):
     assert trouble(words) == what

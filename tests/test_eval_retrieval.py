@@ -7,15 +7,16 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from films import stacked
 
 import data
 import eval_retrieval
 import model
 from eval_retrieval import SETTINGS, Config, EvaluationSet, read_labels
+from films import stacked
 from plumbing import cli, training, weightfile
 from plumbing.cli import UserError
 from toy.world import COLOURS, film, make_clips, write_video
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(ROOT, "weights", "tiny")
 CPU = torch.device("cpu")

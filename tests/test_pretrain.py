@@ -1,4 +1,4 @@
-"""Pretraining: it learns, any number of processes and micro-batches takes the same steps, and nothing that stops it loses work."""
+"""Pretraining: it learns, any number of processes takes the same steps, and nothing that stops it loses work."""
 import dataclasses
 import glob
 import json
@@ -101,126 +101,70 @@ def test_broken_videos_are_skipped_and_counted(world, tmp_path):
     assert log_of(tmp_path / "out")[-1]["skipped"] == 2   # two epochs of two steps
 
 
-def test_batches_cover_an_epoch_once_keep_twins_together_and_split_evenly():
-    a, b = (pretrain.batches(10, 4, 2, 0, 0, rank, 2) for rank in (0, 1))
-    steps = [(next(a), next(b)) for _ in range(4)]
-    for epoch in (0, 1):
-        seen = [i for left, right in steps[2 * epoch:2 * epoch + 2] for e, i in left + right if e == epoch]
-        assert len(set(seen)) == 8
-    for left, right in steps:
-        members = {i for _, i in left + right}
-        assert len(left) == len(right) == 2 and all(i ^ 1 in members for i in members)
-    again = pretrain.batches(10, 4, 2, 0, 3, 0, 2)
-    assert next(again) == steps[3][0] and steps[0] != steps[2]
-
-
 def test_released_schedule_rises_over_half_an_epoch_and_ends_at_97_percent():
     share = [pretrain.lr_share(s, 1000, 1000, False) for s in range(1000)]
     assert share[0] == 0.05 and share[499] == 1 and share[999] == pytest.approx(0.970, abs=1e-3)
 
 
-def test_the_shares_of_several_processes_are_the_batches_of_one():
-    one = pretrain.batches(40, 8, 2, 3, 2, 0, 1)
-    four = [pretrain.batches(40, 8, 2, 3, 2, rank, 4) for rank in range(4)]
-    for _ in range(7):
-        shares = [next(b) for b in four]
-        assert sorted(next(one)) == sorted(sum(shares, [])) and len(set(sum(shares, []))) == 8
-
-
-# ---------------------------------------------------------------------------------------------------- micro-batches, processes
-def gradients(world, micro_batch, drop_path=0.0, checkpointed=False, dtype=torch.float32):
-    """One backward pass over eight clips of noise -> (losses, {name: gradient})."""
+# ---------------------------------------------------------------------------------------------------- gradients, processes
+def gradients(world, checkpointed):
+    """One backward pass over eight clips of noise, with stochastic depth -> {name: gradient}."""
     clip, _ = load_clip(str(world / "clip"))
     torch.manual_seed(0)
-    branch = Branch.beside(clip, 3, drop_path=drop_path, checkpointed=checkpointed)
+    branch = Branch.beside(clip, 3, drop_path=0.5, checkpointed=checkpointed)
     for name, p in branch.named_parameters():
         if "temporal_fc" in name:   # zero at first, which would hide everything behind it
             torch.nn.init.normal_(p, std=0.1)
     model = Pretraining(VideoEncoder(clip.float(), branch))
-    video, kept = torch.randint(256, (8, 4, 3, 32, 32), dtype=torch.uint8), tube_mask(8, 16, 0.7)
+    kept = tube_mask(8, 16, 0.7)
     ids = torch.tensor([[0, i, clip.config.vocab_size - 1] for i in range(8)])
-    parts = [model.see(*part) for part in zip(*(x.split(micro_batch) for x in (video, ids, kept)))]
-    views = [(states, k) for (states, _), k in zip(parts, kept.split(micro_batch))]
-    text = torch.cat([t for _, t in parts])
-
-    def reseed(part):
-        torch.manual_seed(100 + part)
-    losses = pretrain.backward(model, views, text, [1, 0.1, 0.8], torch.amp.GradScaler("cpu", enabled=False), reseed, dtype)
-    return losses, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, (model, views, text, reseed)
+    states, text = model.see(torch.randint(256, (8, 4, 3, 32, 32), dtype=torch.uint8), ids, kept)
+    video, patches, mbta = model(states, kept)
+    (vtc_loss(video, text) + 0.1 * mbca_loss(patches, text) + 0.8 * mbta).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def assert_same_gradients(one, other, tolerance=1e-5):
+def assert_same_gradients(one, other):
     largest = max(g.abs().max() for g in one.values())
     assert one.keys() == other.keys() and largest > 0
-    for name, g in one.items():   # the gradient of a key's bias is rounding noise: softmax does not see it. Hence the floor
-        assert (g - other[name]).abs().max() <= tolerance * g.abs().max() + 1e-7 * largest, name
+    for name, g in one.items():   # the gradient of a key's bias is rounding noise, which softmax does not see: a floor
+        assert (g - other[name]).abs().max() <= 1e-5 * g.abs().max() + 1e-7 * largest, name
 
 
-@pytest.mark.parametrize("micro_batch", [4, 3, 1])
-def test_micro_batches_give_the_losses_and_gradients_of_the_whole_batch(world, micro_batch):
-    (whole, one, _), (losses, other, _) = gradients(world, 8), gradients(world, micro_batch)
-    assert torch.tensor(losses).tolist() == pytest.approx(torch.tensor(whole).tolist(), rel=1e-5)
-    assert_same_gradients(one, other)
-
-
-def test_micro_batches_in_half_precision_reach_every_weight(world):
-    """What autocast keeps of a weight from the pass without a graph must not be what the pass with one uses."""
-    (whole, one, _), (losses, other, _) = (gradients(world, micro_batch, dtype=torch.bfloat16) for micro_batch in (8, 3))
-    assert torch.tensor(losses).tolist() == pytest.approx(torch.tensor(whole).tolist(), rel=1e-2)
-    assert torch.tensor(losses).tolist() != torch.tensor(gradients(world, 3)[0]).tolist()   # it is half precision
-    assert all(g is not None and g.dtype == torch.float32 for g in other.values())
-    assert_same_gradients(*({name: g for name, g in grads.items() if not name.endswith("k_proj.bias")} for grads in (one, other)), tolerance=0.05)
-
-
-def test_a_micro_batch_runs_twice_with_the_same_random_numbers(world):
-    """With stochastic depth: the same as all micro-batches' graphs held at once."""
-    losses, found, (model, views, text, reseed) = gradients(world, 3, drop_path=0.5)
-    model.zero_grad()
-    outputs = []
-    for part, view in enumerate(views):
-        reseed(part)
-        outputs.append(model(*view))
-    video, patches = (torch.cat([output[i] for output in outputs]) for i in range(2))
-    mbta = sum(len(view[1]) / 8 * output[2] for view, output in zip(views, outputs))
-    (vtc_loss(video, text) + 0.1 * mbca_loss(patches, text) + 0.8 * mbta).backward()
-    assert losses[2].item() == pytest.approx(mbta.item(), rel=1e-6)
-    assert_same_gradients({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, found)
-
-
-@pytest.mark.parametrize("micro_batch", [8, 3])
-def test_a_checkpointed_branch_has_the_same_gradient(world, micro_batch):
-    assert_same_gradients(gradients(world, micro_batch, 0.5)[1], gradients(world, micro_batch, 0.5, checkpointed=True)[1])
+def test_a_checkpointed_branch_has_the_same_gradient(world):
+    assert_same_gradients(gradients(world, False), gradients(world, True))
 
 
 @pytest.fixture(scope="module")
 def take_steps(world, forked, tmp_path_factory):
-    """take_steps(steps, size, micro_batch) -> (what is in last.pth, log), with masks, without stochastic depth; each made only once."""
+    """take_steps(steps, size) -> (last.pth, log), with masks, without stochastic depth; each is made only once."""
     folder, known = tmp_path_factory.mktemp("steps"), {}
 
-    def run(steps, size, micro_batch):
-        if (steps, size, micro_batch) not in known:
-            out = folder / f"{steps}_{size}_{micro_batch}"
-            cfg = pretraining(world, out, steps=steps, micro_batch=micro_batch, batch_size=8, drop_path=0.0, clip_norm=1e9, lr=2e-6,
-                              save_every=100)
+    def run(steps, size):
+        if (steps, size) not in known:
+            out = folder / f"{steps}_{size}"
+            cfg = pretraining(world, out, steps=steps, batch_size=8, drop_path=0.0, clip_norm=1e9, lr=2e-6, save_every=100)
             answer = forked(cfg, size=size)
             assert answer["codes"] == [0] * size, answer["stderr"]
-            known[steps, size, micro_batch] = training.load_checkpoint(out / "last.pth"), log_of(out)
-        return known[steps, size, micro_batch]
+            known[steps, size] = training.load_checkpoint(out / "last.pth"), log_of(out)
+        return known[steps, size]
     return run
 
 
 @pytest.mark.parametrize("steps", [1, 20])
-@pytest.mark.parametrize("size, micro_batch", [(1, 3), (2, 0), (2, 2), (4, 0), (4, 1)])
-def test_processes_and_micro_batches_take_the_steps_of_one_process(take_steps, steps, size, micro_batch):
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_processes_take_the_steps_of_one(take_steps, steps, size):
     """The gradient: Adam's first moment after one step is a tenth of it. The weights: after 20 steps."""
-    (one, log), (several, other_log) = take_steps(steps, 1, 0), take_steps(steps, size, micro_batch)
+    (one, log), (several, other_log) = take_steps(steps, 1), take_steps(steps, size)
     for a, b in zip(log, other_log, strict=True):
-        assert [b[k] for k in ("loss", "vtc", "mbca", "mbta")] == pytest.approx([a[k] for k in ("loss", "vtc", "mbca", "mbta")], rel=1e-5)
+        for name in ("loss", "vtc", "mbca", "mbta"):
+            assert b[name] == pytest.approx(a[name], rel=1e-5)
     if steps == 1:
-        assert_same_gradients(*({str(i): state["exp_avg"] for i, state in s["optimizer"]["state"].items()} for s in (one, several)))
+        moments = [{str(i): state["exp_avg"] for i, state in s["optimizer"]["state"].items()} for s in (one, several)]
+        assert_same_gradients(*moments)
     moved = 0
     for name, weight in one["state_dict"].items():
-        if not name.endswith("k_proj.bias"):   # whose gradient is rounding noise, which Adam makes as large as any other
+        if not name.endswith("k_proj.bias"):   # whose gradient is rounding noise, which Adam makes as large as any
             assert (weight - several["state_dict"][name]).abs().max() < 1e-4, name
         if name.endswith("temporal_fc.weight"):
             moved = max(moved, weight.abs().max())
@@ -275,7 +219,7 @@ def test_a_step_for_which_a_process_has_no_video_is_passed_by_all(world, forked,
     (tmp_path / "a.jsonl").write_text((world / "captions.jsonl").read_text().replace('"1.mp4"', '"gone.mp4"'))
     cfg = dataclasses.replace(pretraining(world, tmp_path / "out", batch_size=2, steps=8), annotations=str(tmp_path / "a.jsonl"))
     answer = forked(cfg, size=2)
-    assert answer["codes"] == [0, 0] and answer["stderr"].count("passed by") >= 2, answer["stderr"]
+    assert answer["codes"] == [0, 0], answer["stderr"]
     rows = log_of(cfg.out)   # eight clips make four steps an epoch, one of which is passed by
     assert len(rows) == 6 and training.load_checkpoint(tmp_path / "out" / "last.pth")["step"] == 8
     assert training.load_checkpoint(tmp_path / "out" / "last.pth")["skipped"] == 2 * 2
@@ -285,7 +229,7 @@ def test_a_gradient_that_is_no_number_leaves_the_last_checkpoint(world, tmp_path
     pretrain.main(pretraining(world, tmp_path, steps=2))
     before = (tmp_path / "last.pth").read_bytes()
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.tensor(float("inf")))
-    with pytest.raises(UserError, match="step 2: the gradient is inf; videos: "):
+    with pytest.raises(UserError, match="step 2: the loss is [0-9.]+, the gradient inf; videos: "):
         pretrain.main(pretraining(world, tmp_path, steps=4))
     assert (tmp_path / "last.pth").read_bytes() == before
 
@@ -341,9 +285,17 @@ def test_a_loss_that_is_no_number_names_the_videos_and_leaves_the_last_checkpoin
     pretrain.main(pretraining(world, tmp_path, steps=2))
     before = (tmp_path / "last.pth").read_bytes()
     monkeypatch.setattr(pretrain, "vtc_loss", lambda video, text: video.sum() * float("nan"))
-    with pytest.raises(UserError, match=r"step 2: the loss is nan; videos: \d.mp4, \d.mp4, \d.mp4, \d.mp4"):
+    with pytest.raises(UserError, match=r"the loss is nan, the gradient .*; videos: \d.mp4, \d.mp4, \d.mp4, \d.mp4"):
         pretrain.main(pretraining(world, tmp_path, steps=4))
     assert (tmp_path / "last.pth").read_bytes() == before
+
+
+def test_out_of_memory_says_what_fits(world, tmp_path, monkeypatch):
+    def full(video, text):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(pretrain, "vtc_loss", full)
+    with pytest.raises(UserError, match="with 6 clips on a GPU: take --checkpointed, more GPUs, or --batch_size 2; "):
+        pretrain.main(pretraining(world, tmp_path, batch_size=6))
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(world, tmp_path, forked):
@@ -356,8 +308,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(world, tmp_path,
     assert forked(dataclasses.replace(cfg, steps=4))["codes"] == [0]
 
 
-def test_the_best_look_at_the_watched_set_is_kept(world, tmp_path, monkeypatch):
-    recalls = iter([10, 0, 30, 0, 20, 0])   # branch, mean-pooled CLIP, at each of three looks
+def test_the_branch_of_the_best_evaluation_is_kept(world, tmp_path, monkeypatch):
+    recalls = iter([0, 10, 0, 30, 0, 20])   # mean-pooled CLIP, branch, at each of three evaluations
     monkeypatch.setattr(pretrain, "retrieval_metrics", lambda similarity: {"R@1": next(recalls)})
     for steps in (2, 3):
         pretrain.main(watched(world, tmp_path / str(steps), steps=steps, eval_every=1, anneal=False, eval_annotations=(
@@ -406,16 +358,34 @@ def test_a_signal_to_all_processes_is_for_the_script_to_answer(world, tmp_path, 
 
 # ---------------------------------------------------------------------------------------------------- recipes, precision
 def test_recipes_say_what_is_not_said():
-    released, paper = (pretrain.complete(pretrain.Config("c", "a", "r", "o", recipe=name)) for name in ("released", "paper"))
-    assert (released.batch_size, released.text_length, released.losses) == (416, 64, "1,0.1,0.8")
-    assert (paper.batch_size, paper.text_length, paper.losses) == (640, 32, "1,1,1")
-    assert pretrain.complete(pretrain.Config("c", "a", "r", "o", recipe="paper", batch_size=8)).batch_size == 8
+    released, paper = (pretrain.complete(pretrain.Config(name, "c", "a", "r")) for name in ("released", "paper"))
+    assert (released.batch_size, released.text_length, released.mbca_weight, released.mbta_weight) == (416, 64, 0.1, 0.8)
+    assert (paper.batch_size, paper.text_length, paper.mbca_weight, paper.mbta_weight) == (640, 32, 1, 1)
+    assert pretrain.complete(pretrain.Config("paper", "c", "a", "r", batch_size=8)).batch_size == 8
+    assert pretrain.complete(pretrain.Config(None, "c", "a", "r")).recipe == "released"
+
+
+def test_without_a_flag_the_toy_world_is_learned(world, tmp_path, monkeypatch, capsys):
+    """Two short steps, on clips of the test world in the place of the rendered ones."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="train_captions.jsonl: not there; `python -m toy render` makes it"):
+        pretrain.main(pretrain.Config())
+    os.symlink(os.path.join(ROOT, "weights"), "weights")
+    os.makedirs("out")
+    os.symlink(world, "out/shapes")
+    monkeypatch.setitem(pretrain.RECIPES, "toy", pretrain.RECIPES["toy"] | {
+        "annotations": "out/shapes/captions.jsonl", "eval_annotations": "out/shapes/captions.jsonl", "batch_size": 4, "steps": 2})
+    pretrain.main(pretrain.Config(workers=0, device="cpu"))
+    pooled, branch, path = capsys.readouterr().out.splitlines()
+    assert pooled.startswith("mean-pooled CLIP  twins 50.0 %  R@1 ") and branch.startswith("branch            twins ")
+    assert path == ("out/branch/branch.pth: talk with it by `python chat.py --weights weights/tiny "
+                    "--branch out/branch/branch.pth`")
 
 
 def test_the_recipe_sets_each_group_of_learning_rates(world, tmp_path):
     rates = {}
-    for recipe in pretrain.RECIPES:
-        pretrain.main(pretraining(world, tmp_path / recipe, steps=1, recipe=recipe, losses="1,1,1"))
+    for recipe in ("released", "paper"):
+        pretrain.main(pretraining(world, tmp_path / recipe, steps=1, recipe=recipe, text_length=8))
         groups = training.load_checkpoint(tmp_path / recipe / "last.pth")["optimizer"]["param_groups"]
         rates[recipe] = {group["factor"]: len(group["params"]) for group in groups}
     assert rates["paper"].keys() == {1} and rates["released"].keys() == {10, 100}
@@ -441,9 +411,8 @@ def test_half_precision_halves_the_frozen_towers_and_nothing_that_learns(world, 
 
 # ---------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("change, message", [
-    ({"annotations": "nowhere.jsonl"}, "nowhere.jsonl"), ({"clip": "nowhere"}, "nowhere"), ({"losses": "mine"}, "--losses mine"),
-    ({"losses": "0,0,1"}, "--losses 0,0,1"), ({"recipe": "mine"}, "--recipe mine"), ({"precision": "fp8"}, "--precision fp8"),
-    ({"precision": "fp16"}, "needs a GPU"), ({"micro_batch": 5}, "--micro_batch 5: more than the 4 clips"),
+    ({"annotations": "nowhere.jsonl"}, "nowhere.jsonl"), ({"clip": "nowhere"}, "nowhere"), ({"root": None}, "--root: needed"),
+    ({"recipe": "mine"}, "--recipe mine"), ({"precision": "fp8"}, "--precision fp8"),
     ({"anneal": False, "steps": 11}, "at zero after 5"), ({"eval_annotations": "nowhere.jsonl"}, "nowhere.jsonl"), ({"lr": -1.0}, "--lr -1.0"),
     ({"workers": -1}, "--workers -1"), ({"mask_ratio": float("nan")}, "--mask_ratio nan"), ({"drop_path": 1.0}, "--drop_path 1.0"),
     ({"text_length": 0}, "--text_length 0"), ({"clip_norm": -1.0}, "--clip_norm -1.0"),

@@ -1,13 +1,11 @@
-"""Flags, files that are never half written, logs."""
+"""Flags, and files that are never half written."""
 import dataclasses
-import json
 import os
 
 import pytest
-import torch
 from PIL import Image
 
-from plumbing import cli, pictures, training
+from plumbing import cli, pictures
 from plumbing.cli import UserError
 
 
@@ -23,7 +21,8 @@ class Config:
 
 def test_flags_come_from_the_dataclass():
     assert cli.parse(Config, ["--name", "x"]) == Config("x")
-    assert cli.parse(Config, ["--name", "x", "--size", "4", "--rate", "2e-6", "--no-fast", "--maybe", "7"]) == Config("x", 4, 2e-6, False, 7)
+    assert cli.parse(Config, ["--name", "x", "--size", "4", "--rate", "2e-6", "--no-fast", "--maybe", "7"]) == Config(
+        "x", 4, 2e-6, False, 7)
     assert cli.parse(Config, ["x", "-s", "9"], positional=["name"], short={"size": "s"}) == Config("x", 9)
 
 
@@ -46,6 +45,13 @@ def test_only_a_file_of_the_same_kind_may_be_replaced_and_no_pipe_is_waited_for(
             cli.replaceable(tmp_path / name, "note", lambda start: start.startswith(b"mine"))
 
 
+def test_a_row_of_settings_fills_what_is_not_given_and_what_stays_open_is_needed():
+    assert cli.fill(Config("x"), {"maybe": 7, "size": 9, "other": 0}) == Config("x", maybe=7)
+    assert cli.fill(Config("x", maybe=0), {"maybe": 7}).maybe == 0
+    with pytest.raises(UserError, match="--maybe: needed"):
+        cli.fill(Config("x"), {})
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
@@ -63,39 +69,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         cli.write_atomic(tmp_path / "nowhere" / "file", lambda f: None)
 
 
-def test_log_drops_what_came_after_the_checkpoint_and_half_lines(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
-    log = training.Log(path, 1)
-    log.add(step=2, loss=9)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "loss": 3}, {"step": 2, "loss": 9}]
-    assert log.column("loss") == [(1, 3), (2, 9)]
-
-
-def test_random_numbers_of_a_step_follow_from_seed_step_and_rank():
-    draws = set()
-    for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
-        training.seed_step(*key)
-        first = torch.rand(1).item()
-        training.seed_step(*key)
-        assert torch.rand(1).item() == first
-        draws.add(first)
-    assert len(draws) == 4
-
-
-def test_warmup_and_cosine():
-    share = [training.warmup_cosine(s, 100, 10) for s in range(100)]
-    assert share[0] == 0.1 and share[9] == share[10] == 1 and share[55] == pytest.approx(0.5) and 0 < share[99] < 0.01
-
-
 def test_a_plot_is_drawn_also_of_one_point_nothing_and_nan(tmp_path):
-    pictures.plot(tmp_path / "p.png", [("a", {"x": [(0, 1.0), (1, float("nan")), (2, 3.0)]}), ("b", {"y": [(1, 1)]}), ("c", {})])
+    pictures.plot(tmp_path / "p.png", [("a", {"x": [(0, 1.0), (1, float("nan")), (2, 3.0)]}), ("b", {"y": [(1, 1)]}),
+                                       ("c", {})])
     picture = Image.open(tmp_path / "p.png")
     assert picture.size == (900, 1080) and len(picture.getcolors(1 << 20)) > 10
-
-
-@pytest.mark.parametrize("content", [b"", b"PK", b"not a checkpoint", b"\x80\x02."])
-def test_a_damaged_checkpoint_is_one_line(tmp_path, content):
-    (tmp_path / "last.pth").write_bytes(content)
-    with pytest.raises(UserError, match="last.pth: not a checkpoint"):
-        training.load_checkpoint(tmp_path / "last.pth")
