@@ -271,10 +271,7 @@ def encode_videos(encoder, dataset, device, batch_size=16, workers=0, amp=False)
     encoder.train(was_training)
     if size > 1:
         shares = [None] * size
-        try:
-            dist.all_gather_object(shares, (rows, broken))
-        except RuntimeError as e:   # most likely a video that stopped one of the others
-            raise UserError(f"another process has stopped ({str(e).splitlines()[0]})") from e
+        dist.all_gather_object(shares, (rows, broken))
         rows, broken = ([item for share in shares for item in share[k]] for k in (0, 1))
     if not rows:
         raise UserError(f"none of {len(first)} videos can be read; the first: {broken[0]}")
@@ -398,7 +395,7 @@ class VideoTokens(nn.Module):
 
     def __init__(self, mm_projector, branch=None):
         super().__init__()
-        self.mm_projector, self.branch = mm_projector, branch
+        self.branch, self.mm_projector = branch, mm_projector
 
     @property
     def depth(self):
@@ -631,8 +628,8 @@ def make_projector(tensors, visual, width, source):
 def projector_part(tensors):
     """The mm_projector among {name: tensor}, under LLaVA's name or Video-ChatGPT's, without `model.`; {} if
     none."""
-    names = {name: name.removeprefix("model.").split("mm_projector.") for name in tensors}
-    return {parts[1]: tensors[name] for name, parts in names.items() if parts[0] == "" and len(parts) == 2}
+    prefix, named = "mm_projector.", {name.removeprefix("model."): t for name, t in tensors.items()}
+    return {name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)}
 
 
 def last_added(words, vocab_size):
