@@ -243,29 +243,28 @@ def same(value=(), *_):
     return value
 
 
-KNOWN = {   # the names that a pickle may ask for, and what it gets
+KNOWN = {   # the names that a pickle may ask for, or modules with all their names, and what it gets
     "torch._utils._rebuild_tensor_v2": Described, "torch._utils._rebuild_parameter": same, "torch.Size": same,
+    "torch.jit._pickle": same, "__torch__": Record, "collections.OrderedDict": Record,
     **{f"torch.{name}Storage": dtype for name, dtype in zip(
         "Double Float Half BFloat16 Bool Long Int Short Char Byte".split(), DTYPES.values(), strict=True)},
-    "collections.OrderedDict": Record,
-    "builtins.getattr": Record, "__builtin__.getattr": Record, "_codecs.encode": Record}   # in mmengine's log
-FAMILIES = {"torch.jit._pickle": same, "__torch__": Record, "mmengine": Record, "numpy": Record}   # all names
+    **dict.fromkeys("mmengine numpy builtins.getattr __builtin__.getattr _codecs.encode".split(), Record)}
 
 
 class DataPickle(pickle._Unpickler):
     """Python's unpickler, with the opcodes and names that torch and mmengine write and no others.
 
-    Nothing is imported, and only what stands in KNOWN and FAMILIES is called. The unpickler in C will not do:
-    told so by five bytes, it reserves 32 GB for its memo."""
+    Nothing is imported, and only what stands in KNOWN is called. The unpickler in C will not do: told so by
+    five bytes, it reserves 32 GB for its memo."""
     def __init__(self, data):
         self.file, self.storages = io.BytesIO(data), {}   # storages: {key: bytes}
         super().__init__(self.file)
 
     def find_class(self, module, name):
-        found = [stand_in for family, stand_in in FAMILIES.items() if f"{module}.".startswith(family + ".")]
-        if not found and f"{module}.{name}" not in KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {shown(module)}.{shown(name)}, not weight data")
-        return found[0] if found else KNOWN[f"{module}.{name}"]
+        for asked in (f"{module}.{name}", module, module.split(".")[0]):
+            if asked in KNOWN:
+                return KNOWN[asked]
+        raise pickle.UnpicklingError(f"it asks for {shown(module)}.{shown(name)}, not weight data")
 
     def persistent_load(self, record):
         kind, dtype, key, _, count = record
