@@ -1,4 +1,4 @@
-"""What every script needs and no reader of the method: flags, errors that are one line, files written whole."""
+"""What every script needs and no reader of the method: flags, errors of one line, files written whole."""
 import argparse
 import dataclasses
 import inspect
@@ -12,42 +12,56 @@ import warnings
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what is wrong, in which file, what to do. Scripts print it and exit with code 2.
-
-    Weights that do not fit add the table of what does not, on lines of its own."""
+    """Bad input: what is wrong, in which file, what to do, in one line. Scripts print it; exit code 2."""
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------- command line
 def parse(Config, argv=None, positional=(), short={}):
-    """Command line -> Config. Every field of the dataclass is a flag; its trailing comment is the help text. A field whose flag
-    is a word of Python ends in an underscore.
-
-    positional: names of fields that are given without a flag; short: {field: letter}."""
+    """Command line -> Config. Each field of the dataclass is a flag, and its trailing comment the help. A field
+    whose flag is a word of Python ends in `_`. positional: fields without a flag; short: {field: letter}."""
     module = sys.modules[Config.__module__]
     comments = dict(re.findall(r"^    (\w+):.*? # (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field, kind in ((f, typing.get_type_hints(Config)[f.name]) for f in dataclasses.fields(Config)):
+    parser = argparse.ArgumentParser(description=module.__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        kind, required = hints[field.name], field.default is dataclasses.MISSING
         if isinstance(kind, types.UnionType):   # `int | None`: the flag, if given, is an int
-            kind = next(k for k in kind.__args__ if k is not type(None))
-        required = field.default is dataclasses.MISSING
-        shown = "required" if required else f"default: {field.default}"
-        options = {"help": f"{comments.get(field.name, '')} ({shown})".replace("%", "%%").strip()}
+            kind = kind.__args__[0]
+        shown = " (required)" if required else "" if field.default is None else f" (default: {field.default})"
+        options = {"help": (comments.get(field.name, "") + shown).replace("%", "%%").strip()}
         if not required:
             options["default"] = field.default
         if field.name in positional:
             parser.add_argument(field.name, type=kind, **({} if required else {"nargs": "?"}), **options)
             continue
-        names = [f"-{short[field.name]}"] if field.name in short else []
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options.update(type=kind, required=required, metavar=kind.__name__.upper())
-        parser.add_argument(*names, "--" + field.name.rstrip("_"), dest=field.name, **options)
+        letter = [f"-{short[field.name]}"] if field.name in short else []
+        parser.add_argument(*letter, "--" + field.name.rstrip("_"), dest=field.name, **options)
     return Config(**vars(parser.parse_intermixed_args(argv)))   # flags may stand between positional ones
 
 
+def fill(cfg, row):
+    """A Config with a row of settings, {field: value}, in the place of None. Raises UserError if None is left."""
+    row = {name: row[name] for name, value in vars(cfg).items() if value is None and name in row}
+    cfg = dataclasses.replace(cfg, **row)
+    if lacking := [f"--{name}" for name, value in vars(cfg).items() if value is None]:
+        raise UserError(f"{', '.join(lacking)}: needed")
+    return cfg
+
+
+def at_least(cfg, **bounds):
+    """Raises UserError for the first field of `cfg` that is below its bound, or not a number."""
+    for name, bound in bounds.items():
+        if not getattr(cfg, name) >= bound:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {bound}")
+
+
 def say(text):
-    """A line on standard error. Where that cannot be written there is nobody to tell, and the work goes on."""
+    """A line on standard error. Where that cannot be written, nobody reads it, and the work goes on."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -55,18 +69,17 @@ def say(text):
 
 
 def forget_output(stream):
-    """What is still in a stream that cannot be written goes nowhere, else Python tries again as it ends, and complains."""
+    """Drops what is left in a stream that cannot be written: Python would try again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run(main, Config, **flags):
-    """The end of every script: parse, run, and turn bad input into one line and exit code 2, Ctrl-C into 130.
-
-    A reader of standard output who has left (`| head -1`) ends the program without a word."""
+    """The end of every script: bad input is one line and exit code 2, Ctrl-C is 130. A reader of standard output
+    who has left (`| head -1`) ends the program without a word."""
     folder, name = os.path.split(sys.argv[0])
     name = os.path.basename(folder) if name == "__main__.py" else name   # of `python -m toy`
-    warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"   # for people: no line of source code
-    if sys.stderr is None:   # closed; and print would take standard output instead
+    warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"   # no line of source code
+    if sys.stderr is None:   # closed; print would take standard output instead
         sys.stderr = open(os.devnull, "w")
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")   # names of files need not be UTF-8
@@ -76,15 +89,14 @@ def run(main, Config, **flags):
             sys.stdout.flush()
     except BrokenPipeError:
         poll = select.poll()
-        poll.register(sys.stdout, 0)   # asks for nothing, but errors are told in any case
+        poll.register(sys.stdout, 0)   # errors are told in any case
         if not poll.poll(0):   # it was another pipe
             raise
         forget_output(sys.stdout)
     except UserError as e:
         message = str(e).strip()
-        if message.startswith("Caught ") and "\nOriginal Traceback" in message:
-            # an error from a loader's process comes with that process's traceback; its last line is the message
-            message = re.sub(r"^[\w.]+(VideoError|UserError): ", "", message.splitlines()[-1])
+        if message.startswith("Caught "):   # in a loader's process; the message ends that process's traceback
+            message = re.sub(r"^[\w.]+Error: ", "", message.splitlines()[-1])
         say(f"{name}: {message}")
         sys.exit(2)
     except KeyboardInterrupt:
@@ -92,7 +104,7 @@ def run(main, Config, **flags):
         sys.exit(130)
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------ files
 def make_folder(path):
     """Makes a folder and those above it, where they are missing. Raises UserError."""
     try:
@@ -101,26 +113,9 @@ def make_folder(path):
         raise UserError(f"{path}: cannot make this folder: {e.strerror}")
 
 
-def fill(cfg, row):
-    """A Config with the values of a row of settings, {field: value}, in the place of None. Raises UserError."""
-    cfg = dataclasses.replace(cfg, **{name: row[name] for name, value in vars(cfg).items()
-                                      if value is None and name in row})
-    if lacking := [f"--{name}" for name, value in vars(cfg).items() if value is None]:
-        raise UserError(f"{', '.join(lacking)}: needed")
-    return cfg
-
-
-def at_least(cfg, **bounds):
-    """Raises UserError for the first field of `cfg` that is below its bound."""
-    for name, bound in bounds.items():
-        if not getattr(cfg, name) >= bound:   # nor may it be NaN
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {bound}")
-
-
 def replaceable(path, kind, is_one):
-    """Raises UserError if something stands at `path` that is no `kind`, as is_one(its first MB) tells.
-
-    What a user names for output may be a typing error: a script replaces only a file that it wrote itself."""
+    """Raises UserError if something stands at `path` that is no `kind`, as is_one(its first MB) tells. What a
+    user names for output may be a typing error: a script replaces only a file that it wrote itself."""
     if not os.path.lexists(path):
         return
     start = b""
@@ -132,9 +127,8 @@ def replaceable(path, kind, is_one):
 
 
 def write_atomic(path, write):
-    """Calls write(file) on a temporary file beside `path`, then renames it: the old file or the whole new one, never half.
-
-    Raises UserError where the folder cannot be written."""
+    """Calls write(file) on a temporary file beside `path`, then renames it: there is the old file or the whole
+    new one, never half. Raises UserError where the folder cannot be written."""
     path = os.fspath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -143,7 +137,7 @@ def write_atomic(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:   # torch.save puts an error of its own in front of that of a full disk
+    except (OSError, RuntimeError) as e:   # torch.save puts an error of its own in front of a full disk's
         cause = e if isinstance(e, OSError) else e.__context__
         if not isinstance(cause, OSError):
             raise

@@ -6,19 +6,11 @@ import os
 import torch
 
 import data
-from metrics import retrieval_metrics
+from metrics import retrieval_metrics, twin_accuracy
 from model import encode, encode_texts, load_encoder
 from toy.world import COLOURS, MOTIONS, SHAPES, SIZE, TURNS, read_clips
 
 STATIC = {"colour": list(COLOURS), "shape": SHAPES}
-
-
-def twin_accuracy(video, text):
-    """video, text (2Q, P) normalised, twins side by side -> (2Q,) 1.0 where a clip is nearer to its own
-    caption than to its twin's, 0.5 where both are equally near."""
-    other = text.view(-1, 2, text.shape[1]).flip(1).flatten(0, 1)   # (2Q, P): the twins' captions
-    own, other = (video * text).sum(1), (video * other).sum(1)
-    return (own > other).float() + 0.5 * (own == other).float()
 
 
 def static_features(clips, encode_text):
