@@ -17,8 +17,9 @@ class UserError(Exception):
 
 # ---------------------------------------------------------------------------------------------- command line
 def parse(Config, argv=None, positional=(), short={}):
-    """Command line -> Config. Each field of the dataclass is a flag, and its trailing comment the help. A field
-    whose flag is a word of Python ends in `_`. positional: fields without a flag; short: {field: letter}."""
+    """Command line -> Config. Each field of the dataclass is a flag, and its trailing comment the help. A
+    field whose flag is a word of Python ends in `_`. positional: fields without a flag; short: {field:
+    letter}."""
     module = sys.modules[Config.__module__]
     comments = dict(re.findall(r"^    (\w+):.*? # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=module.__doc__,
@@ -45,7 +46,8 @@ def parse(Config, argv=None, positional=(), short={}):
 
 
 def fill(cfg, row):
-    """A Config with a row of settings, {field: value}, in the place of None. Raises UserError if None is left."""
+    """A Config with a row of settings, {field: value}, in the place of None. Raises UserError if None is
+    left."""
     row = {name: row[name] for name, value in vars(cfg).items() if value is None and name in row}
     cfg = dataclasses.replace(cfg, **row)
     if lacking := [f"--{name}" for name, value in vars(cfg).items() if value is None]:
@@ -74,8 +76,8 @@ def forget_output(stream):
 
 
 def run(main, Config, **flags):
-    """The end of every script: bad input is one line and exit code 2, Ctrl-C is 130. A reader of standard output
-    who has left (`| head -1`) ends the program without a word."""
+    """The end of every script: bad input is one line and exit code 2, Ctrl-C is 130. A reader of standard
+    output who has left (`| head -1`) ends the program without a word."""
     folder, name = os.path.split(sys.argv[0])
     name = os.path.basename(folder) if name == "__main__.py" else name   # of `python -m toy`
     warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"   # no line of source code
@@ -127,8 +129,8 @@ def replaceable(path, kind, is_one):
 
 
 def write_atomic(path, write):
-    """Calls write(file) on a temporary file beside `path`, then renames it: there is the old file or the whole
-    new one, never half. Raises UserError where the folder cannot be written."""
+    """Calls write(file) on a temporary file beside `path`, then renames it: there is the old file or the
+    whole new one, never half. Raises UserError where the folder cannot be written."""
     path = os.fspath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
