@@ -22,9 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing import quant
 from plumbing.cli import UserError, make_folder, write_atomic
-from plumbing.store import state_of
 from plumbing.weightfile import (likely_reason, load_into, map_file, read_file, read_json, read_tensors,
                                  shapes_only, shown, write_safetensors)
 
@@ -393,8 +391,8 @@ def load_tokenizer(folder, rows=None):
         raise UserError(f"{path}: missing; put the release's original one there (tokenizer.json is not read)")
     tokenizer = open_tokenizer(path)
     if rows is not None and tokenizer.vocab_size > rows:
-        raise UserError(f"{path}: {tokenizer.vocab_size} tokens, but {rows} in the weights beside it; do they "
-                        "belong together?")
+        raise UserError(f"{path}: {tokenizer.vocab_size} tokens, but {rows} in the weights beside it: they do "
+                        "not belong together")
     return tokenizer
 
 
@@ -428,36 +426,12 @@ HF_CONFIG = {   # field of LLaMAConfig: key of config.json
 ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")   # in older files; recomputed
 
 
-def load_llama(folder, quantize=None):
+def load_llama(folder):
     """A LLaMA, Vicuna or LLaVA, in Hugging Face's layout or Meta's -> (LLaMA, tokenizer, extra).
 
-    extra, quantize: see read_llama and build_llama. Raises UserError."""
-    sources = state_of(folder) if quantize else None   # before they are read: somebody may replace them
-    config, tensors, extra = read_llama(folder)
-    tokenizer = load_tokenizer(folder, config.vocab_size)
-    return build_llama(folder, config, tensors, quantize, sources), tokenizer, extra
-
-
-def build_llama(folder, config, tensors, quantize=None, sources=None):
-    """What read_llama found -> LLaMA. Adopts the tensors as they are, mapped, in the dtype of the file.
-
-    quantize: a key of quant.SCHEMES, for inference. sources: state_of(folder) before it was read; None: now.
-    Raises UserError for a missing, additional or ill-sized tensor."""
-    if config.tied:
-        tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
-    with shapes_only():
-        model = LLaMA(config)
-    load_into(model, tensors, folder)
-    model.tie()
-    return quant.quantized(model, quantize, folder, sources or state_of(folder)) if quantize else model
-
-
-def read_llama(folder):
-    """The weights of a folder in either layout, mapped -> (LLaMAConfig, tensors, extra). Raises UserError.
-
-    tensors: {Hugging Face name: tensor}. extra: {name: tensor} of what is LLaVA's and not LLaMA's.
-    embed_tokens says how large the vocabulary is, for it grows when tokens are added; all else is as
-    described."""
+    The LLaMA adopts the tensors of the files as they are, mapped. extra: {name: tensor} of what is LLaVA's
+    and not LLaMA's. embed_tokens says how large the vocabulary is, for it grows when tokens are added; all
+    else is as described. Raises UserError for a missing, additional or ill-sized tensor."""
     if is_meta(folder):
         config, tensors, extra = *read_meta(folder), {}
     else:
@@ -472,7 +446,14 @@ def read_llama(folder):
     if layers != config.layers:   # before anything is built: a description can claim a million
         raise UserError(f"{folder}: described as {config.layers:,} layers, but its weights have {layers:,}; "
                         "is a file of it missing?")
-    return config, tensors, extra
+    tokenizer = load_tokenizer(folder, config.vocab_size)
+    if config.tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    with shapes_only():
+        model = LLaMA(config)
+    load_into(model, tensors, folder)
+    model.tie()
+    return model, tokenizer, extra
 
 
 def rows_of(folder, tensors, name):

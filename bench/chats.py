@@ -13,23 +13,31 @@ import llm
 from bench.full_size import make_gguf, make_llama, make_openai_clip
 from bench.measure import HERE, Contestant, call, present, say
 from plumbing import cli, quant
+from plumbing.store import state_of
+from plumbing.weightfile import shapes_only
 
 
 # ---------------------------------------------------------------------------------------------------- loading
+def load_quantized(path, scheme):
+    """The LLaMA of a folder, with layers of `scheme` (None: as they are), which are kept beside it."""
+    sources = state_of(path)
+    model, _, _ = llm.load_llama(path)
+    return model if scheme is None else quant.quantized(model, scheme, path, sources)
+
+
 def loading(kind, path, scheme):   # sent to a process of its own, too
     import time
 
     import torch
 
     import clip
-    import llm
 
     def memory():   # MB that are this process's alone, and MB of them that are no file's
         with open("/proc/self/smaps_rollup") as f:
             rows = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in f if line.endswith("kB\n")}
         return rows["Private_Clean"] + rows["Private_Dirty"], rows["Anonymous"]
     before, began = memory(), time.perf_counter()
-    model = clip.build_clip(*clip.read_clip(path), path) if kind == "clip" else llm.load_llama(path, quantize=scheme)[0]
+    model = clip.build_clip(*clip.read_clip(path), path) if kind == "clip" else load_quantized(path, scheme)
     ready, after = time.perf_counter() - began, memory()
     with torch.inference_mode():
         if kind == "llama":
@@ -83,7 +91,7 @@ def ours_chat(path, scheme, threads, prompt, tokens):
 
     import llm
     torch.set_num_threads(threads)
-    model = llm.load_llama(path, quantize=scheme)[0].eval()
+    model = load_quantized(path, scheme).eval()
     weight, ids = model.model.embed_tokens.weight, torch.randint(3, 500, (1, prompt))
     cache = llm.KVCache(model.config, 1, prompt + tokens + 32, weight.device, weight.dtype)
 
@@ -163,7 +171,7 @@ def chat(cfg, config=None, threads=(1, 2)):
     files = {**{name: folder for name in SCHEME_CHATS}, "transformers, bf16": folder}
     if "llama.cpp, Q4_0" in names:
         files["llama.cpp, Q4_0"] = make_gguf(cfg, config)
-    bytes_read = {name: quant.memory_need(config, scheme)["weights"] - config.vocab_size * config.width * 2 for name, scheme in SCHEME_CHATS.items()}
+    bytes_read = {name: read_per_token(config, scheme) for name, scheme in SCHEME_CHATS.items()}
     bytes_read |= {"transformers, bf16": bytes_read["ours, bf16"], "llama.cpp, Q4_0": bytes_read["ours, bf16"] * 4.5 / 16}
     D, kv = config.width, config.kv_heads * config.head_dim
     work = 2 * cfg.prompt * config.layers * (2 * D * config.heads * config.head_dim + 2 * D * kv + 3 * D * config.mlp)   # of the projections
@@ -202,12 +210,19 @@ def chat_round(cfg, config, names, files, threads):
     return medians, {key: statistics.median(row[key] for row in bounds) for key in bounds[0]}
 
 
+def read_per_token(config, scheme):
+    """Bytes of a LLaMA of these sizes, but for its word embeddings: a token reads one row of them."""
+    with shapes_only():
+        model = llm.LLaMA(config)
+    return quant.nbytes(model, scheme, torch.bfloat16) - model.model.embed_tokens.weight.numel() * 2
+
+
 def on_gpu(cfg, config):
     """The same on a GPU, in bf16, as a sentence; or that there is none."""
     if not torch.cuda.is_available():
         return "On a GPU: not measured, this machine has none."
     m, _ = call(sys.executable, "the GPU", rounds, gpu_chat, arguments=[make_llama(cfg, config), cfg.prompt, cfg.tokens])
-    read = (quant.memory_need(config)["weights"] - config.vocab_size * config.width * 2) / m["token"]
+    read = read_per_token(config, None) / m["token"]
     return (f"On {torch.cuda.get_device_name()}, bf16: {1 / m['token']:.1f} tokens/s, {read / m['read']:.2f} of the {m['read'] / 1e9:.0f} GB/s at which "
             f"it reads its memory; a prompt of {cfg.prompt} tokens {m['prefill']:.3f} s; ViT-L/14 with the branch {100 / m['frames']:.0f} frames/s; "
             f"100 frames to the first token {m['frames'] + m['prefill']:.2f} s.")

@@ -247,7 +247,7 @@ def linears(module, scheme):
              for name, m in module.named_modules() if isinstance(m, nn.Linear)]
     odd = [name for name, _, kind in found if kind is not SCHEMES[scheme] and not name.endswith("lm_head")]
     if odd:
-        warnings.warn(f"int4 takes inputs and outputs by {GROUP}; {len(odd)} layers, such as {odd[0]}, are int8")
+        warnings.warn(f"int4 takes inputs and outputs by {GROUP}; {len(odd)} layers are int8: {odd[0]}, ...")
     return found
 
 
@@ -327,21 +327,3 @@ def nbytes(module, scheme, dtype):
             else:
                 sizes[t] = t.numel() * dtype.itemsize
     return sum(sizes.values())
-
-
-def memory_need(config, scheme=None, dtype=torch.bfloat16, context_length=None):
-    """What a decoder of these sizes (LLaMAConfig) takes -> {"weights": bytes, "kv_cache": bytes}, the latter
-    for a full context.
-
-    scheme: a key of SCHEMES, or None: all weights in `dtype`, as word embeddings and KV cache are in any
-    case."""
-    c, D = config, config.width
-    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    block = [(q, D), (kv, D), (kv, D), (D, q), (c.mlp, D), (c.mlp, D), (D, c.mlp)]
-
-    def size(name, N, K):
-        shapes = scheme_of(name, N, K, scheme).empty(N, K).values() if scheme else [torch.empty(N, K, dtype=dtype, device="meta")]
-        return sum(t.nbytes for t in shapes)
-    weights = c.layers * sum(size("", *shape) for shape in block) + size("lm_head", c.vocab_size, D) * (not c.tied or scheme not in (None, "bf16"))
-    weights += (c.vocab_size * D + (2 * c.layers + 1) * D) * dtype.itemsize   # embed_tokens, norms
-    return {"weights": weights, "kv_cache": 2 * c.layers * kv * (context_length or c.context_length) * dtype.itemsize}

@@ -714,22 +714,6 @@ def test_a_vision_llama_of_meta_is_refused_by_its_names(tmp_path, small_tokenize
         load_llama(path)
 
 
-def test_weights_that_are_replaced_while_they_are_read_are_not_filed_under_the_new_ones(
-        tmp_path, small_tokenizer, monkeypatch):
-    save_llama(tmp_path, tiny(), small_tokenizer)
-
-    def read(folder, inner=llm.read_llama):
-        result = inner(folder)
-        os.utime(tmp_path / "model.safetensors", ns=(1, 1))   # another file has taken its place
-        return result
-    with monkeypatch.context() as patched:
-        patched.setattr(llm, "read_llama", read)
-        load_llama(tmp_path, quantize="int8")
-    old, = tmp_path.glob("quantised_*")
-    load_llama(tmp_path, quantize="int8")
-    assert not old.exists() and len(list(tmp_path.glob("quantised_*"))) == 1
-
-
 def test_a_mistral_whose_attention_slides_is_refused(folder):
     path = folder("gqa")
     edit_config(path, sliding_window=4096)
