@@ -2,6 +2,7 @@
 
 The limits: how fast so many threads read memory, and how fast they multiply the rows of the prompt by a layer of the 7B.
 """
+import glob
 import os
 import statistics
 import sys
@@ -31,6 +32,7 @@ def loading(kind, path, scheme):   # sent to a process of its own, too
     import torch
 
     import clip
+    from bench.chats import load_quantized
 
     def memory():   # MB that are this process's alone, and MB of them that are no file's
         with open("/proc/self/smaps_rollup") as f:
@@ -62,7 +64,8 @@ def load(cfg, config=None, clip_config=None):
             rows[name] += [measured] if run else []
     print("| what | MB of the file | s until ready | private MB | of it no file's | s until first logits |\n" + "|---" * 6 + "|")
     for name, (kind, path, scheme) in cases.items():
-        file = path if kind == "clip" else os.path.join(path, f"quantised_{scheme}.safetensors" if scheme in ("int8", "int4") else "model.safetensors")
+        name = f"quantised_{scheme}_*.safetensors" if scheme in ("int8", "int4") else "model.safetensors"
+        file = path if kind == "clip" else glob.glob(os.path.join(glob.escape(path), name))[0]
         ready, private, own, first = (statistics.median(column) for column in zip(*rows[name]))
         print(f"| {name} | {os.path.getsize(file) / 2 ** 20:.0f} | {ready:.3f} | {private:.1f} | {own:.1f} | {f'{first:.2f}' if kind == 'llama' else ''} |")
 
@@ -90,6 +93,7 @@ def ours_chat(path, scheme, threads, prompt, tokens):
     import torch
 
     import llm
+    from bench.chats import load_quantized
     torch.set_num_threads(threads)
     model = load_quantized(path, scheme).eval()
     weight, ids = model.model.embed_tokens.weight, torch.randint(3, 500, (1, prompt))
