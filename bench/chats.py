@@ -64,8 +64,8 @@ def load(cfg, config=None, clip_config=None):
             rows[name] += [measured] if run else []
     print("| what | MB of the file | s until ready | private MB | of it no file's | s until first logits |\n" + "|---" * 6 + "|")
     for name, (kind, path, scheme) in cases.items():
-        name = f"quantised_{scheme}_*.safetensors" if scheme in ("int8", "int4") else "model.safetensors"
-        file = path if kind == "clip" else glob.glob(os.path.join(glob.escape(path), name))[0]
+        kept = f"quantised_{scheme}_*.safetensors" if scheme in ("int8", "int4") else "model.safetensors"
+        file = path if kind == "clip" else glob.glob(os.path.join(glob.escape(path), kept))[0]
         ready, private, own, first = (statistics.median(column) for column in zip(*rows[name]))
         print(f"| {name} | {os.path.getsize(file) / 2 ** 20:.0f} | {ready:.3f} | {private:.1f} | {own:.1f} | {f'{first:.2f}' if kind == 'llama' else ''} |")
 
