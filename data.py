@@ -1,14 +1,13 @@
-"""Video files -> clip tensors: frames by time, the pixels that CLIP sees, data sets of captions, pairs and conversations.
+"""Video files -> clip tensors: frames by time, the pixels that CLIP sees, data sets of captions and
+conversations.
 
     python data.py video.mp4    # what it is, and a picture of its frames with their times   -> sheet.png
 
-A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W), uint8 RGB. Nothing guesses T from a shape. Time is counted in
-seconds from the moment at which the first frame is shown.
-How a frame is found in a file, and why no file can do harm, is in video.py.
-"""
+A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W), uint8 RGB. Nothing guesses T from a shape. Time is
+counted in seconds from the moment at which the first frame is shown. How a frame is found in a file, and why
+no file can do harm, is in plumbing/video.py. """
 import array
 import bisect
-import collections.abc
 import csv
 import dataclasses
 import itertools
@@ -24,7 +23,7 @@ from torch.utils.data import Dataset, default_collate
 
 from plumbing.cli import UserError, run
 from plumbing.pictures import contact_sheet, thumbnail
-from plumbing.video import PICTURES, TOLERANCE, VideoError, open_regular, open_video
+from plumbing.video import EXTENSIONS, PICTURES, TOLERANCE, VideoError, open_regular, open_video
 
 
 @dataclasses.dataclass
@@ -36,17 +35,15 @@ class Probe:
     height: int
     rotation: int     # degrees clockwise from the stored to the shown picture: 0, 90, 180 or 270
     codec: str
-    damage: str       # that it is cut, in words, where that can be told without decoding it; else ""
 
 
-# ---------------------------------------------------------------------------------------------------- frames by time
+# -------------------------------------------------------------------------------------------- frames by time
 def probe(path):
     """-> Probe. Decodes one frame. Raises VideoError."""
     with open_video(path) as video:
         height, width = video.shown_size()
-        duration = float((video.end() - video.start) * video.time_base)
-        return Probe(duration, float(video.stream.average_rate or 0), width, height, -video.first.rotation % 360,
-                     video.stream.codec_context.codec.canonical_name, video.damage)
+        return Probe(video.seconds(video.end()), float(video.stream.average_rate or 0), width, height,
+                     -video.first.rotation % 360, video.stream.codec_context.codec.canonical_name)
 
 
 def frames(path, times):
@@ -54,50 +51,55 @@ def frames(path, times):
 
     t: the time at which this frame really appears. picture: (3, H, W) uint8 RGB, upright, with square pixels.
 
-    A frame stays until the next one: at t one sees the last frame that began at or before t; before the first one the first,
-    after the end the last readable one. Frames are taken as progressive, and light as it is coded: HDR is not tone-mapped.
-    Raises VideoError; warns of DamagedVideo where frames that should be there are not."""
+    A frame stays until the next one: at t one sees the last frame that began at or before t; before the first
+    one the first, after the end the last readable one. Frames are taken as progressive, and light as it is
+    coded: HDR is not tone-mapped. Raises VideoError; warns of DamagedVideo where frames that should be there
+    are not."""
     assert all(a <= b for a, b in itertools.pairwise(times)), f"times must ascend: {times}"
     with open_video(path) as video:
-        yield from video.pictures(list(map(video.tick, times)))
+        yield from video.pictures([video.tick(t) for t in times])
 
 
 def sample_frames(path, num_frames, rule, seed=None, window=None, size=None):
     """`num_frames` frames spread over a video by a rule. Yields (t, picture) as `frames` does.
 
     "uniform": the middles of equal stretches of time, (i + 0.5) / T * duration; needs no frame count (chat).
-    "seq", "test", "train", "linspace": frame numbers by the rules below; the frames are counted first, without decoding any.
-    seed: whatever numpy.random.default_rng takes, for "train". window: (start, end) in seconds, to look at that part alone.
-    size: the short side of pictures, scaled as CLIP scales them (resize_bicubic), or None for the file's own."""
+    "seq", "test", "train", "linspace": frame numbers by the rules below; frames are counted, without decoding
+    any. seed: whatever numpy.random.default_rng takes, for "train". window: (start, end) in seconds, that
+    part alone. size: the short side of pictures, scaled as CLIP scales them (resize_bicubic); None for the
+    file's own."""
     if rule != "uniform" and rule not in INDEX_RULES:
-        raise UserError(f"{rule!r}: no such rule of sampling frames; choose from uniform, {', '.join(INDEX_RULES)}")
+        raise UserError(f"no rule {rule!r} to sample frames; choose from uniform, {', '.join(INDEX_RULES)}")
     if num_frames < 1:
         raise UserError(f"{num_frames} frames of a video: at least 1 is needed")
-    start, end = (0, math.inf) if window is None else window
+    start, end = window or (0, math.inf)
     if not 0 <= start < end:
-        raise UserError(f"{path}: a window from {start} to {end} s; it must start at 0 or later and end after that")
+        raise UserError(f"{path}: a window from {start} to {end} s; it must start at 0 or later, then end")
     with open_video(path) as video:
         if rule == "uniform":
-            duration = float((video.end() - video.start) * video.time_base)
+            duration = video.seconds(video.end())
             start, end = min(start, duration), min(end, duration)
             chosen = [video.tick(start + (i + 0.5) / num_frames * (end - start)) for i in range(num_frames)]
         else:
             ticks = video.all_ticks()
             first, last = (bisect.bisect_left(ticks, t - TOLERANCE, key=video.seconds) for t in (start, end))
-            ticks = ticks[first:last] or [ticks[max(first - 1, 0)]]   # a window between two frames shows the first of them
-            chosen = [ticks[i] for i in INDEX_RULES[rule](len(ticks), num_frames, np.random.default_rng(seed))]
+            ticks = ticks[first:last] or [ticks[max(first - 1, 0)]]   # between two frames: the first of them
+            numbers = INDEX_RULES[rule](len(ticks), num_frames, np.random.default_rng(seed))
+            chosen = [ticks[i] for i in numbers]
         yield from video.pictures(chosen, size)
 
 
 def get_seq_frames(n, num_frames, rng=None):
-    """Video-ChatGPT's rule of that name: middles of num_frames stretches of n frames; all n where there are fewer."""
+    """Video-ChatGPT's rule of that name: middles of num_frames stretches of n frames; all n where there are
+    fewer."""
     m = min(n, num_frames)
-    bounds = [round((n - 1) / m * i) for i in range(m + 1)]   # round half to even, here and below, as numpy does
+    bounds = [round((n - 1) / m * i) for i in range(m + 1)]   # half to even, here and below, as numpy rounds
     return [(a + b) // 2 for a, b in itertools.pairwise(bounds)]
 
 
 def uniform_sample_test(n, num_frames, rng=None):
-    """mmaction2's UniformSample at test time. It differs from get_seq_frames by one frame for almost half of all (n, T)."""
+    """mmaction2's UniformSample at test time. For almost half of all (n, T) it differs from get_seq_frames by
+    one."""
     stretch = (n - 1) / num_frames
     return [round(stretch * i) + int(stretch / 2) for i in range(num_frames)]
 
@@ -113,20 +115,25 @@ def truncated_linspace(n, num_frames, rng=None):
     return np.linspace(0, n - 1, num_frames).astype(int).tolist()
 
 
-INDEX_RULES = {"seq": get_seq_frames, "test": uniform_sample_test, "train": uniform_sample_train, "linspace": truncated_linspace}
+INDEX_RULES = {"seq": get_seq_frames, "test": uniform_sample_test, "train": uniform_sample_train,
+               "linspace": truncated_linspace}
 
 
 # ---------------------------------------------------------------------------------------------------- pixels
 def resize(frames, height, width):
-    """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bilinear without antialiasing, rounded: OpenCV's INTER_LINEAR.
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bilinear, no antialiasing, rounded: OpenCV's
+    INTER_LINEAR.
 
-    OpenCV computes in fixed point: of its values on noise (measured, 5.0.0), one in eight differs from ours, by 1."""
-    return torch.cat([F.interpolate(f[None].float(), (height, width), mode="bilinear", align_corners=False, antialias=False)
-                      .round().clamp(0, 255).byte() for f in frames])   # frame by frame: floats take four times the memory
+    OpenCV computes in fixed point: of its values on noise (measured, 5.0.0), one in eight differs from ours,
+    by 1."""
+    scaled = (F.interpolate(frame[None].float(), (height, width), mode="bilinear", align_corners=False)
+              for frame in frames)   # one by one: floats take four times the room
+    return torch.cat([frame.round().clamp(0, 255).byte() for frame in scaled])
 
 
 def short_side(frames, short):
-    """uint8 (T, 3, H, W) -> the same with min(H, W) = short; the long side is int(x + 0.5), as mmcv rounds."""
+    """uint8 (T, 3, H, W) -> the same with min(H, W) = short; the long side is int(x + 0.5), as mmcv
+    rounds."""
     height, width = frames.shape[-2:]
     scale = short / min(height, width)
     return resize(frames, int(height * scale + 0.5), int(width * scale + 0.5))
@@ -135,65 +142,66 @@ def short_side(frames, short):
 def train_pixels(frames, size, seed=None, min_area=0.08):
     """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size): short side to 256/224 of size, then one crop per clip.
 
-    The crop has min_area..1 of the area and an aspect of 3/4..4/3 (log-uniform); after 10 tries that do not fit, the
-    largest centred square. seed: whatever numpy.random.default_rng takes."""
-    rng = np.random.default_rng(seed)
+    The crop has min_area..1 of the area and an aspect of 3/4..4/3 (log-uniform); after 10 tries that do not
+    fit, the largest centred square. seed: whatever numpy.random.default_rng takes."""
     frames = short_side(frames, round(size * 256 / 224))
-    top, left, height, width = random_crop(*frames.shape[-2:], rng, min_area)
+    top, left, height, width = random_crop(*frames.shape[-2:], np.random.default_rng(seed), min_area)
     return resize(frames[:, :, top:top + height, left:left + width], size, size)
 
 
 def random_crop(height, width, rng, min_area):
     """-> top, left, height, width of a random part of a picture of height x width; see train_pixels."""
     for _ in range(10):
-        area, aspect = height * width * rng.uniform(min_area, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area = height * width * rng.uniform(min_area, 1)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
         if w <= width and h <= height:
-            return int(rng.integers(height - h, endpoint=True)), int(rng.integers(width - w, endpoint=True)), h, w
+            top, left = (int(rng.integers(room, endpoint=True)) for room in (height - h, width - w))
+            return top, left, h, w
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side
 
 
 def eval_pixels(frames, size, short=None):
     """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size): short side to `short` (default: size), centre crop."""
-    short = size if short is None else short
-    if short < size:
-        raise UserError(f"a short side of {short} pixels is too small for a crop of {size}")
+    short = short or size
+    assert short >= size, f"a short side of {short} pixels is too small for a crop of {size}"
     frames = short_side(frames, short)
     top, left = ((side - size) // 2 for side in frames.shape[-2:])
     return frames[:, :, top:top + size, left:left + size]
 
 
 def squash(frames, size):
-    """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size) by nearest neighbour, whatever that does to the aspect: what chat shows.
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size), whatever that does to the aspect: what chat shows.
 
-    The released chat does this on floats and rounds; picking neighbours gives the same values on uint8."""
+    By nearest neighbour. The released chat does this on floats and rounds: the same values."""
     return F.interpolate(frames, (size, size), mode="nearest")
 
 
-# ---------------------------------------------------------------------------------------------------- annotation files
+# ------------------------------------------------------------------------------------------ annotation files
 def read_text(path):
+    """A UTF-8 file -> str. Raises UserError."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             return f.read()
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}")
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; expected JSON, JSON lines or CSV")
+        raise UserError(f"{path}: not UTF-8 text")
 
 
 def read_rows(path):
-    """JSON lines, or one JSON value -> [(where, row)], `where` for messages. A list is its entries, anything else one row.
+    """JSON lines, or one JSON value -> [(where, row)], `where` for messages. Raises UserError with the line.
 
-    Raises UserError with file and line."""
+    A list is its entries, anything else one row."""
     text, rows = read_text(path), []
     try:
         whole = json.loads(text)
         rows = [(path, whole)]
         if isinstance(whole, list):
             rows = [(f"{path}, entry {i}", row) for i, row in enumerate(whole, 1)]
-    except (ValueError, RecursionError):   # not one JSON value: JSON lines, or damage that the lines will show
-        for number, line in enumerate(text.splitlines(), 1):
+    except (ValueError, RecursionError):   # not one JSON value: JSON lines, or damage that a line will show
+        for number, line in enumerate(text.split("\n"), 1):   # splitlines would split at U+2028, too
             try:
                 rows += [(f"{path}, line {number}", json.loads(line))] if line.strip() else []
             except (ValueError, RecursionError) as e:
@@ -211,40 +219,34 @@ def field(row, where, name, kind=str):
 
 
 def read_webvid(path):
-    """WebVid's CSV. Yields (video, caption), row by row. The header names the columns: 2M has the caption second, 10M fifth."""
-    count = 0
+    """WebVid's CSV. Yields (video, caption), row by row. Raises UserError with the line.
+
+    The header names the columns: 2M has the caption second, 10M fifth."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            lines = csv.reader(f, strict=True)
-            header = next(lines, [])
-            caption = next((name for name in ("caption", "name", "title") if name in header), "caption")
-            missing = [name for name in ("videoid", "page_dir", caption) if name not in header]
-            if missing:
-                raise UserError(f"{path}, line 1: the header lacks {', '.join(missing)}; it has {', '.join(header)[:200]}")
-            for count, line in enumerate(lines, 1):
-                if len(line) != len(header):
-                    raise UserError(f"{path}, line {lines.line_num}: {len(line)} columns where the header has {len(header)}")
-                row, where = dict(zip(header, line)), f"{path}, line {lines.line_num}"
-                yield os.path.join(row["page_dir"], field(row, where, "videoid") + ".mp4"), field(row, where, caption)
-    except csv.Error as e:
-        raise UserError(f"{path}, line {lines.line_num}: not valid CSV ({e})")
+            rows = csv.DictReader(f, strict=True)
+            for row in rows:
+                where = f"{path}, line {rows.line_num}"
+                if None in row or None in row.values():
+                    raise UserError(f"{where}: has not as many columns as the header, {len(rows.fieldnames)}")
+                caption = next((name for name in ("caption", "name", "title") if name in row), "caption")
+                folder, video = row.get("page_dir", ""), field(row, where, "videoid") + ".mp4"
+                yield os.path.join(folder, video), field(row, where, caption)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; expected CSV")
-    if not count:
-        raise UserError(f"{path}: no rows in it")
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise UserError(f"{path}, line {rows.reader.line_num}: not valid CSV ({e})")
 
 
-class Strings(collections.abc.Sequence):
-    """Many strings, end to end in one array of bytes. Ten million captions as Python strings take three times the room, and
-    each process of a loader would soon have its own: to look at an object is to count a reference, which is to write."""
-    def __init__(self):
+class Strings:
+    """Many strings, end to end in one array of bytes. Ten million captions as Python strings take three times
+    the room, and each process of a loader would have its own: to look at an object is to count a reference, a
+    write."""
+    def __init__(self, strings):
         self.text, self.ends = bytearray(), array.array("q", [0])
-
-    def append(self, string):
-        self.text += string.encode("utf-8", "surrogatepass")   # JSON can spell half of a pair
-        self.ends.append(len(self.text))
+        for string in strings:
+            self.text += string.encode("utf-8", "surrogatepass")   # JSON can spell half of a pair
+            self.ends.append(len(self.text))
 
     def __len__(self):
         return len(self.ends) - 1
@@ -255,13 +257,14 @@ class Strings(collections.abc.Sequence):
 
 
 def locate(root, name):
-    """The file of a video that annotations name, maybe without its extension or as Video-ChatGPT's features, `<id>.pkl`."""
+    """The file of a video that annotations name, maybe without extension, or as Video-ChatGPT's
+    `<id>.pkl`."""
     path = os.path.join(root, name.removesuffix(".pkl"))
-    candidates = (path + extension for extension in ("", ".mp4", ".mkv", ".webm", ".avi"))
-    return next(filter(os.path.isfile, candidates), path)
+    endings = ["", *EXTENSIONS, *map(str.upper, EXTENSIONS)]
+    return next(filter(os.path.isfile, (path + ending for ending in endings)), path)
 
 
-# ---------------------------------------------------------------------------------------------------- data sets
+# ------------------------------------------------------------------------------------------------- data sets
 @dataclasses.dataclass
 class Skipped:
     """In the place of an item whose video is broken."""
@@ -269,22 +272,25 @@ class Skipped:
 
 
 class CaptionDataset(Dataset):
-    """Videos with captions. Item (epoch, i) -> (pixels (T, 3, H, W) uint8, ids (context_length,), i), or Skipped if it is broken.
+    """Videos with captions. Item (epoch, i) -> (pixels (T, 3, H, W) uint8, ids (context_length,), i), or
+    Skipped.
 
-    annotations: JSON lines {"video", "caption"}, or WebVid's CSV (a name that ends in .csv). tokenizer(text, context_length)
-    -> (1, context_length). The frames and the crop follow from (seed, epoch, i) alone. Raises UserError for bad rows."""
-    def __init__(self, annotations, root, num_frames, image_size, tokenizer, context_length=64, seed=0, min_area=0.08):
+    annotations: JSON lines {"video", "caption"}, or WebVid's CSV (a name that ends in .csv). tokenizer(text,
+    context_length) -> (1, context_length). Frames and crop follow from (seed, epoch, i) alone. Raises
+    UserError."""
+    def __init__(self, annotations, root, num_frames, image_size, tokenizer, context_length=64, seed=0,
+                 min_area=0.08):
         if os.fspath(annotations).endswith(".csv"):
-            rows = read_webvid(annotations)
+            rows = list(read_webvid(annotations))
         else:
-            rows = ((field(row, where, "video"), field(row, where, "caption")) for where, row in read_rows(annotations))
-        self.videos, self.captions = Strings(), Strings()
-        for video, caption in rows:
-            self.videos.append(video)
-            self.captions.append(caption)
-        self.root, self.num_frames, self.image_size, self.min_area = root, num_frames, image_size, min_area
+            rows = [(field(row, where, "video"), field(row, where, "caption"))
+                    for where, row in read_rows(annotations)]
+        if not rows:
+            raise UserError(f"{annotations}: no rows in it")
+        self.videos, self.captions = map(Strings, zip(*rows))
+        self.root, self.num_frames, self.image_size = root, num_frames, image_size
         self.tokenizer, self.context_length = tokenizer, context_length
-        self.seed = seed
+        self.seed, self.min_area = seed, min_area
 
     def __len__(self):
         return len(self.videos)
@@ -302,20 +308,22 @@ class CaptionDataset(Dataset):
 
 
 def collate_skip(items):
-    """Items of one of these data sets, tuples of tensors that end with an index -> dict(pixels (B, T, 3, H, W) uint8, index (B,),
-    ids (B, S) where there are some, skipped: messages of broken videos).
+    """Items of one of these data sets, tuples of tensors that end with an index -> dict(pixels (B, T, 3, H,
+    W) uint8, index (B,), ids (B, S) where there are some, skipped: messages of broken videos).
 
     B is what is left: where nothing is, all are empty and len(batch["index"]) is 0."""
     good = [item for item in items if not isinstance(item, Skipped)]
     skipped = [item.message for item in items if isinstance(item, Skipped)]
-    pixels, *ids, index = default_collate(good) if good else (torch.empty(0), torch.empty(0).long(), torch.empty(0).long())
+    nothing = torch.empty(0), torch.empty(0).long(), torch.empty(0).long()
+    pixels, *ids, index = default_collate(good) if good else nothing
     return {"pixels": pixels, "index": index, "skipped": skipped, **({"ids": ids[0]} if ids else {})}
 
 
 class RetrievalDataset(Dataset):
     """Pairs of video and caption, as an evaluation sees them. Item i -> (pixels (T, 3, H, W) uint8, i).
 
-    annotations: JSON lines {"video", "caption"}. Raises UserError for bad rows, VideoError for a broken video."""
+    annotations: JSON lines {"video", "caption"}. Raises UserError for bad rows, VideoError for a broken
+    video."""
     def __init__(self, annotations, root, num_frames, image_size):
         rows = read_rows(annotations)
         self.videos = [field(row, where, "video") for where, row in rows]
@@ -335,20 +343,21 @@ class RetrievalDataset(Dataset):
 
 
 class ConversationDataset(Dataset):
-    """Questions and answers about videos or pictures. Item i -> (pixels (T, 3, H, W) uint8, [(question, answer), ...], i).
+    """Questions and answers about videos or pictures. Item i -> (pixels (T, 3, H, W) uint8, [(question,
+    answer), ...], i). Pixels are squashed, as chat will show them. A picture is a clip with T = 1.
 
-    annotations: JSON lines or a JSON list of {"video" or "image": path, "conversations": [{"from": "human", "value"},
-    {"from": "gpt", "value"}, ...]}, Video-ChatGPT's format. The marker "<video>" (or "<image>") and the line break beside it
-    are taken out of the question. A picture is a clip with T = 1. pixels(frames, size): squash, as chat will show them; the
-    released tuning used eval_pixels with short = 256 instead. A broken file raises VideoError, or gives Skipped if skip."""
-    def __init__(self, annotations, root, num_frames, image_size, rule="uniform", pixels=squash, skip=False):
-        self.rows, self.conversations = [], []   # as in the file, with whatever else a row says; questions and answers
+    annotations: JSON lines or a JSON list of {"video" or "image": path, "conversations": [{"from": "human",
+    "value"}, {"from": "gpt", "value"}, ...]}, Video-ChatGPT's format. The marker "<video>" (or "<image>") and
+    the line break beside it are taken out of the question. A broken file raises VideoError, or gives Skipped
+    if skip."""
+    def __init__(self, annotations, root, num_frames, image_size, rule="uniform", skip=False):
+        self.rows, self.conversations = [], []   # as in the file, with whatever else a row says; turns
         for where, row in read_rows(annotations):
             field(row, where, "image" if isinstance(row, dict) and "image" in row else "video")
             self.rows.append(row)
             self.conversations.append(turns(field(row, where, "conversations", list), where))
         self.root, self.num_frames, self.image_size = root, num_frames, image_size
-        self.rule, self.pixels, self.skip = rule, pixels, skip
+        self.rule, self.skip = rule, skip
 
     def __len__(self):
         return len(self.rows)
@@ -357,17 +366,15 @@ class ConversationDataset(Dataset):
         row = self.rows[i]
         try:
             if "image" in row:
-                pictures = [read_picture(os.path.join(self.root, row["image"]))]
+                found = [(0.0, read_picture(os.path.join(self.root, row["image"])))]
             else:
                 found = sample_frames(locate(self.root, row["video"]), self.num_frames, self.rule)
-                pictures = (picture for _, picture in found)
-            # one by one: sixty-four pictures as filmed take hundreds of megabytes
-            clip = torch.cat([self.pixels(picture[None], self.image_size) for picture in pictures])
+            pixels = torch.cat([squash(picture[None], self.image_size) for _, picture in found])
         except VideoError as e:
             if self.skip:
                 return Skipped(str(e))
             raise
-        return clip, self.conversations[i], i
+        return pixels, self.conversations[i], i
 
 
 def turns(conversation, where):
@@ -376,7 +383,8 @@ def turns(conversation, where):
     if [who for who, _ in messages] != ["human", "gpt"] * (len(messages) // 2):
         raise UserError(f"{where}: messages must go human, gpt, human, gpt, ...")
     texts = [text for _, text in messages]
-    return [(q.replace("<video>", "").replace("<image>", "").strip("\n"), a) for q, a in zip(texts[::2], texts[1::2])]
+    questions = [text.replace("<video>", "").replace("<image>", "").strip("\n") for text in texts[::2]]
+    return list(zip(questions, texts[1::2]))
 
 
 def read_picture(path):
@@ -385,11 +393,12 @@ def read_picture(path):
         try:
             picture = ImageOps.exif_transpose(Image.open(f, formats=PICTURES)).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            raise VideoError(path, f"not a picture that can be read ({', '.join(PICTURES)}; {type(e).__name__})") from e
+            kinds = ", ".join(PICTURES)
+            raise VideoError(path, f"not a picture that can be read ({kinds}; {type(e).__name__})")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)   # (H, W, 3) -> (3, H, W)
 
 
-# ---------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------ main
 @dataclasses.dataclass
 class Config:
     video: str                  # the file to look at

@@ -24,10 +24,10 @@ from plumbing import cli, training
 from plumbing.cli import UserError
 from plumbing.pictures import boxed, contact_sheet
 from plumbing.store import Store, state_of
+from plumbing.video import EXTENSIONS
 
 VERSION = 1   # of the rows that `index` makes: who changes how, counts up
 NUM_FRAMES, TEXT_LENGTH = 8, 77   # of a window; tokens of a query
-EXTENSIONS = tuple(".mp4 .m4v .mov .3gp .mkv .webm .avi .ts .mts .m2ts .mpg .mpeg .vob .flv .gif .ogv .wmv .asf".split())
 
 
 @dataclasses.dataclass

@@ -19,11 +19,12 @@ OURS.add_text("Software", "nanoBT")   # the mark by which contact_sheet knows it
 def plot(path, panels, width=900, height=360):
     """Line plots as a PNG, one panel below another over the same x.
 
-    panels: [(title, {label: [(x, y), ...]})]. Empty series are left out. What lies above four times the median of
-    its panel is cut, else the first steps would flatten all others."""
+    panels: [(title, {label: [(x, y), ...]})]. Empty series are left out. What lies above four times the
+    median of its panel is cut, else the first steps would flatten all others."""
     image = Image.new("RGB", (width, height * len(panels)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    all_xs = [x for _, series in panels for points in series.values() for x, y in points if math.isfinite(y)] or [0]
+    everything = [point for _, series in panels for points in series.values() for point in points]
+    all_xs = [x for x, y in everything if math.isfinite(y)] or [0]
     x0, x1 = min([0, *all_xs]), max(all_xs) or 1
     for row, (title, series) in enumerate(panels):
         series = {label: points for label, points in series.items() if points}
@@ -45,7 +46,8 @@ def plot(path, panels, width=900, height=360):
         label_x = left
         for colour, (label, points) in zip(COLOURS * 9, series.items()):
             line = [(left + (x - x0) / (x1 - x0) * (right - left),
-                     bottom - (min(y, y1) - y0) / (y1 - y0) * (bottom - top)) for x, y in points if math.isfinite(y)]
+                     bottom - (min(y, y1) - y0) / (y1 - y0) * (bottom - top))
+                    for x, y in points if math.isfinite(y)]
             draw.line(line, colour, 2) if len(line) > 1 else draw.point(line, colour)
             draw.line((label_x, top - 14, label_x + 18, top - 14), colour, 3)
             draw.text((label_x + 24, top - 23), label, "black", font)
@@ -104,11 +106,13 @@ def boxed(picture):
 def contact_sheet(frames, times, path, width=THUMBNAIL, names=None):
     """A PNG of all frames, each `width` pixels wide, with its time below, and its name if it has one.
 
-    frames: (T, 3, H, W) uint8; times: seconds. Raises UserError where another file than such a PNG is in the way."""
+    frames: (T, 3, H, W) uint8; times: seconds. Raises UserError where another file than such a PNG is in the
+    way."""
     replaceable(path, "PNG of this program", lambda start: b"Software\0nanoBT" in start)
     height, font = max(1, round(width * frames.shape[2] / frames.shape[3])), ImageFont.load_default(14)
     columns = math.ceil(math.sqrt(len(frames)))
-    sheet = Image.new("RGB", (columns * (width + 4), math.ceil(len(frames) / columns) * (height + 24)), "white")
+    rows = math.ceil(len(frames) / columns)
+    sheet = Image.new("RGB", (columns * (width + 4), rows * (height + 24)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (frame, seconds) in enumerate(zip(frames, times)):
         x, y = i % columns * (width + 4) + 2, i // columns * (height + 24) + 2

@@ -1,9 +1,8 @@
 """One video file: which frame is on the screen at a time, and the shortest way to decode it.
 
-A video file comes from anywhere, so it is never trusted. It is opened here and handed to the demuxer as a stream of bytes
-without a name; only real video containers are accepted, and what they say about other files is not followed. Whatever a
-file holds, the only exception that it causes is VideoError.
-"""
+A video file comes from anywhere, so it is never trusted. It is opened here and handed to the demuxer as a
+stream of bytes without a name; only real video containers are accepted, and what they say about other files
+is not followed. Whatever a file holds, the only exception that it causes is VideoError. """
 import bisect
 import collections
 import contextlib
@@ -26,35 +25,35 @@ from PIL import Image
 from plumbing import mp4
 from plumbing.cli import UserError
 
-# libavformat's names. Not among them: playlists and scripts that name other files (hls, concat, dash, sdp), text, pictures.
+# libavformat's names. Not among them: playlists and scripts that name other files, text, pictures.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,gif,ogg,asf"
-PICTURES = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]   # what Pillow may open here: no format that runs another program
-MAX_PIXELS = 1 << 25                                # of one frame: 8K is just below; a hostile header can claim far more
-MAX_GIF = 1 << 28                                   # bytes: libav reads all up to the end of a frame into memory, and looks long for it
-LIMITS = {"max_pixels": str(MAX_PIXELS)}            # the same, for decoders
-TIME_LIMIT = 30                                     # seconds without a new frame or packet, then a file is given up
-REORDER = 33                                        # packets: a frame is never shown later than that after its place in the file
-COLOUR_SPACES = {1, 4, 5, 6, 7, 9}                  # of ITU-T H.273's matrix coefficients, those that libswscale converts
-TOLERANCE = 1e-6                                    # seconds: i / fps in floats still finds frame i
+EXTENSIONS = (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg",
+              ".mpeg", ".vob", ".flv", ".gif", ".ogv", ".wmv", ".asf")
+PICTURES = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]   # Pillow's names: no format that runs another program
+MAX_PIXELS = 1 << 25                       # of one frame: 8K is just below; a header can claim far more
+LIMITS = {"max_pixels": str(MAX_PIXELS)}   # the same, for decoders
+MAX_GIF = 1 << 28                          # bytes: libav reads all up to the end of a frame into memory
+TIME_LIMIT = 30                            # seconds of work without a new frame or packet: a file is given up
+REORDER = 33                               # packets: no frame is shown later after its place in a file
+COLOUR_SPACES = {1, 4, 5, 6, 7, 9}         # matrix coefficients of ITU-T H.273 that libswscale converts
+TOLERANCE = 1e-6                           # seconds: i / fps in floats still finds frame i
+CUT = "cut off or damaged; what cannot be read is not shown"
 
 
 class VideoError(UserError):
     """A file that cannot be used as a video: VideoError(path, reason)."""
-    def __init__(self, path, reason=None):   # one argument: the finished message, when a worker process hands the error on
+    def __init__(self, path, reason=None):   # without a reason: the message, as a worker process hands it on
         super().__init__(path if reason is None else f"{path}: {reason}")
 
 
 class DamagedVideo(UserWarning):
-    """Frames that a file should hold cannot be had; the ones before them can.
-
-    Where a cut falls is seen as far as a file says how long its picture track is. MPEG-TS does not, nor does Matroska with
-    more than one track."""
+    """Frames that a file should hold cannot be had; the ones before them stand for them."""
 
 
-# ---------------------------------------------------------------------------------------------------- opening
+# --------------------------------------------------------------------------------------------------- opening
 @contextlib.contextmanager
 def open_video(path):
-    """`with open_video(path) as video`: a Video; what libav has to complain about inside becomes VideoError."""
+    """`with open_video(path) as video`: a Video. What libav complains about inside becomes VideoError."""
     with open_regular(path) as file:
         try:
             mp4.check_tables(file.at, os.fstat(file.fileno()).st_size)
@@ -65,7 +64,7 @@ def open_video(path):
             video.read_first_frame()
             yield video
         except av.error.FFmpegError as e:
-            raise VideoError(path, f"cannot be read as a video ({e.strerror}); is it cut off or damaged?") from e
+            raise VideoError(path, f"cannot be read as a video ({e.strerror}); is it cut or damaged?") from e
         except OverflowError as e:
             raise VideoError(path, "cannot be read as a video: its times do not fit into 64 bits") from e
         finally:
@@ -75,7 +74,7 @@ def open_video(path):
 
 
 def open_regular(path):
-    """A file of bytes, open for reading. Folders, pipes, devices and empty files are refused; none of them can block."""
+    """A file of bytes, open for reading. Folders, pipes, devices and empty files are refused at once."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as e:
@@ -92,8 +91,8 @@ def open_regular(path):
 class ByteSource(io.FileIO):
     """A file for libav. Its .name is a number, so that the path cannot influence what the file is taken for.
 
-    A hostile file makes libav seek to anywhere, or read the same bytes in a circle. Out of range is an answer here, not an
-    exception; and whoever gets no further for TIME_LIMIT seconds is stopped."""
+    A hostile file makes libav seek to anywhere, or read the same bytes in a circle. Out of range is an answer
+    here, not an exception; and whoever gets no further for TIME_LIMIT seconds is stopped."""
     def __init__(self, fd, path):
         super().__init__(fd)
         self.path = path
@@ -109,7 +108,7 @@ class ByteSource(io.FileIO):
         self.deadline = time.thread_time() + TIME_LIMIT   # of work: a process may be stopped for an hour
 
     def packet(self):
-        """A packet was read: that is progress if it came with bytes never read before, else libav may be going in a circle."""
+        """A packet was read: progress, if it came with new bytes; else libav may be going in a circle."""
         self.check()
         if self.advanced:
             self.advanced = False
@@ -138,43 +137,36 @@ class ByteSource(io.FileIO):
             return -1
 
 
-def is_picture(file):
-    """Do the first bytes of an open file say that it is a still picture?"""
-    file.seek(0)
-    try:
-        Image.open(file, formats=PICTURES)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
-    return True
-
-
-# ---------------------------------------------------------------------------------------------------- finding and decoding
+# -------------------------------------------------------------------------------------- finding and decoding
 class Video:
     """The picture track of an open file. Times in here are ticks of its time base, as the file counts them.
 
-    Frames lean on others, from a keyframe on, and a file keeps them in the order of decoding. So a picture costs what it
-    takes to decode its way there, and everything below is about taking the shortest: look first, at packets alone, which
-    frame is on the screen and where the keyframe before it is; then decode from there, without the frames that nothing leans
-    on, and stop. What comes out is checked by its time stamp. Where that fails (damage, or a container that is vague about
-    time), `walk` decodes everything in order."""
+    Frames lean on others, from a keyframe on, and a file keeps them in the order of decoding. So a picture
+    costs what it takes to decode its way there, and everything below is about taking the shortest: look
+    first, at packets alone, which frame is on the screen and where the keyframe before it is; then decode
+    from there, without the frames that nothing leans on, and stop. What comes out is checked by its time
+    stamp. Where that fails (damage, or a container that is vague about time), `play` decodes everything in
+    order."""
     def __init__(self, path, file):
         self.path, self.file, self.container, self.stream, self.context = path, file, None, None, None
-        self.first = None   # its first frame
         self.reformatter = VideoReformatter()   # one for all frames: making it costs more than using it
-        self.trouble, self.damage, self.latest = "it is cut off or damaged", "", -math.inf
-        self.unproven = False   # has no keyframe come out of the decoder since a jump?
+        self.first = None                       # the first frame
+        self.damage = ""                        # that frames are missing, in words
+        self.trouble = "it is cut off or damaged"
+        self.latest = -math.inf                 # tick of the latest frame since a jump
+        self.unproven = False                   # has no keyframe come out of the decoder since a jump?
 
     def read_first_frame(self):
         """It starts the clock and tells the size and which way is up."""
         self.rewind()
         head = list(itertools.islice(self.packets(), REORDER))
         start = min((self.when(p) for p in head if not p.is_discard), default=None)
-        # An MP4 without a list of keyframes says that all are. The first few frames show whether that is true.
+        # An MP4 without a list of keyframes says that all are. The first few frames show whether it is true.
         doubtful = head[:4] if all(p.is_keyframe for p in head) and not self.context.codec.intra_only else []
         frames = list(self.decode(head, {start, *map(self.when, doubtful)})) if self.timed else []
         self.keyed = not doubtful or all(frame.key_frame for frame in frames)
         found = (frame for frame in frames if frame.pts == start)
-        self.first = next(itertools.chain(found, self.walk([-math.inf])), None)
+        self.first = next(itertools.chain(found, self.play([-math.inf])), None)
         if self.first is None:
             large = "" if self.context.width else f" (or a frame has more than {MAX_PIXELS} pixels)"
             raise VideoError(self.path, f"no frame can be decoded: {self.trouble}{large}")
@@ -192,9 +184,11 @@ class Video:
             self.container = av.open(self.file, metadata_errors="replace", container_options={
                 "format_whitelist": CONTAINERS, "protocol_whitelist": "none"}, options=LIMITS)
         except av.error.FFmpegError as e:
-            if is_picture(self.file):
+            with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                self.file.seek(0)
+                Image.open(self.file, formats=PICTURES)
                 raise VideoError(self.path, "a picture, not a video") from e
-            raise VideoError(self.path, f"not a video, or cut off or damaged; known containers: {CONTAINERS}") from e
+            raise VideoError(self.path, f"not a video, or cut off or damaged; known: {CONTAINERS}") from e
         tracks = [s for s in self.container.streams.video if not s.disposition & s.disposition.attached_pic]
         if not tracks:
             raise VideoError(self.path, "has no video track, only sound or a cover picture")
@@ -202,21 +196,22 @@ class Video:
         self.time_base, self.context = self.stream.time_base, self.stream.codec_context
         if self.context is None or not self.time_base:
             raise VideoError(self.path, "no decoder for its video track")
-        # AVI counts packets, it does not say when they are shown: with B-frames, libav's guess at that is wrong. In MPEG program
-        # streams, and for H.264 in ASF, packets lack times of showing, and after a seek libav guesses them wrongly.
-        self.untimed = self.container.format.name == "avi" and self.context.has_b_frames
-        vague = self.container.format.name == "mpeg" or self.container.format.name == "asf" and self.context.name == "h264"
-        self.timed = not self.untimed and not vague
+        # AVI counts packets, it does not say when they are shown: with B-frames, libav guesses wrong. In MPEG
+        # program streams, and in ASF with H.264, packets lack times of showing; after a seek libav guesses
+        # them wrong.
+        kind, width, height = self.container.format.name, self.context.width, self.context.height
+        self.untimed = kind == "avi" and self.context.has_b_frames
+        self.timed = not self.untimed and kind != "mpeg" and (kind, self.context.name) != ("asf", "h264")
         self.context.options = LIMITS
-        if self.container.format.name == "gif" and os.fstat(self.file.fileno()).st_size > MAX_GIF:
+        if kind == "gif" and os.fstat(self.file.fileno()).st_size > MAX_GIF:
             raise VideoError(self.path, f"a GIF of more than {MAX_GIF >> 20} MB")
-        if self.context.width * self.context.height > MAX_PIXELS:
-            raise VideoError(self.path, f"frames of {self.context.width} x {self.context.height} are too large")
+        if width * height > MAX_PIXELS:
+            raise VideoError(self.path, f"frames of {width} x {height} are too large")
         for other in self.container.streams:
             if other is not self.stream:
                 other.discard = Discard.all   # sound is not even read
-        # One thread: a loader's workers are its parallelism; elsewhere a second one took a third more CPU time and saved little, since
-        # every jump to another keyframe begins with threads that have nothing to do.
+        # One thread: a loader's workers are its parallelism. Elsewhere a second one took a third more CPU
+        # time and saved little: after every jump to another keyframe it has nothing to do at first.
         self.context.thread_count = 1
 
     def close(self):
@@ -233,24 +228,25 @@ class Video:
         return float((tick - self.start) * self.time_base)
 
     def when(self, packet):
-        """Tick at which a packet's frame is shown; where only decoding times are known, these stand in, in file order."""
+        """Tick at which a packet's frame is shown, or where only that is known, decoded."""
         return packet.dts if self.untimed or packet.pts is None else packet.pts
 
     def packets(self):
-        """Whole packets of the track from here on, in file order. Damage ends them: what came before it is good.
+        """The packets of the track from here on, in file order, up to damage that libav cannot pass.
 
         An empty packet means "repeat the frame" in AVI, but "the end" to a decoder, so none is passed on."""
-        self.cut = False   # is damage the last that was read?
         # closing: PyAV leaks a packet otherwise. IndexError: its way to end where tracks turned up midway.
-        with contextlib.closing(self.container.demux(self.stream)) as demuxed, contextlib.suppress(IndexError):
+        demuxed = self.container.demux(self.stream)
+        with contextlib.closing(demuxed), contextlib.suppress(IndexError):
             try:
                 for packet in demuxed:
                     self.file.packet()
-                    self.cut = packet.is_corrupt
-                    if packet.size and self.when(packet) is not None and not packet.is_corrupt:
+                    if packet.is_corrupt:
+                        self.damage = self.damage or CUT
+                    elif packet.size and self.when(packet) is not None:
                         yield packet
             except av.error.FFmpegError:
-                self.cut = True
+                self.damage = self.damage or CUT
 
     def go(self, jump):
         """To a keyframe (see keyframe_before), or to the beginning."""
@@ -260,16 +256,16 @@ class Video:
         else:
             self.rewind()
         self.context.skip_frame, self.latest = "DEFAULT", -math.inf
-        self.unproven = jump is not None and self.context.name != "h264"   # that decoder waits by itself until pictures are whole
+        self.unproven = jump is not None and self.context.name != "h264"   # whose decoder waits by itself
 
     def feed(self, packet):
-        """A packet into the decoder -> the frames that come out. None: all that it still holds, to sort and to work on."""
+        """A packet into the decoder -> the frames that come out. None: the end, all that it still holds."""
         try:
             decoded = self.context.decode(packet)
         except av.error.FFmpegError as e:   # one damaged frame: the one before it stays on the screen
             self.trouble = e.strerror
             return []
-        if self.unproven:   # what comes before a keyframe leans on frames never seen; the container may be wrong about where one is
+        if self.unproven:   # frames before a keyframe lean on others; a container may misplace one
             decoded = list(itertools.dropwhile(lambda frame: not frame.key_frame, decoded))
             self.unproven = not decoded
         for frame in decoded:
@@ -279,8 +275,10 @@ class Video:
         return decoded
 
     def decode(self, packets, wanted):
-        """Packets from a keyframe on -> frames, those at the ticks `wanted` among them, at the least cost: what no other frame
-        leans on is left out by the decoder unless it is wanted, and after the last wanted packet it is told to finish."""
+        """Packets from a keyframe on -> frames, those at the ticks `wanted` among them, at the least cost.
+
+        The decoder leaves out what is not wanted and no other frame leans on. After the last wanted packet it
+        is told to finish."""
         left = set(wanted)
         for packet in packets:
             self.context.skip_frame = "DEFAULT" if self.when(packet) in wanted else "NONREF"
@@ -290,10 +288,11 @@ class Video:
                 break
         yield from self.feed(None)
 
-    def walk(self, ticks, jump=None):
-        """Everything in order, from a keyframe or from the beginning -> the frame on the screen at each of the sorted ticks."""
+    def play(self, ticks, jump=None):
+        """All frames in order, from a keyframe or the beginning on -> the one on the screen at each tick."""
         self.go(jump)
-        ticks, file_order, held = collections.deque(ticks), collections.deque(), None if jump else self.first
+        ticks, file_order = collections.deque(ticks), collections.deque()
+        held = None if jump else self.first   # the frame on the screen
         for packet in itertools.chain(self.packets(), [None]):
             if packet is not None:
                 file_order.append(self.when(packet))
@@ -301,7 +300,7 @@ class Video:
                 if self.untimed:   # the n-th frame shown takes the n-th time
                     frame.pts = file_order.popleft() if file_order else None
                 if frame.pts is None or frame.pts < (held.pts if held else jump[1] if jump else -math.inf):
-                    continue   # before the keyframe: it may lean on frames that were never decoded; before another: damage
+                    continue   # before the keyframe: it may lean on frames never decoded; else damage
                 while ticks and held is not None and frame.pts > ticks[0]:
                     ticks.popleft()
                     yield held
@@ -311,11 +310,11 @@ class Video:
         yield from [held] * len(ticks) if held is not None else ()
 
     def keyframe_before(self, tick):
-        """Where decoding can start to reach `tick` -> (place to seek to, tick of the keyframe there); None: the beginning, also
-        where the keyframes are none.
+        """Where decoding can start to reach `tick` -> (place to seek to, tick of the keyframe there).
 
-        Seeking may land late (its times are those of decoding, not of showing) or on no keyframe at all (MPEG-TS), so the
-        packet found is looked at, and the search steps further back until it is right."""
+        None: at the beginning, also where what a file calls keyframes are none.
+        Seeking may land late (its times are those of decoding, not of showing) or on no keyframe at all
+        (MPEG-TS), so the packet found is looked at, and the search steps further back until it is right."""
         back, second = 0, math.ceil(1 / self.time_base)
         while self.timed and self.keyed:
             place = max(tick - back, self.start)
@@ -332,17 +331,16 @@ class Video:
             back = max(second, 2 * back)
 
     def plan(self, ticks):
-        """Sorted ticks -> [(keyframe to start from, {tick of a frame: the ticks at which it is on the screen})], both in
-        order, from packets alone."""
-        starts, groups = {tick: self.keyframe_before(tick) for tick in ticks}, []   # all first: looking moves the reader
+        """Sorted ticks -> [(keyframe to start from, {tick of a frame: the ticks at which it is on the
+        screen})], both in order, from packets alone."""
+        starts = {tick: self.keyframe_before(tick) for tick in ticks}   # all first: looking moves the reader
+        groups = []
         for key, group in itertools.groupby(ticks, key=lambda tick: starts[tick] and starts[tick][1]):
             group = collections.deque(group)
-            jump, last = starts[group[0]], group[-1]
+            jump = starts[group[0]]
             self.go(jump)
             seen, shown = [], collections.defaultdict(list)   # sorted ticks of packets; the result
             for packet in itertools.chain(self.packets(), [None]):   # None: the end
-                if packet is None and seen and last > seen[-1]:
-                    self.compare_end(seen[-1])
                 if packet is not None and not packet.is_discard and self.when(packet) >= (key or self.start):
                     bisect.insort(seen, self.when(packet))
                 while group and (packet is None or len(seen) - bisect.bisect(seen, group[0]) >= REORDER):
@@ -354,12 +352,12 @@ class Video:
         return groups
 
     def search(self, ticks):
-        """Sorted ticks -> the frame on the screen at each, by decoding everything from a keyframe on; from one further and further
-        back, where nothing before the first tick can be decoded."""
+        """Sorted ticks -> the frame on the screen at each, by decoding everything from a keyframe on; from
+        one further and further back, where nothing before the first tick can be decoded."""
         back = 0
         while True:
             jump = self.keyframe_before(ticks[0] - back)
-            found = self.walk(ticks, jump)
+            found = self.play(ticks, jump)
             frame = next(found, None)
             if frame is not None and frame.pts <= ticks[0]:
                 yield frame
@@ -385,11 +383,13 @@ class Video:
             lost = [(tick, at) for at, ticks in shown.items() for tick in ticks]
             for (tick, at), frame in zip(lost, self.search([tick for tick, _ in lost]) if lost else ()):
                 if frame.pts != at:
-                    self.damage = self.damage or f"damaged at {self.seconds(tick):.2f} s; the frame before the damage is shown"
+                    at = f"{self.seconds(tick):.2f} s"
+                    self.damage = self.damage or f"damaged at {at}; the frame before the damage is shown"
                 yield frame
 
     def pictures(self, ticks, size=None):
-        """Sorted ticks -> (seconds, picture (3, H, W) uint8 RGB) at each: see data.frames. size: the short side."""
+        """Sorted ticks -> (seconds, picture (3, H, W) uint8 RGB) at each: see data.frames. size: the short
+        side."""
         height, width = self.shown_size(size)
         shown = None
         for frame in self.show(ticks):
@@ -399,38 +399,39 @@ class Video:
             self.file.progress()   # what the caller does meanwhile takes time, too
 
     def shown_size(self, size=None):
-        """-> height, width in pixels of what is shown: square pixels, upright, with a short side of `size` if that is given."""
-        width, height, aspect = self.first.width, self.first.height, float(self.stream.sample_aspect_ratio or 1)
+        """-> height, width in pixels of what is shown: square pixels, upright, with a short side of `size` if
+        that is given."""
+        width, height = self.first.width, self.first.height
+        aspect = float(self.stream.sample_aspect_ratio or 1)
         if 1 / 8 <= aspect <= 8 and width * aspect * height <= MAX_PIXELS:   # beyond that it is damage
             width = max(1, round(width * aspect))
         height, width = (width, height) if self.transposed else (height, width)
-        short = min(height, width)
-        return (height, width) if size is None else (max(1, size * height // short), max(1, size * width // short))
+        if size is None:
+            return height, width
+        return [max(1, size * side // min(height, width)) for side in (height, width)]
 
     def picture(self, frame, height, width):
         """A decoded frame -> (3, height, width) uint8 RGB, as the display matrix wants it shown."""
         known = frame.format.is_rgb or frame.colorspace in COLOUR_SPACES
-        guess = None if known else "ITU709" if frame.width >= 1280 or frame.height > 576 else "ITU601"   # as players do
-        rgb = self.reformatter.reformat(frame, self.first.width, self.first.height, "rgb24", src_colorspace=guess, threads=1)
+        large = frame.width >= 1280 or frame.height > 576
+        guess = None if known else "ITU709" if large else "ITU601"      # as players do
+        rgb = self.reformatter.reformat(frame, self.first.width, self.first.height, "rgb24",
+                                        src_colorspace=guess, threads=1)
         picture = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)   # (3, H, W)
-        picture = (picture.transpose(1, 2) if self.transposed else picture).flip([axis + 1 for axis in self.flipped])
-        return picture if picture.shape[1:] == (height, width) else resize_bicubic(picture[None], height, width)[0]
+        picture = picture.transpose(1, 2) if self.transposed else picture
+        picture = picture.flip([axis + 1 for axis in self.flipped])
+        same = picture.shape[1:] == (height, width)
+        return picture if same else resize_bicubic(picture[None], height, width)[0]
 
     def claimed_end(self):
-        """Tick at which the track ends, or else the longest track, as the file has it: a claim. Of a track the length counts
-        from its first packet, of a whole file from zero."""
+        """Tick at which the track ends, or else the longest track, as the file has it: a claim. Of a track
+        the length counts from its first packet, of a whole file from zero."""
         if self.stream.duration:
-            end = self.stream.duration + min(self.start, self.start if self.stream.start_time is None else self.stream.start_time)
+            begin = self.start if self.stream.start_time is None else self.stream.start_time
+            end = self.stream.duration + min(self.start, begin)
         else:
             end = int((self.container.duration or 0) / av.time_base / self.time_base)
         return max(self.start, min(end, self.tick(math.inf)))
-
-    def compare_end(self, end):
-        """Notes if the track ends at the tick `end` although it should go on."""
-        slack = (0.25 + 2 / (self.stream.average_rate or 25)) / self.time_base
-        certain = self.stream.duration or len(self.container.streams) == 1   # else another track may be the longer one
-        if self.cut or certain and self.claimed_end() - end > slack:
-            self.damage = self.damage or f"cut off or damaged after {self.seconds(end):.2f} s; nothing later can be shown"
 
     def end(self):
         """Tick at which the last frame stops being shown, from the last packets; none is decoded."""
@@ -438,29 +439,30 @@ class Video:
         last = max((p for p in self.packets() if not p.is_discard), key=self.when, default=None)
         if last is None:
             raise VideoError(self.path, "no readable frame in it")
-        end = self.when(last) + (last.duration or round(1 / ((self.stream.average_rate or 25) * self.time_base)))
-        self.compare_end(end)
-        return end
+        rate = self.stream.average_rate or 25
+        return self.when(last) + (last.duration or round(1 / (rate * self.time_base)))
 
     def all_ticks(self):
         """When each frame appears, sorted, by reading all packets and decoding none."""
         self.rewind()
         ticks = {self.when(p) for p in self.packets() if not p.is_discard and self.when(p) >= self.start}
-        self.compare_end(max(ticks, default=self.start))
         return sorted(ticks) or [self.start]
 
 
 def display_matrix(frame):
-    """-> a, b, c, d: a pixel at (x, y) is shown at (a x + c y, b x + d y) (ISO 14496-12, 8.5.2.3, as libav stores it)."""
+    """-> a, b, c, d: a pixel at (x, y) is shown at (a x + c y, b x + d y) (ISO 14496-12, 8.5.2.3, as libav
+    stores it)."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:   # PyAV ends at kinds that it has no name for, as EXIF and Apple's spatial video; the angle it still tells
+    except ValueError:   # PyAV ends at kinds that it has no name for (EXIF), but tells the angle
         return ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[round(frame.rotation / 90) % 4]
     return np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist() if matrix else (1, 0, 0, 1)
 
 
 def resize_bicubic(frames, height, width):
-    """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bicubic with antialiasing, as Pillow does it and CLIP's preprocessing
-    with it. Of the values one in two hundred differs by 1, and of noise one in ten thousand by 2: the kernel's weights are coarser.
-    Fast where the three values of a pixel lie side by side in memory, as decoders write them."""
-    return F.interpolate(frames.contiguous(memory_format=torch.channels_last), (height, width), mode="bicubic", antialias=True)
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bicubic with antialiasing, as Pillow does it and
+    CLIP's preprocessing with it. Of the values one in two hundred differs by 1, and of noise one in ten
+    thousand by 2: the kernel's weights are coarser. Fast where the three values of a pixel lie side by side
+    in memory, as decoders write them."""
+    frames = frames.contiguous(memory_format=torch.channels_last)
+    return F.interpolate(frames, (height, width), mode="bicubic", antialias=True)

@@ -12,7 +12,8 @@ HEIGHT, WIDTH, FPS = 64, 96, 25
 
 
 def picture(number):
-    """(64, 96, 3) uint8: eight blocks, left to right, are the bits of `number`, lowest first; the top left is bright."""
+    """(64, 96, 3) uint8: eight blocks, left to right, are the bits of `number`, lowest first; the top left is
+    bright."""
     image = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
     for bit in range(8):
         image[24:56, 12 * bit:12 * bit + 12] = 220 if number >> bit & 1 else 40
@@ -48,11 +49,13 @@ def silence(i):
     return frame
 
 
-def film(path, codec, pictures, options={}, pts=None, time_base=None, container={}, rotate=None, pix_fmt="yuv420p", sound=0,
-         rate=FPS, context={}):
-    """Pictures (arrays, or frames of pix_fmt) -> a clip: the i-th is shown at pts[i] (default i) of time_base (default 1 / rate).
+def film(path, codec, pictures, options={}, pts=None, time_base=None, container={}, rotate=0, mirror=(),
+         pix_fmt="yuv420p", sound=0, rate=FPS, context={}):
+    """Pictures (arrays, or frames of pix_fmt) -> a clip: the i-th is shown at pts[i] (default i) of time_base
+    (default 1 / rate).
 
-    sound: so many frames' worth of it; context: attributes of the encoder."""
+    rotate: degrees counterclockwise; mirror: horizontally, vertically. sound: so many frames' worth of it;
+    context: attributes of the encoder."""
     time_base = time_base or fractions.Fraction(1, rate)
     with av.open(str(path), "w", options=container) as out:
         stream = out.add_stream(codec, rate=rate, options={"threads": "1", **options})
@@ -65,8 +68,8 @@ def film(path, codec, pictures, options={}, pts=None, time_base=None, container=
                     stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, pix_fmt
                     for name, value in context.items():
                         setattr(stream.codec_context, name, value)
-                    if rotate:
-                        stream.set_display_rotation(rotate)
+                    if rotate or mirror:
+                        stream.set_display_rotation(rotate, *mirror)
                 frame.pts, frame.time_base = (i if pts is None else pts[i]), time_base
                 out.mux(stream.encode(frame))
             if heard is not None:
@@ -78,7 +81,8 @@ def film(path, codec, pictures, options={}, pts=None, time_base=None, container=
 
 
 class Opened:
-    """Has anybody opened this file? Asks the kernel (inotify), since libav does not open files through Python."""
+    """Has anybody opened this file? Asks the kernel (inotify), since libav does not open files through
+    Python."""
     def __init__(self, path):
         libc = ctypes.CDLL(None, use_errno=True)
         self.fd = libc.inotify_init1(os.O_NONBLOCK)

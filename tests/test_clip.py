@@ -1,4 +1,5 @@
-"""CLIP: its towers against transformers, its tokenizer against open_clip, and the files that it reads and refuses."""
+"""CLIP: its towers against transformers, its tokenizer against open_clip, and the files that it reads and
+refuses."""
 import dataclasses
 import gzip
 import json
@@ -249,7 +250,8 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, content, message):
 
 # ---------------------------------------------------------------------------------------------------- files
 def openai_names(state):
-    """A Hugging Face state dict in OpenAI's names: written out once more, so that the table of clip.py has a witness."""
+    """A Hugging Face state dict in OpenAI's names: written out once more, so that the table of clip.py has a
+    witness."""
     out = {"visual.class_embedding": state["vision_model.embeddings.class_embedding"],
            "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
            "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],

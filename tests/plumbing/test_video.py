@@ -1,4 +1,5 @@
-"""data.py and video.py, frames by time: exactly those of a whole decode, from any file, in any process, in the right colours and shape."""
+"""data.py and video.py, frames by time: exactly those of a whole decode, from any file, in any process, in
+the right colours and shape."""
 import faulthandler
 import fractions
 import io
@@ -8,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import struct
 import warnings
@@ -35,7 +37,8 @@ TEXTURE = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
 
 
 def textured(i):
-    """picture(i) of test_data with a texture that drifts through it: a frame decoded without the earlier ones looks wrong."""
+    """picture(i) of test_data with a texture that drifts through it: a frame decoded without the earlier ones
+    looks wrong."""
     image, texture = picture(i), np.roll(TEXTURE, (i, 3 * i), (0, 1))
     image[:24], image[56:] = texture[:24], texture[56:]
     image[24:56] = np.clip(image[24:56].astype(int) + texture[24:56] // 8 - 16, 0, 255)
@@ -115,7 +118,8 @@ def clips(tmp_path_factory):
 
 # ---------------------------------------------------------------------------------------------------- frames by time
 def whole(path, turn=0):
-    """Front to back with one thread, nothing skipped -> (starts: when each frame appears, exact seconds; pictures)."""
+    """Front to back with one thread, nothing skipped -> (starts: when each frame appears, exact seconds;
+    pictures)."""
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
@@ -412,8 +416,7 @@ def test_pixels_that_are_not_square_are_shown_so_and_absurd_ones_ignored(tmp_pat
     assert frames.shape == (2, 3, height, width)
     upright = torch.rot90(frames, -rotate // 90, (2, 3))
     assert numbers(upright) == [0, 2]
-    square = film(tmp_path / ("square" + file), "libx264", images, {"crf": "5"})   # scaled as everything is: as Pillow does
-    stored = first(square, [0.08]).permute(1, 2, 0).contiguous().numpy()
+    stored = whole(path)[1][2].permute(1, 2, 0).contiguous().numpy()   # scaled as everything is: as Pillow does
     scaled = np.array(Image.fromarray(stored).resize((upright.shape[3], upright.shape[2]), Image.Resampling.BICUBIC))
     assert (upright[1].permute(1, 2, 0).int() - torch.from_numpy(scaled).int()).abs().max() <= 1
     small, _ = stacked(data.sample_frames(path, 1, "linspace", size=32))
@@ -487,13 +490,15 @@ def resident():
 
 
 def status(name):
-    """One of the sizes in /proc/self/status, in bytes: VmHWM, the peak of resident memory; VmData, all that may be written to."""
+    """One of the sizes in /proc/self/status, in bytes: VmHWM, the peak of resident memory; VmData, all that
+    may be written to."""
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) << 10 for line in f if line.startswith(name))
 
 
 def in_child(folder, work, *args):
-    """Runs work(note, *args) in a process of its own, which may crash, hang or eat up memory -> what it noted.
+    """Runs work(note, *args) in a process of its own, which may crash, hang or eat up memory -> what it
+    noted.
 
     note(x) says what comes next or came out, and that it has not hung up to now."""
     log, stacks = folder / "notes.jsonl", folder / "stacks.txt"
@@ -516,7 +521,8 @@ def in_child(folder, work, *args):
 
 
 def try_out(path, times=(0, 0.04, 0.5, 1.1, 99)):
-    """All entrances, for a file that may be anything. Only frames or VideoError may come out -> how many entrances refused."""
+    """All entrances, for a file that may be anything. Only frames or VideoError may come out -> how many
+    entrances refused."""
     refused = 0
 
     def probe():
@@ -539,7 +545,8 @@ def try_out(path, times=(0, 0.04, 0.5, 1.1, 99)):
 
 
 def outcome(path, *times):
-    """-> what try_out() made of a file, what went wrong in it if anything did, and the memory that it took at its worst."""
+    """-> what try_out() made of a file, what went wrong in it if anything did, and the memory that it took at
+    its worst."""
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")   # the peak of resident memory counts from here
     base, refused, problem = resident(), None, None
@@ -644,7 +651,8 @@ def patched(whole, place, layout, *values):
 
 
 def replaced(mp4, names, box):
-    """An MP4 with one box, the last of the path `names`, exchanged for other bytes, or for a function of it; the sizes around it follow."""
+    """An MP4 with one box, the last of the path `names`, exchanged for other bytes, or for a function of it;
+    the sizes around it follow."""
     begin, end, b = 0, len(mp4), bytearray(mp4)
     sizes = []
     for name in names:
@@ -677,14 +685,16 @@ def golomb(*values):
 
 
 def h264_parameters(blocks):
-    """An H.264 sequence parameter set (7.3.2.1.1): frames of blocks x blocks macroblocks, baseline profile."""
+    """An H.264 sequence parameter set (7.3.2.1.1): frames of blocks x blocks macroblocks, baseline
+    profile."""
     bits = format(66 << 16 | 62, "024b") + golomb(0, 0, 2, 1) + "0" + golomb(blocks - 1, blocks - 1) + "11" + "00" + "1"
     bits += "0" * (-len(bits) % 8)
     return b"\x67" + int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\0\0\0", b"\0\0\3\0")
 
 
 def lying(mp4, samples, edits=1, length=512):
-    """An MP4 whose track claims so many samples, all of one size, each of so many ticks, and to be shown again and again."""
+    """An MP4 whose track claims so many samples, all of one size, each of so many ticks, and to be shown
+    again and again."""
     lie = patched(mp4, at(mp4, b"stsz") + 4, ">II", 1, samples)
     lie = patched(lie, at(mp4, b"stsc") + 12, ">I", samples)
     lie = patched(lie, at(mp4, b"stts") + 8, ">II", samples, length)
@@ -805,7 +815,8 @@ def test_a_table_with_more_entries_than_its_box_has_room_for_is_refused(tmp_path
 
 
 def test_sound_that_counts_more_samples_than_it_has_bytes_is_no_lie(tmp_path):
-    """QuickTime counts the samples of compressed sound as they will be, each of "1 byte"; libav bundles them."""
+    """QuickTime counts the samples of compressed sound as they will be, each of "1 byte"; libav bundles
+    them."""
     path = tmp_path / "old.mp4"
     film(path, "libx264", map(textured, range(FRAMES)), {"g": "10", **X264}, sound=36)
     mp4, samples = path.read_bytes(), 20 * os.path.getsize(path)
@@ -830,17 +841,11 @@ def cut(path, share=0.6):
     return path
 
 
-@pytest.mark.parametrize("file, codec, container", [
-    ("a.mp4", "libx264", {"movflags": "faststart"}), ("a.mkv", "libx264", {}), ("a.avi", "mpeg4", {}), ("a.webm", "libvpx-vp9", {}),
-    ("sound.mp4", "libx264", {"movflags": "faststart"})])
-def test_a_cut_file_warns_where_frames_behind_the_cut_are_asked_for_and_only_there(tmp_path, file, codec, container):
-    sound = 50 if "sound" in file else 0
-    options = {"g": "10", "cpu-used": "5"} if "vpx" in codec else {"g": "10"}
-    path = cut(film(tmp_path / file, codec, map(textured, range(50)), options, container=container, sound=sound))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert seen(data.frames(path, [0.0, 0.2, 0.48])) == [0, 5, 12]
-    for call in (lambda: list(data.frames(path, [0.2, 1.9])), lambda: list(data.frames(path, [99])), lambda: data.probe(path),
+@pytest.mark.parametrize("file, codec, sound", [("a.mp4", "libx264", 0), ("a.avi", "mpeg4", 0), ("sound.mp4", "libx264", 50)])
+def test_a_cut_file_warns_where_its_last_packet_is_not_whole(tmp_path, file, codec, sound):
+    container = {"movflags": "faststart"} if "mp4" in file else {}
+    path = cut(film(tmp_path / file, codec, map(textured, range(50)), {"g": "10"}, container=container, sound=sound))
+    for call in (lambda: list(data.frames(path, [0.2, 1.9])), lambda: data.probe(path),
                  lambda: list(data.sample_frames(path, 4, "uniform")), lambda: list(data.sample_frames(path, 4, "linspace"))):
         with pytest.warns(video.DamagedVideo, match="cut off or damaged") as caught:
             call()
@@ -849,6 +854,15 @@ def test_a_cut_file_warns_where_frames_behind_the_cut_are_asked_for_and_only_the
         frames, used = stacked(data.frames(path, [0.2, 1.9]))
     first, last = numbers(frames)
     assert first == 5 and 12 < last < 47 and used == pytest.approx([0.2, last / FPS])
+
+
+def test_a_frame_that_cannot_be_decoded_warns_and_the_one_before_it_stands_for_it(tmp_path):
+    path = film(tmp_path / "a.mkv", "mjpeg", map(textured, range(10)), pix_fmt="yuvj420p")
+    mkv = open(path, "rb").read()
+    begin, end = ([found.start() for found in re.finditer(b"\xff\xd8\xff", mkv)][i] for i in (5, 6))
+    open(path, "wb").write(mkv[:begin] + bytes(end - begin - 40) + mkv[end - 40:])
+    with pytest.warns(video.DamagedVideo, match="damaged at 0.20 s; the frame before the damage is shown"):
+        assert seen(data.frames(path, [0.16, 0.2, 0.24])) == [4, 4, 6]
 
 
 @pytest.mark.parametrize("file, codec, container, pix_fmt", [
@@ -916,8 +930,8 @@ def test_what_the_caller_does_between_two_pictures_does_not_count(clips, monkeyp
 
 # ---------------------------------------------------------------------------------------------------- no second file
 def alias(path, levels):
-    """An Apple alias, QuickTime's way to say that a track's data are in another file: an absolute path (levels 0), or one from
-    the folder of the file itself (levels 1), as dref holds it."""
+    """An Apple alias, QuickTime's way to say that a track's data are in another file: an absolute path
+    (levels 0), or one from the folder of the file itself (levels 1), as dref holds it."""
     name = os.fsencode(path)
     head = bytes(10) + b"\4disk".ljust(28, b"\0") + bytes(12) + b"\4clip".ljust(64, b"\0") + bytes(16)
     head += struct.pack(">HH", levels, levels) + bytes(16)
