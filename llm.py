@@ -59,11 +59,9 @@ class LLaMAConfig:
             raise UserError(f"{self.heads} heads, {self.head_dim} wide, cannot share {self.kv_heads} evenly")
         if self.rope_kind not in ROPE_SCALING:
             raise UserError(f"rope_scaling is {shown(self.rope_kind)}; known are {', '.join(ROPE_SCALING)}")
-        stated = [("rope_theta", self.rope_theta), ("norm_eps", self.norm_eps)]
-        for key in ROPE_SCALING[self.rope_kind]:
-            stated.append((f"rope_scaling's {key}", self.rope_scaling.get(key)))
-        for name, number in stated:
-            if not isinstance(number, (int, float)) or not 0 < number < math.inf:
+        numbers = vars(self) | (self.rope_scaling or {})
+        for name in ("rope_theta", "norm_eps", *ROPE_SCALING[self.rope_kind]):
+            if not isinstance(number := numbers.get(name), (int, float)) or not 0 < number < math.inf:
                 raise UserError(f"{name} is {shown(number)}; needed is a number above 0")
 
     @property
@@ -382,28 +380,11 @@ class TiktokenTokenizer:
         return self.model.decode([int(i) for i in ids if i < self.words])
 
 
-def load_tokenizer(folder, rows=None):
-    """The tokenizer.model of a folder, of either kind. Raises UserError.
-
-    rows: of the word embeddings beside it, which must be enough."""
-    path = tokenizer_path(folder)
-    if not os.path.exists(path) and os.path.exists(os.path.join(folder, "tokenizer.json")):
+def load_tokenizer(path):
+    """A tokenizer.model, or that of a folder, of the kind that its content says. Raises UserError."""
+    path = tokenizer_path(path) if os.path.isdir(path) else path
+    if not os.path.exists(path) and os.path.exists(os.path.join(os.path.dirname(path), "tokenizer.json")):
         raise UserError(f"{path}: missing; put the release's original one there (tokenizer.json is not read)")
-    tokenizer = open_tokenizer(path)
-    if rows is not None and tokenizer.vocab_size > rows:
-        raise UserError(f"{path}: {tokenizer.vocab_size} tokens, but {rows} in the weights beside it: they do "
-                        "not belong together")
-    return tokenizer
-
-
-def tokenizer_path(folder):
-    """Where tokenizer.model is: beside the weights, or one folder up, as Meta released LLaMA 1 and 2."""
-    own, above = (os.path.join(folder, *up, "tokenizer.model") for up in ((), (os.pardir,)))
-    return above if not os.path.exists(own) and is_meta(folder) and os.path.exists(above) else own
-
-
-def open_tokenizer(path):
-    """A tokenizer.model, told apart by content. Raises UserError."""
     buffer = map_file(path)
     if len(buffer) > 32 << 20:   # that of LLaMA 3 has 2 MB
         raise UserError(f"{path}: {len(buffer):,} bytes; no tokenizer is that large")
@@ -412,6 +393,12 @@ def open_tokenizer(path):
     if buffer[:1] == b"\n":   # a protobuf whose field 1, the pieces, comes first
         return SentencePieceTokenizer(path)
     raise UserError(f"{path}: neither a sentencepiece model nor byte-pair ranks (is the download complete?)")
+
+
+def tokenizer_path(folder):
+    """Where tokenizer.model is: beside the weights, or one folder up, as Meta released LLaMA 1 and 2."""
+    own, above = (os.path.join(folder, *up, "tokenizer.model") for up in ((), (os.pardir,)))
+    return above if not os.path.exists(own) and is_meta(folder) and os.path.exists(above) else own
 
 
 # ---------------------------------------------------------------------------------------- weights
@@ -446,7 +433,10 @@ def load_llama(folder):
     if layers != config.layers:   # before anything is built: a description can claim a million
         raise UserError(f"{folder}: described as {config.layers:,} layers, but its weights have {layers:,}; "
                         "is a file of it missing?")
-    tokenizer = load_tokenizer(folder, config.vocab_size)
+    tokenizer, rows = load_tokenizer(folder), config.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise UserError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.model, but {rows} in the weights: "
+                        "they do not belong together")
     if config.tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     with shapes_only():
@@ -565,7 +555,7 @@ def save_llama(folder, model, tokenizer_model_path, extra={}, dtype=torch.float1
     shards = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(shards):
         raise UserError(f"{shards}: here are shards, which would be read instead; choose another folder")
-    c, tokenizer = model.config, open_tokenizer(tokenizer_model_path)
+    c, tokenizer = model.config, load_tokenizer(tokenizer_model_path)
     words = bytes(map_file(tokenizer_model_path))
     is_llava = any("mm_projector." in name for name in extra)
     settings = {

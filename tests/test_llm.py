@@ -1,4 +1,4 @@
-"""llm.py: against transformers, against itself (cache, streams, formats), and against bad folders. CPU, offline."""
+"""llm.py: against transformers, against itself, and against bad folders. CPU, offline."""
 import base64
 import dataclasses
 import itertools
@@ -19,15 +19,18 @@ from plumbing.cli import UserError
 from plumbing.weightfile import read_tensors, write_safetensors
 
 FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures")
-CORPUS = ["the quick brown fox jumps over the lazy dog", "a red circle moves left, then up", "what goes right?"] * 20
-TEXTS = ["the red circle", "café ☕ naïve", "日本語のテキスト", "👩‍👩‍👧 family 🎉🎉", "Ω≈ç√∫", "line\nbreak\ttab  two spaces", "", "🎉"]
+CORPUS = ["the quick brown fox jumps over the lazy dog", "a red circle moves left, then up",
+          "what goes right?"] * 20
+TEXTS = ["the red circle", "café ☕ naïve", "日本語のテキスト", "👩‍👩‍👧 family 🎉🎉", "Ω≈ç√∫",
+         "line\nbreak\ttab  two spaces", "", "🎉"]
 
 
 def train_sentencepiece(path, vocab_size, byte_fallback):
     """A LLaMA-like sentencepiece model: BPE, ids 0 1 2 = unk, BOS, EOS, spaces kept as they are."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_prefix=str(path).removesuffix(".model"), vocab_size=vocab_size, minloglevel=2,
-        model_type="bpe", byte_fallback=byte_fallback, remove_extra_whitespaces=False, normalization_rule_name="identity")
+        sentence_iterator=iter(CORPUS), model_prefix=str(path).removesuffix(".model"), vocab_size=vocab_size,
+        minloglevel=2, model_type="bpe", byte_fallback=byte_fallback, remove_extra_whitespaces=False,
+        normalization_rule_name="identity")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,11 +77,10 @@ def folder(tmp_path, small_tokenizer):
     return copy
 
 
-def edit_config(folder, **changes):
-    """Changes entries of config.json; None removes one."""
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+def edit(path, **changes):
+    """Changes entries of a JSON file; None removes one."""
+    entries = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in entries.items() if value is not None}))
 
 
 def edit_tensors(folder, change):
@@ -103,7 +105,7 @@ def cache_of(model, max_len=64, batch=1):
     return KVCache(model.config, batch, max_len, "cpu", model.lm_head.weight.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------- the decoder
+# ---------------------------------------------------------------------------------------- the decoder
 @pytest.mark.parametrize("name", ["mha", "gqa", "llama3", "linear"])
 def test_logits_equal_transformers(folder, name):
     model, _, extra = load_llama(folder(name))
@@ -127,7 +129,8 @@ def test_rope_scaling_matters_in_the_recorded_logits(folder, name):
 def test_the_llama3_fixture_has_a_frequency_of_each_kind_and_is_longer_than_its_original_context(folder):
     path = folder("llama3")
     config = load_llama(path)[0].config
-    ratio = llm.rope_frequencies(dataclasses.replace(config, rope_scaling=None), "cpu") / llm.rope_frequencies(config, "cpu")
+    plain = dataclasses.replace(config, rope_scaling=None)
+    ratio = llm.rope_frequencies(plain, "cpu") / llm.rope_frequencies(config, "cpu")
     assert ratio.min() == 1 and ratio.max() == 8 and ((ratio > 1.1) & (ratio < 7)).any()
     length = read_tensors(path / "expected.safetensors")["ids"].shape[1]
     assert length > config.rope_scaling["original_max_position_embeddings"]
@@ -136,9 +139,11 @@ def test_the_llama3_fixture_has_a_frequency_of_each_kind_and_is_longer_than_its_
 def test_old_and_new_spelling_of_rope_scaling_mean_the_same(folder):
     path = folder("linear")
     new = load_llama(path)[0].config
-    edit_config(path, rope_parameters=None, rope_theta=10000.0, rope_scaling={"type": "linear", "factor": 4.0})
+    scaling = {"type": "linear", "factor": 4.0}
+    edit(path / "config.json", rope_parameters=None, rope_theta=10000.0, rope_scaling=scaling)
     old = load_llama(path)[0].config
-    assert old.rope_kind == "linear" and torch.equal(llm.rope_frequencies(old, "cpu"), llm.rope_frequencies(new, "cpu"))
+    assert old.rope_kind == "linear"
+    assert torch.equal(llm.rope_frequencies(old, "cpu"), llm.rope_frequencies(new, "cpu"))
 
 
 @pytest.mark.parametrize("chunks", [[1] * 20, [20], [7, 1, 12], [1, 19], [13, 7]])
@@ -193,7 +198,7 @@ def test_half_precision_weights_give_fp32_logits_near_those_of_fp32(dtype):
     model, ids = tiny(), torch.randint(64, (1, 12))
     with torch.no_grad():
         full = model(ids)
-        half = model.to(dtype)(embeds=model.model.embed_tokens(ids).float())   # as features in fp32 would arrive
+        half = model.to(dtype)(embeds=model.model.embed_tokens(ids).float())   # as features would arrive
     assert half.dtype == torch.float32 and (half - full).abs().max() < 0.05 * full.abs().max()
 
 
@@ -233,7 +238,8 @@ def test_resize_vocab_keeps_old_rows_and_fills_new_ones_with_their_mean(tied):
     model.resize_vocab(67)
     for name, old in before.items():
         new = model.get_parameter(name)
-        assert torch.equal(new[:64], old) and torch.allclose(new[64:], old.mean(0).expand(3, -1)) and not new.requires_grad
+        assert torch.equal(new[:64], old) and not new.requires_grad
+        assert torch.allclose(new[64:], old.mean(0).expand(3, -1))
     assert model(torch.tensor([[66]])).shape == (1, 1, 67) and model.config.vocab_size == 67
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     with pytest.raises(AssertionError, match="shrink"):
@@ -248,7 +254,7 @@ def test_impossible_sizes_are_refused(sizes):
         LLaMAConfig(**sizes)
 
 
-# ---------------------------------------------------------------------------------------------------- generation
+# ---------------------------------------------------------------------------------------- generation
 def test_greedy_generation_is_the_argmax_of_full_forwards():
     model, ids = tiny(), torch.randint(64, (1, 5))
     expected = ids
@@ -272,15 +278,16 @@ def test_generation_with_a_cached_prefix_equals_generation_from_the_whole_prompt
 
 def test_same_seed_same_sample_and_other_seeds_other_samples():
     model, ids = tiny(), torch.randint(64, (1, 5))
-    runs = [tuple(generate(model, ids, max_new_tokens=12, temperature=1.0, seed=seed)) for seed in (0, 0, 1, 2)]
+    runs = [tuple(generate(model, ids, max_new_tokens=12, temperature=1.0, seed=s)) for s in (0, 0, 1, 2)]
     assert runs[0] == runs[1] and len(set(runs)) == 3
 
 
 def test_generation_stops_before_a_stop_id():
     model, ids = tiny(), torch.randint(64, (1, 5))
-    free, cache = list(generate(model, ids, max_new_tokens=12, temperature=1.0)), cache_of(model)
+    how, cache = dict(max_new_tokens=12, temperature=1.0), cache_of(model)
+    free = list(generate(model, ids, **how))
     end = free.index(free[7])
-    assert list(generate(model, ids, max_new_tokens=12, temperature=1.0, stop_ids={free[7]}, kv_cache=cache)) == free[:end]
+    assert list(generate(model, ids, **how, stop_ids={free[7]}, kv_cache=cache)) == free[:end]
     assert cache.length == 5 + end
 
 
@@ -317,7 +324,7 @@ def test_top_p_draws_only_from_the_fewest_tokens_that_reach_it():
 def test_temperature_towards_zero_becomes_greedy():
     assert draws(1e-6, 1.0, count=50)[1] == 1 and draws(0.0, 1.0, count=5)[1] == 1
     assert sample(-LOGITS, 1e-40, 1.0, torch.Generator()) == 2   # logits / temperature would be inf
-    for temperature, top_p in ((1e-50, 1.0), (1e-300, 0.5), (1.0, 1e-50), (1e-50, 1e-300)):   # what fp32 takes for 0
+    for temperature, top_p in ((1e-50, 1.0), (1e-300, 0.5), (1.0, 1e-50), (1e-50, 1e-300)):   # 0 in fp32
         assert sample(LOGITS, temperature, top_p, torch.Generator()) == 1
 
 
@@ -327,7 +334,7 @@ def test_sampling_settings_out_of_range_are_refused(temperature, top_p):
         sample(LOGITS, temperature, top_p, torch.Generator())
 
 
-# ---------------------------------------------------------------------------------------------------- text
+# ---------------------------------------------------------------------------------------- text
 @pytest.mark.parametrize("text", TEXTS)
 def test_both_tokenizers_give_back_any_text(byte_tokenizer, tiktoken_tokenizer, text):
     for tokenizer in (byte_tokenizer, tiktoken_tokenizer):
@@ -336,7 +343,8 @@ def test_both_tokenizers_give_back_any_text(byte_tokenizer, tiktoken_tokenizer, 
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_streamed_pieces_join_to_decode_and_never_show_half_a_character(byte_tokenizer, tiktoken_tokenizer, text):
+def test_streamed_pieces_join_to_decode_and_never_show_half_a_character(
+        byte_tokenizer, tiktoken_tokenizer, text):
     for tokenizer in (byte_tokenizer, tiktoken_tokenizer):
         pieces = list(stream_text(tokenizer, iter(tokenizer.encode(text))))
         assert "".join(pieces) == text and all(pieces) and "\ufffd" not in "".join(pieces)
@@ -348,7 +356,7 @@ def test_a_character_of_several_tokens_comes_with_its_last_byte(byte_tokenizer):
     taken = []
     stream = stream_text(byte_tokenizer, (taken.append(i) or i for i in ids))
     assert [(piece, len(taken)) for piece in stream][-1] == ("🎉", len(ids))
-    assert list(stream_text(byte_tokenizer, ids[:-1])) == ["a", "\ufffd\ufffd\ufffd"]   # cut short: given out at the end
+    assert list(stream_text(byte_tokenizer, ids[:-1])) == ["a", "\ufffd\ufffd\ufffd"]   # cut short
 
 
 def test_streams_of_random_tokens_join_to_decode(byte_tokenizer, tiktoken_tokenizer):
@@ -360,7 +368,8 @@ def test_streams_of_random_tokens_join_to_decode(byte_tokenizer, tiktoken_tokeni
 
 def test_text_streams_word_by_word_with_the_spaces_between(byte_tokenizer):
     pieces = list(stream_text(byte_tokenizer, byte_tokenizer.encode("the red circle")))
-    assert len(pieces) > 1 and not pieces[0].startswith(" ") and any(piece.startswith(" ") for piece in pieces[1:])
+    assert len(pieces) > 1 and not pieces[0].startswith(" ")
+    assert any(piece.startswith(" ") for piece in pieces[1:])
 
 
 def test_sentencepiece_puts_its_space_before_every_segment_and_no_bos_or_eos(byte_tokenizer):
@@ -371,7 +380,7 @@ def test_sentencepiece_puts_its_space_before_every_segment_and_no_bos_or_eos(byt
 
 
 def test_control_tokens_in_a_text_are_only_text(byte_tokenizer, tiktoken_tokenizer):
-    for tokenizer, text in ((byte_tokenizer, "a</s>b"), (tiktoken_tokenizer, "a<|eot_id|>b<|begin_of_text|>")):
+    for tokenizer, text in ((byte_tokenizer, "a</s>b"), (tiktoken_tokenizer, "a<|eot_id|>b<|end_of_text|>")):
         ids = tokenizer.encode(text)
         assert not tokenizer.stop_ids & set(ids) and tokenizer.decode(ids) == text
 
@@ -409,8 +418,8 @@ def test_a_folder_with_only_tokenizer_json_says_what_to_put_there(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    b"version https://git-lfs.github.com/spec/v1", b"\n\x0fgarbage", b"IQ== 0\nIg== 2\n", b"IQ== 0\n!! x\n", b"IQ== 0\nno\n",
-    b"", None])
+    b"version https://git-lfs.github.com/spec/v1", b"\n\x0fgarbage", b"IQ== 0\nIg== 2\n", b"IQ== 0\n!! x\n",
+    b"IQ== 0\nno\n", b"", None])
 def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.model").write_bytes(content)
@@ -424,7 +433,7 @@ def test_a_cut_sentencepiece_model_is_refused(tmp_path, small_tokenizer):
         load_tokenizer(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------- folders
+# ---------------------------------------------------------------------------------------- folders
 def split_into_shards(folder, kind):
     """Rewrites a folder's model.safetensors as two shards with an index, or as one or two .bin files."""
     tensors = {name: t.clone() for name, t in read_tensors(folder).items()}
@@ -438,7 +447,8 @@ def split_into_shards(folder, kind):
         torch.save(part, folder / shard) if ending == "bin" else write_safetensors(folder / shard, part)
         weight_map |= {name: shard for name in half}
     if len(halves) > 1:
-        (folder / f"{base}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / f"{base}.{ending}.index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize("kind", ["bin", "sharded bin", "sharded safetensors"])
@@ -463,7 +473,8 @@ def test_weights_are_the_memory_map_of_the_file_and_not_a_copy(folder, monkeypat
     mapped = {}
     monkeypatch.setattr(llm, "read_tensors", lambda path: mapped.update(read_tensors(path)) or dict(mapped))
     model, _, _ = load_llama(folder("mha"))
-    assert {name: p.data_ptr() for name, p in model.named_parameters()} == {name: t.data_ptr() for name, t in mapped.items()}
+    places = {name: t.data_ptr() for name, t in mapped.items()}
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
 
 
 def test_tied_embeddings_are_one_parameter_also_after_a_move(folder):
@@ -491,7 +502,7 @@ def test_a_llava_folder_gives_its_projector_and_tower_as_extra_and_drops_rotary_
 
 def test_the_size_of_the_vocabulary_is_that_of_embed_tokens(folder):
     path = folder("mha")
-    edit_config(path, vocab_size=61)
+    edit(path / "config.json", vocab_size=61)
     assert load_llama(path)[0].config.vocab_size == 64
 
 
@@ -510,7 +521,7 @@ def put(name, *shape, dtype=torch.bfloat16):
     (put("model.layers.0.self_attn.inv_freq", 4), "1 unexpected.*inv_freq"),
     (put("model.norm.weight", 31), r"model.norm.weight +\(31,\) \w+ +\(32,\)"),
     (put("model.norm.weight", 32, dtype=torch.float32), "float32"),
-    (put("model.embed_tokens.weight", 50, 32), "60 tokens, but 50")])
+    (put("model.embed_tokens.weight", 50, 32), "60 tokens .* but 50")])
 def test_tensors_that_do_not_fit_are_named(folder, change, message):
     path = folder("mha")
     edit_tensors(path, change)
@@ -519,13 +530,15 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(hidden_size=None), "hidden_size"), (dict(hidden_size="wide"), "config.json"), (dict(hidden_act="gelu"), "gelu"),
-    (dict(num_attention_heads=0), "at least 1"), (dict(num_hidden_layers=3), "3 layers, but its weights have 2"),
+    (dict(hidden_size=None), "hidden_size"), (dict(hidden_size="wide"), "config.json"),
+    (dict(hidden_act="gelu"), "gelu"), (dict(num_attention_heads=0), "at least 1"),
+    (dict(num_hidden_layers=3), "3 layers, but its weights have 2"),
     (dict(num_key_value_heads=2), "of another size"),
-    (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"), (dict(rope_parameters="yarn"), "config.json")])
+    (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
+    (dict(rope_parameters="yarn"), "config.json")])
 def test_a_config_that_does_not_fit_is_refused(folder, changes, message):
     path = folder("mha")
-    edit_config(path, **changes)
+    edit(path / "config.json", **changes)
     with pytest.raises(UserError, match=message):
         load_llama(path)
 
@@ -537,7 +550,8 @@ def test_saving_and_loading_gives_the_same_model(folder, tmp_path, name):
     save_llama(out, model, tmp_path / name / "tokenizer.model", {"model.mm_projector.weight": projector},
                dtype=torch.float32, config_extra={"mm_hidden_size": 16})
     again, tokenizer_again, extra = load_llama(out)
-    assert torch.equal(model.float()(ids), again(ids)) and torch.equal(extra["model.mm_projector.weight"], projector)
+    assert torch.equal(model.float()(ids), again(ids))
+    assert torch.equal(extra["model.mm_projector.weight"], projector)
     assert again.config == model.config and tokenizer_again.encode("the red") == tokenizer.encode("the red")
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlavaLlamaForCausalLM"] and config["mm_hidden_size"] == 16
@@ -560,11 +574,11 @@ def test_saving_beside_a_sharded_model_is_refused(folder):
         save_llama(path, model, path / "tokenizer.model")
 
 
-# ---------------------------------------------------------------------------------------------------- Meta's folders
-SLICED = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}   # dimension along which a matrix is sliced
-NAMES = {"embed_tokens": "tok_embeddings", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1", "down_proj": "w2",
-         "up_proj": "w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "lm_head": "output", "self_attn": "attention",
-         "mlp": "feed_forward"}
+# ---------------------------------------------------------------------------------------- Meta's folders
+SLICED = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}   # its dimension
+NAMES = {"embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn": "attention",
+         "mlp": "feed_forward", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
+         "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
 
 
 def pairs_from_halves(weight, d):
@@ -577,7 +591,7 @@ def pairs_from_halves(weight, d):
 
 
 def write_meta(folder, model, shards=1, embed_dim=1, tokenizer=None, **params):
-    """Our model as Meta writes it: consolidated.NN.pth, each with a slice of every matrix, and params.json."""
+    """Our model as Meta writes it: params.json, and consolidated.NN.pth with a slice of every matrix each."""
     c, files = model.config, [{} for _ in range(shards)]
     for name, t in model.state_dict().items():
         parts = [NAMES.get(part, part) for part in name.removeprefix("model.").split(".")]
@@ -589,18 +603,22 @@ def write_meta(folder, model, shards=1, embed_dim=1, tokenizer=None, **params):
     folder.mkdir(parents=True, exist_ok=True)
     for i, file in enumerate(files):
         torch.save({**file, "rope.freqs": torch.zeros(c.head_dim // 2)}, folder / f"consolidated.{i:02}.pth")
-    params = {"dim": c.width, "n_layers": c.layers, "n_heads": c.heads, "n_kv_heads": c.kv_heads, "norm_eps": 1e-5, "vocab_size": -1,
-              "multiple_of": 256, **params}
-    (folder / "params.json").write_text(json.dumps({key: value for key, value in params.items() if value is not None}))
+    params = {"dim": c.width, "n_layers": c.layers, "n_heads": c.heads, "n_kv_heads": c.kv_heads,
+              "norm_eps": 1e-5, "vocab_size": -1, "multiple_of": 256, **params}
+    params = {key: value for key, value in params.items() if value is not None}
+    (folder / "params.json").write_text(json.dumps(params))
     if tokenizer is not None:
         shutil.copy(tokenizer, folder / "tokenizer.model")
     return folder
 
 
-@pytest.mark.parametrize("shards, kv_heads, embed_dim", [(1, 4, 1), (1, 2, 1), (2, 4, 1), (2, 2, 0), (4, 4, 1), (4, 4, 0)])
-def test_a_folder_of_meta_gives_the_logits_of_the_same_model(tmp_path, small_tokenizer, shards, kv_heads, embed_dim):
+@pytest.mark.parametrize("shards, kv_heads, embed_dim", [
+    (1, 4, 1), (1, 2, 1), (2, 4, 1), (2, 2, 0), (4, 4, 1), (4, 4, 0)])
+def test_a_folder_of_meta_gives_the_logits_of_the_same_model(
+        tmp_path, small_tokenizer, shards, kv_heads, embed_dim):
     source = tiny(kv_heads=kv_heads)
-    model, tokenizer, extra = load_llama(write_meta(tmp_path / "meta", source, shards, embed_dim, small_tokenizer))
+    path = write_meta(tmp_path / "meta", source, shards, embed_dim, small_tokenizer)
+    model, tokenizer, extra = load_llama(path)
     ids = torch.randint(60, (2, 20))
     with torch.no_grad():
         assert torch.allclose(model(ids), source(ids), atol=1e-5)
@@ -608,21 +626,27 @@ def test_a_folder_of_meta_gives_the_logits_of_the_same_model(tmp_path, small_tok
 
 
 def test_turning_neighbouring_numbers_is_turning_halves_of_rows_in_another_order():
-    """Meta's own way, a pair as a complex number times exp(i angle): the same scores from weights as released."""
+    """Meta's way, a pair as a complex number times exp(i angle): the same scores from weights as released."""
     torch.manual_seed(0)
     H, d, D, S = 3, 8, 16, 7
     config = LLaMAConfig(width=H * d, heads=H)
     x, wq, wk = torch.randn(S, D), torch.randn(H * d, D), torch.randn(H * d, D)
     turn = torch.polar(torch.ones(S, d // 2), torch.arange(S)[:, None] * llm.rope_frequencies(config, "cpu"))
-    by_pairs = [torch.view_as_real(torch.view_as_complex((x @ w.T).view(S, H, d // 2, 2)) * turn[:, None]).flatten(2).transpose(0, 1) for w in (wq, wk)]
     cos, sin = llm.rope_tables(config, 0, S, "cpu")
-    by_halves = [llm.rotate((x @ llm.halves_from_pairs(w, d).T).view(1, S, H, d).transpose(1, 2), cos, sin)[0] for w in (wq, wk)]
-    q, k = by_pairs
-    assert torch.allclose(q @ k.mT, by_halves[0] @ by_halves[1].mT, atol=1e-4)
+
+    def by_pairs(w):   # -> (H, S, d)
+        pairs = torch.view_as_complex((x @ w.T).view(S, H, d // 2, 2))
+        return torch.view_as_real(pairs * turn[:, None]).flatten(2).transpose(0, 1)
+
+    def by_halves(w):
+        states = (x @ llm.halves_from_pairs(w, d).T).view(1, S, H, d).transpose(1, 2)
+        return llm.rotate(states, cos, sin)[0]
+    assert torch.allclose(by_pairs(wq) @ by_pairs(wk).mT, by_halves(wq) @ by_halves(wk).mT, atol=1e-4)
     assert not torch.allclose(llm.halves_from_pairs(wq, d), wq)
 
 
-def test_one_shard_of_meta_stays_a_memory_map_but_for_queries_and_keys(tmp_path, small_tokenizer, monkeypatch):
+def test_one_shard_of_meta_stays_a_memory_map_but_for_queries_and_keys(
+        tmp_path, small_tokenizer, monkeypatch):
     path, mapped = write_meta(tmp_path / "meta", tiny(), tokenizer=small_tokenizer), []
     read_file = llm.read_file
     monkeypatch.setattr(llm, "read_file", lambda path: mapped.append(read_file(path)) or mapped[-1])
@@ -636,11 +660,12 @@ def test_one_shard_of_meta_stays_a_memory_map_but_for_queries_and_keys(tmp_path,
     (dict(norm_eps=1e-6, n_kv_heads=None), 2048, "default"), (dict(norm_eps=1e-5), 4096, "default"),
     (dict(rope_theta=5e5), 8192, "default"), (dict(rope_theta=5e5, use_scaled_rope=True), 131072, "llama3"),
     (dict(rope_theta=1e6), 16384, "default")])
-def test_the_context_of_meta_models_is_told_from_what_params_json_says(tmp_path, small_tokenizer, params, context_length, kind):
-    model, _, _ = load_llama(write_meta(tmp_path / "meta", tiny(kv_heads=4), tokenizer=small_tokenizer, **params))
-    c = model.config
+def test_the_context_of_meta_models_is_told_from_what_params_json_says(params, context_length, kind):
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "norm_eps": 1e-5}
+    c = llm.meta_config({**sizes, **params}, 64, 48)
     assert (c.context_length, c.rope_kind, c.norm_eps) == (context_length, kind, params.get("norm_eps", 1e-5))
-    assert c.rope_theta == params.get("rope_theta", 1e4) and (kind == "default" or c.rope_scaling["factor"] == 8)
+    assert c.rope_theta == params.get("rope_theta", 1e4)
+    assert kind == "default" or c.rope_scaling["factor"] == 8
 
 
 @pytest.mark.parametrize("params, context_length, factor", [
@@ -657,7 +682,8 @@ def test_meta_folders_come_with_a_tokenizer_of_either_kind(tmp_path, small_token
     path = write_meta(tmp_path / "meta", tiny(vocab_size=600, kv_heads=4), tokenizer=small_tokenizer)
     if kind == "tiktoken":
         write_ranks(path / "tokenizer.model")
-    assert type(load_llama(path)[1]).__name__ == ("TiktokenTokenizer" if kind == "tiktoken" else "SentencePieceTokenizer")
+    kinds = {"tiktoken": llm.TiktokenTokenizer, "sentencepiece": llm.SentencePieceTokenizer}
+    assert type(load_llama(path)[1]) is kinds[kind]
 
 
 def test_the_tokenizer_of_llama_1_lies_one_folder_up(tmp_path, small_tokenizer):
@@ -682,24 +708,19 @@ def rewrite(path, change):
     torch.save(tensors, path)
 
 
-def change_params(**params):
-    return lambda path: (path / "params.json").write_text(json.dumps({
-        key: value for key, value in {**json.loads((path / "params.json").read_text()), **params}.items() if value}))
-
-
 def change_shard(i, **tensors):
     return lambda path: rewrite(path / f"consolidated.0{i}.pth", lambda t: t.update(tensors))
 
 
 @pytest.mark.parametrize("damage, message", [
     (lambda p: os.remove(p / "consolidated.01.pth"), "of another size"),
-    (lambda p: [os.remove(p / f"consolidated.0{i}.pth") for i in (0, 1)], "consolidated.00.pth: No such file"),
+    (lambda p: [os.remove(file) for file in p.glob("*.pth")], "consolidated.00.pth: No such file"),
     (change_shard(1, norm__=torch.zeros(1)), "norm__"),
-    (change_shard(1, **{"layers.0.attention.wo.weight": torch.zeros(7)}), "params.json: Tensors must have same number"),
-    (change_params(dim=None), "states no 'dim'"), (change_params(norm_eps=None), "states no 'norm_eps'"),
-    (change_params(n_heads=5), "params.json: shape .* is invalid"),
-    (lambda p: [rewrite(p / f"consolidated.0{i}.pth", lambda t: t.pop("tok_embeddings.weight")) for i in (0, 1)],
-     "not a LLaMA")])
+    (change_shard(1, **{"layers.0.attention.wo.weight": torch.zeros(7)}), "params.json: Tensors must have"),
+    (lambda p: edit(p / "params.json", dim=None), "states no 'dim'"),
+    (lambda p: edit(p / "params.json", norm_eps=None), "states no 'norm_eps'"),
+    (lambda p: edit(p / "params.json", n_heads=5), "params.json: shape .* is invalid"),
+    (lambda p: [rewrite(file, drop("tok_embeddings.weight")) for file in p.glob("*.pth")], "not a LLaMA")])
 def test_a_folder_of_meta_that_is_not_whole_is_refused(tmp_path, small_tokenizer, damage, message):
     path = write_meta(tmp_path / "meta", tiny(kv_heads=4), 2, tokenizer=small_tokenizer)
     damage(path)
@@ -716,8 +737,8 @@ def test_a_vision_llama_of_meta_is_refused_by_its_names(tmp_path, small_tokenize
 
 def test_a_mistral_whose_attention_slides_is_refused(folder):
     path = folder("gqa")
-    edit_config(path, sliding_window=4096)
+    edit(path / "config.json", sliding_window=4096)
     with pytest.raises(UserError, match="sees 4096 tokens back"):
         load_llama(path)
-    edit_config(path, use_sliding_window=False)   # as Qwen's files say it
+    edit(path / "config.json", use_sliding_window=False)   # as Qwen's files say it
     load_llama(path)
