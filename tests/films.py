@@ -8,6 +8,8 @@ import av
 import numpy as np
 import torch
 
+import data
+
 HEIGHT, WIDTH, FPS = 64, 96, 25
 
 
@@ -24,7 +26,8 @@ def picture(number):
 def number(frame):
     """The number in a (3, H, W) frame, of any size that picture() was scaled to."""
     height, width = frame.shape[1:]
-    blocks = frame[:, int(height * 0.55):int(height * 0.70)].float().mean((0, 1)).reshape(8, -1)   # (8 bits, columns)
+    # (8 bits, columns)
+    blocks = frame[:, int(height * 0.55):int(height * 0.70)].float().mean((0, 1)).reshape(8, -1)
     return sum(int(block[1:-1].mean() > 128) << bit for bit, block in enumerate(blocks))
 
 
@@ -63,7 +66,8 @@ def film(path, codec, pictures, options={}, pts=None, time_base=None, container=
         audio = out.add_stream("aac", rate=48000) if sound else None
         for i, (image, heard) in enumerate(itertools.zip_longest(pictures, range(sound))):
             if image is not None:
-                frame = image if isinstance(image, av.VideoFrame) else av.VideoFrame.from_ndarray(np.ascontiguousarray(image))
+                frame = image if isinstance(image, av.VideoFrame) else av.VideoFrame.from_ndarray(
+                    np.ascontiguousarray(image))
                 if i == 0:
                     stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, pix_fmt
                     for name, value in context.items():
@@ -78,6 +82,12 @@ def film(path, codec, pictures, options={}, pts=None, time_base=None, container=
         if sound:
             out.mux(audio.encode())
     return str(path)
+
+
+# every way into a file
+CALLS = (data.probe, lambda path: list(data.frames(path, [0, 1])),
+         lambda path: list(data.sample_frames(path, 4, "uniform")),
+         lambda path: list(data.sample_frames(path, 4, "test")))
 
 
 class Opened:

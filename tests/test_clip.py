@@ -22,8 +22,9 @@ from plumbing.cli import UserError
 
 FIXTURES = os.path.join(ROOT, "tests", "fixtures")
 TINY = os.path.join(FIXTURES, "clip_tiny")
-OPENAI_SIZES = CLIPConfig(image_size=16, patch_size=8, vision_width=192, vision_layers=2, vision_heads=3, vision_mlp=96,
-                          text_width=128, text_layers=1, text_heads=2, text_mlp=40, context_length=12, projection_dim=24)
+OPENAI_SIZES = CLIPConfig(image_size=16, patch_size=8, vision_width=192, vision_layers=2, vision_heads=3,
+                          vision_mlp=96, text_width=128, text_layers=1, text_heads=2, text_mlp=40,
+                          context_length=12, projection_dim=24)
 torch.set_num_threads(1)
 
 
@@ -112,8 +113,10 @@ def test_the_walk_over_layers_computes_only_what_is_taken(tiny, expected):
 
 def test_clip_normalises_pixels_with_its_own_statistics(tiny):
     x = clip_module.normalise(torch.tensor([0, 255]).byte().view(2, 1, 1, 1).expand(2, 3, 1, 1))
-    assert x.flatten(1)[0].tolist() == pytest.approx([-1.7922626, -1.7520971, -1.4802198], abs=1e-5)   # -mean / std
-    assert x.flatten(1)[1].tolist() == pytest.approx([1.9303361, 2.0748837, 2.1458969], abs=1e-5)      # (1 - mean) / std
+    # -mean / std
+    assert x.flatten(1)[0].tolist() == pytest.approx([-1.7922626, -1.7520971, -1.4802198], abs=1e-5)
+    # (1 - mean) / std
+    assert x.flatten(1)[1].tolist() == pytest.approx([1.9303361, 2.0748837, 2.1458969], abs=1e-5)
     pixels = noise(2, 3, 28, 28)
     assert torch.equal(tiny[0].encode_image(pixels), encode_floats(tiny[0], clip_module.normalise(pixels)))
 
@@ -171,7 +174,8 @@ def test_a_fresh_model_learns_to_match_its_batch():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(30):
-        images, texts = (nn.functional.normalize(x, dim=-1) for x in (model.encode_image(pixels), model.encode_text(ids)))
+        images, texts = (nn.functional.normalize(x, dim=-1)
+                         for x in (model.encode_image(pixels), model.encode_text(ids)))
         loss = nn.functional.cross_entropy(model.logit_scale.exp() * images @ texts.T, torch.arange(6))
         optimizer.zero_grad()
         loss.backward()
@@ -181,7 +185,7 @@ def test_a_fresh_model_learns_to_match_its_batch():
     assert losses[0] > 1 and losses[-1] < 0.1
 
 
-# ---------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------- tokenizer
 def test_ids_equal_those_of_open_clip(tokenizer, recorded):
     assert len(recorded) >= 300
     assert [text for text, ids in recorded if tokenizer.encode(text) != ids] == []
@@ -225,7 +229,8 @@ def test_half_a_surrogate_pair_is_text(tokenizer):
 def test_merges_txt_gives_the_same_vocabulary_as_the_archive(tokenizer, tmp_path):
     with gzip.open(clip_module.VOCABULARY, "rt", encoding="utf-8") as f:
         lines = f.read().split("\n")
-    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines[1:48895]]) + "\n", encoding="utf-8")
+    merges = "\n".join(["#version: 0.2", *lines[1:48895]]) + "\n"
+    (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
     other = Tokenizer.from_file(tmp_path / "merges.txt")
     assert other.symbols == tokenizer.symbols and other.merges == tokenizer.merges
 
@@ -248,7 +253,7 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, content, message):
     assert str(tmp_path / "merges.txt") in str(e.value) and "\n" not in str(e.value)
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------------- files
 def openai_names(state):
     """A Hugging Face state dict in OpenAI's names: written out once more, so that the table of clip.py has a
     witness."""
@@ -267,7 +272,8 @@ def openai_names(state):
         for old, new, layers in (("visual.transformer", "vision_model", 2), ("transformer", "text_model", 1)):
             for i in range(layers):
                 a, b = f"{old}.resblocks.{i}", f"{new}.encoder.layers.{i}"
-                out[f"{a}.attn.in_proj_{kind}"] = torch.cat([state[f"{b}.self_attn.{x}_proj.{kind}"] for x in "qkv"])
+                out[f"{a}.attn.in_proj_{kind}"] = torch.cat(
+                    [state[f"{b}.self_attn.{x}_proj.{kind}"] for x in "qkv"])
                 out[f"{a}.attn.out_proj.{kind}"] = state[f"{b}.self_attn.out_proj.{kind}"]
                 out[f"{a}.ln_1.{kind}"] = state[f"{b}.layer_norm1.{kind}"]
                 out[f"{a}.ln_2.{kind}"] = state[f"{b}.layer_norm2.{kind}"]
@@ -303,7 +309,8 @@ def openai_model():
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("layout", ["torchscript", "state_dict"])
-def test_an_archive_of_openai_equals_the_hugging_face_folder(openai_model, tokenizer, tmp_path, dtype, layout):
+def test_an_archive_of_openai_equals_the_hugging_face_folder(openai_model, tokenizer, tmp_path, dtype,
+                                                             layout):
     tensors = {name: t.to(dtype) for name, t in openai_names(openai_model.state_dict()).items()}
     path = str(tmp_path / "weights.pt")
     as_torchscript(tensors, path) if layout == "torchscript" else torch.save(tensors, path)
@@ -345,8 +352,10 @@ def test_a_shortened_vocabulary_is_saved_with_its_ids(tiny, tokenizer, tmp_path)
 def test_a_saved_folder_says_what_transformers_asks_for(tiny, tmp_path):
     save_clip(tmp_path, *tiny)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["architectures"], config["model_type"], config["torch_dtype"]) == (["CLIPModel"], "clip", "float16")
-    assert (config["text_config"]["bos_token_id"], config["text_config"]["eos_token_id"]) == (576, 577)   # where text is pooled
+    assert (config["architectures"], config["model_type"]) == (["CLIPModel"], "clip")
+    assert config["torch_dtype"] == "float16"
+    # where text is pooled
+    assert (config["text_config"]["bos_token_id"], config["text_config"]["eos_token_id"]) == (576, 577)
     assert b'"__metadata__": {"format": "pt"}' in (tmp_path / "model.safetensors").read_bytes()[:100]
 
 
@@ -365,16 +374,17 @@ def test_position_ids_of_older_files_are_left_out_and_nothing_else(tiny, tmp_pat
 def test_sizes_are_those_of_the_tensors_and_heads_those_of_the_config(tiny, tmp_path):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     config = {"model_type": "clip", "vision_config": None, "vision_config_dict": {"num_attention_heads": 2}}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": {"num_hidden_layers": 10 ** 9}}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": {"num_hidden_layers": 10**9}}))
     found, _ = clip_module.read_clip(tmp_path)   # ViT-B/32 has 8 heads in the text tower, and leaves that out
     assert found == dataclasses.replace(tiny[0].config, vision_heads=2, text_heads=8)
 
 
-# ---------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------- bad input
 def refused(path, message):
     with pytest.raises(UserError, match=message) as e:
         load_clip(path)
-    assert str(path) in str(e.value) and ("\n" not in str(e.value) or "does not fit this model" in str(e.value).splitlines()[0])
+    assert str(path) in str(e.value)
+    assert ("\n" not in str(e.value) or "does not fit this model" in str(e.value).splitlines()[0])
 
 
 def test_missing_and_empty_paths_are_refused(tmp_path):
@@ -414,7 +424,8 @@ def test_tensors_of_sizes_that_make_no_model_are_refused(tmp_path, name, shape, 
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     tensors = {n: t for n, t in weightfile.read_tensors(TINY).items() if n != name}
     tensors |= {name: torch.empty(shape)} if shape else {}
-    weightfile.write_safetensors(str(tmp_path / "model.safetensors"), {n: t.clone() for n, t in tensors.items()})
+    weightfile.write_safetensors(str(tmp_path / "model.safetensors"),
+                                 {n: t.clone() for n, t in tensors.items()})
     refused(tmp_path, message)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from films import FPS, HEIGHT, WIDTH, Opened, film, number, numbers, picture, seen, silence, stacked
+from films import CALLS, FPS, HEIGHT, WIDTH, Opened, film, number, numbers, picture, seen, silence, stacked
 from plumbing import video
 from plumbing.cli import UserError
 from plumbing.pictures import contact_sheet
@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 FRAMES = 60
 
 
-# ---------------------------------------------------------------------------------------------------- clips that can be read
+# ------------------------------------------------------------------------------------ clips that can be read
 def write(path, codec, frames=FRAMES, options={}, **more):
     """A clip whose i-th frame shows the number i."""
     pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
@@ -47,20 +47,23 @@ CLIPS = {   # name: (file, encoder, options)
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
-    return {name: write(folder / file, codec, options=options) for name, (file, codec, options) in CLIPS.items()}
+    return {
+        name: write(folder / file, codec, options=options) for name, (file, codec, options) in CLIPS.items()
+    }
 
 
-# ---------------------------------------------------------------------------------------------------- frames by time
+# -------------------------------------------------------------------------------------------- frames by time
 @pytest.mark.parametrize("name", CLIPS)
 def test_probe_finds_the_exact_duration_also_where_the_container_states_none(clips, name):
     found = data.probe(clips[name])
-    assert (found.duration, found.width, found.height, found.rotation) == (pytest.approx(FRAMES / FPS), WIDTH, HEIGHT, 0)
+    assert found.duration == pytest.approx(FRAMES / FPS)
+    assert (found.width, found.height, found.rotation) == (WIDTH, HEIGHT, 0)
     assert found.fps == pytest.approx(FPS) and found.codec != ""
 
 
 def test_webm_written_to_a_pipe_has_neither_duration_nor_index_and_still_works(tmp_path):
-    path = write(tmp_path / "live.webm", "libvpx-vp9", options={"g": "20", "deadline": "realtime", "cpu-used": "8"},
-                 container={"live": "1"})
+    path = write(tmp_path / "live.webm", "libvpx-vp9",
+                 options={"g": "20", "deadline": "realtime", "cpu-used": "8"}, container={"live": "1"})
     assert av.open(path).duration is None
     assert data.probe(path).duration == pytest.approx(FRAMES / FPS)
     assert seen(data.frames(path, [0.1, 2.0, 9.0])) == [2, 50, 59]
@@ -75,7 +78,8 @@ def test_a_late_frame_costs_one_group_of_pictures(clips, monkeypatch):
         decoded.extend(frames)
         return frames
     monkeypatch.setattr(video.Video, "feed", counted)
-    for name, most in (("h264 short gop", 10), ("h264 ts", 45)):   # TS: a seek lands anywhere, the search steps a second back
+    # TS: a seek lands anywhere, the search steps a second back
+    for name, most in (("h264 short gop", 10), ("h264 ts", 45)):
         for i in range(FRAMES):
             decoded.clear()
             assert seen(data.frames(clips[name], [i / FPS])) == [i]
@@ -141,7 +145,8 @@ def test_frames_of_absurd_size_are_refused_before_any_is_decoded(clips, monkeypa
     with pytest.raises(data.VideoError, match="96 x 64 are too large"):
         list(data.frames(clips["vp9 webm"], [0]))
     monkeypatch.undo()
-    monkeypatch.setattr(video, "LIMITS", {"max_pixels": str(HEIGHT * WIDTH - 1)})   # what a decoder finds out by itself
+    # what a decoder finds out by itself
+    monkeypatch.setattr(video, "LIMITS", {"max_pixels": str(HEIGHT * WIDTH - 1)})
     with pytest.raises(data.VideoError, match="no frame can be decoded"):
         list(data.frames(clips["h264 ts"], [0]))
 
@@ -149,14 +154,6 @@ def test_frames_of_absurd_size_are_refused_before_any_is_decoded(clips, monkeypa
 def test_a_seek_to_nowhere_is_answered_not_raised(clips):
     with data.open_regular(clips["gif"]) as file:
         assert file.seek(-5) == -1 and file.seek(3) == 3
-
-
-@pytest.mark.parametrize("file", ["late.mp4", "late.mkv", "late.ts"])
-def test_time_counts_from_the_first_frame_shown_not_from_the_clock_of_the_file(tmp_path, file):
-    path = write(tmp_path / file, "libx264", 20, {"g": "10", "bf": "3"}, pts=range(250, 270))
-    frames, used = stacked(data.frames(path, [0, 0.4, 0.77, 3]))
-    assert numbers(frames) == [0, 10, 19, 19] and used == pytest.approx([0, 0.4, 0.76, 0.76])
-    assert data.probe(path).duration == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
@@ -168,7 +165,8 @@ def test_very_short_clips(tmp_path, length):
     assert len(list(data.sample_frames(path, 8, "seq"))) == length
 
 
-@pytest.mark.parametrize("rotate", [(0,), (90,), (180,), (270,), (0, True), (90, True), (0, False, True), (270, True)])
+@pytest.mark.parametrize("rotate", [(0, ), (90, ), (180, ), (270, ), (0, True), (90, True), (0, False, True),
+                                    (270, True)])
 def test_the_display_matrix_turns_and_mirrors_frames(tmp_path, rotate):
     path = write(tmp_path / "turned.mp4", "libx264", 3, rotate=rotate[0], mirror=rotate[1:])
     expected = np.rot90(picture(0), rotate[0] // 90)   # counterclockwise, then mirrored
@@ -179,21 +177,6 @@ def test_the_display_matrix_turns_and_mirrors_frames(tmp_path, rotate):
     found = data.probe(path)
     assert (found.height, found.width) == expected.shape[:2]
     assert len(rotate) > 1 or found.rotation == -rotate[0] % 360
-
-
-def test_sound_beside_the_pictures_changes_nothing(tmp_path):
-    for file in ("sound.mp4", "sound.mkv", "sound.ts"):
-        path = write(tmp_path / file, "libx264", 30, options={"g": "10"}, sound=30)
-        assert seen(data.frames(path, [0.2, 0.84])) == [5, 21]
-
-
-def test_decoding_starts_no_thread(clips):   # a fork beside one would hang; a loader's workers would fight for the cores
-    def threads():
-        return sum(open(f"/proc/self/task/{task}/comm").read().startswith("av:") for task in os.listdir("/proc/self/task"))
-    for path in clips.values():
-        with data.open_video(path) as video:
-            list(video.pictures([video.tick(1.0)]))
-            assert threads() == 0
 
 
 def test_times_ascend_and_may_be_none_or_far_away(clips):
@@ -213,8 +196,9 @@ def test_a_frame_is_decoded_when_it_is_asked_for_and_the_file_closed_when_nobody
     assert files() == before
 
 
-# ---------------------------------------------------------------------------------------------------- the rules
-@pytest.mark.parametrize("n, num_frames, seq, test", [   # worked by hand; half rounds to even: 4.5 -> 4, 14.5 -> 14
+# ------------------------------------------------------------------------------------------------- the rules
+# worked by hand; half rounds to even: 4.5 -> 4, 14.5 -> 14
+@pytest.mark.parametrize("n, num_frames, seq, test", [
     (10, 4, [1, 3, 5, 8], [1, 3, 5, 8]),
     (30, 8, [2, 5, 9, 12, 16, 20, 23, 27], [1, 5, 8, 12, 15, 19, 23, 26]),
     (3, 8, [0, 1, 1], [0, 0, 0, 1, 1, 1, 2, 2]),
@@ -226,7 +210,8 @@ def test_index_rules_against_tables(n, num_frames, seq, test):
 
 def test_training_indices_fill_each_stretch_with_both_ends():
     draws = np.array([data.uniform_sample_train(10, 4, np.random.default_rng(seed)) for seed in range(300)])
-    assert [sorted(set(column.tolist())) for column in draws.T] == [[0, 1, 2], [2, 3, 4], [4, 5, 6, 7], [7, 8, 9]]
+    drawn = [sorted(set(column.tolist())) for column in draws.T]
+    assert drawn == [[0, 1, 2], [2, 3, 4], [4, 5, 6, 7], [7, 8, 9]]
 
 
 def test_sample_frames_follows_each_rule_and_its_seed(clips):
@@ -243,15 +228,15 @@ def test_sample_frames_follows_each_rule_and_its_seed(clips):
         list(data.sample_frames(path, 0, "uniform"))
 
 
-# ---------------------------------------------------------------------------------------------------- bad files
+# ------------------------------------------------------------------------------------------------- bad files
 CLIP_NAMERS = {
     "list.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:2.4,\n{clip}\n#EXT-X-ENDLIST\n",
     "script.ffconcat": "ffconcat version 1.0\nfile '{clip}'\n",
     "session.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
                    "m=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
-    "manifest.mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet '
-                    'mimeType="video/mp4"><Representation id="0" bandwidth="1"><BaseURL>{clip}</BaseURL></Representation>'
-                    '</AdaptationSet></Period></MPD>',
+    "manifest.mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period>'
+                    '<AdaptationSet mimeType="video/mp4"><Representation id="0" bandwidth="1"><BaseURL>{clip}'
+                    '</BaseURL></Representation></AdaptationSet></Period></MPD>',
     "stream.strm": "{clip}\n"}
 
 
@@ -262,7 +247,7 @@ def test_a_script_that_names_another_file_is_refused_and_the_file_not_opened(tmp
     script = tmp_path / (file + ".mp4" if renamed else file)
     script.write_text(CLIP_NAMERS[file].format(clip=clip))
     opened = Opened(clip)
-    for call in (data.probe, lambda p: list(data.frames(p, [0])), lambda p: list(data.sample_frames(p, 2, "seq"))):
+    for call in CALLS:
         with pytest.raises(data.VideoError, match="not a video"):
             call(script)
     assert not opened
@@ -287,25 +272,29 @@ def junk(folder, clips):
         out.mux(stream.encode())
     with av.open(str(folder / "cover.m4a"), "w", format="mp4") as out:
         stream, cover = out.add_stream("aac", rate=48000), out.add_stream("mjpeg")
-        cover.width, cover.height, cover.pix_fmt, cover.disposition = WIDTH, HEIGHT, "yuvj420p", Disposition.attached_pic
+        cover.width, cover.height, cover.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
         out.mux(cover.encode(av.VideoFrame.from_ndarray(picture(5))))
         for i in range(5):
             out.mux(stream.encode(silence(i)))
         out.mux([*stream.encode(), *cover.encode()])
     whole = open(clips["h264 long gop"], "rb").read()
     (folder / "no_index.mp4").write_bytes(whole[:len(whole) // 2])   # an MP4's table of frames is at its end
-    reasons = {"folder.mp4": "regular file", "pipe.mp4": "regular file", "empty.mp4": "empty", "text.mp4": "not a video",
-               "subtitles.mp4": "not a video", "noise.mp4": "not a video", "no_index.mp4": "cut off",
-               "sound.m4a": "no video track", "cover.m4a": "no video track",
-               "missing.mp4": "No such file", "http://localhost/clip.mp4": "No such file",
-               **{f"{kind}.mp4": "a picture" for kind in ("png", "jpeg", "webp", "bmp")}}
-    return {name: (name if "://" in name else str(folder / name), reason) for name, reason in reasons.items()} | {
-        "device": ("/dev/zero", "regular file"), "NUL in the name": ("a\0b.mp4", "null")}
+    reasons = {
+        "folder.mp4": "regular file", "pipe.mp4": "regular file", "empty.mp4": "empty",
+        "text.mp4": "not a video", "subtitles.mp4": "not a video", "noise.mp4": "not a video",
+        "no_index.mp4": "cut off", "sound.m4a": "no video track", "cover.m4a": "no video track",
+        "missing.mp4": "No such file", "http://localhost/clip.mp4": "No such file",
+        **{f"{kind}.mp4": "a picture" for kind in ("png", "jpeg", "webp", "bmp")}
+    }
+    return {
+        name: (name if "://" in name else str(folder / name), reason) for name, reason in reasons.items()
+    } | {"device": ("/dev/zero", "regular file"), "NUL in the name": ("a\0b.mp4", "null")}
 
 
 def test_every_bad_file_is_a_video_error_of_one_line_with_its_path(tmp_path, clips):
     for name, (path, reason) in junk(tmp_path, clips).items():
-        for call in (data.probe, lambda p: list(data.frames(p, [0, 1])), lambda p: list(data.sample_frames(p, 4, "uniform"))):
+        for call in CALLS:
             with pytest.raises(data.VideoError, match=reason) as error:
                 call(path)
             assert "\n" not in str(error.value) and (path in str(error.value) or "\0" in path), name
@@ -317,8 +306,8 @@ def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, clips):
         assert seen(data.frames(tmp_path / name, [1.0])) == [25]
 
 
-@pytest.mark.parametrize("file, codec", [("cut.mp4", "libx264"), ("cut.mkv", "libx264"), ("cut.ts", "libx264"),
-                                         ("cut.avi", "mpeg4")])
+@pytest.mark.parametrize("file, codec", [("cut.mp4", "libx264"), ("cut.mkv", "libx264"),
+                                         ("cut.ts", "libx264"), ("cut.avi", "mpeg4")])
 def test_a_cut_file_shows_what_is_left_and_then_its_last_frame(tmp_path, file, codec):
     container = {"movflags": "faststart"} if file == "cut.mp4" else {}
     path = write(tmp_path / file, codec, options={"g": "10"}, container=container)
@@ -342,9 +331,11 @@ def test_a_file_cut_before_its_first_frame_is_a_video_error(tmp_path):
 # ---------------------------------------------------------------------------------------------------- pixels
 def test_resize_is_bilinear_without_antialiasing():
     row = torch.tensor([0, 100]).byte().expand(1, 3, 1, 2)
-    assert data.resize(row, 1, 4)[0, 0, 0].tolist() == [0, 25, 75, 100]   # pixel centres at -0.25, 0.25, 0.75, 1.25
+    # pixel centres at -0.25, 0.25, 0.75, 1.25
+    assert data.resize(row, 1, 4)[0, 0, 0].tolist() == [0, 25, 75, 100]
     row = torch.tensor([0, 0, 200, 0, 0, 0, 0, 200]).byte().expand(1, 3, 1, 8)
-    assert data.resize(row, 1, 2)[0, 0, 0].tolist() == [100, 0]           # centres at 1.5 and 5.5: two neighbours each
+    # centres at 1.5 and 5.5: two neighbours each
+    assert data.resize(row, 1, 2)[0, 0, 0].tolist() == [100, 0]
 
 
 def test_eval_pixels_scales_the_short_side_and_cuts_the_centre():
@@ -354,7 +345,8 @@ def test_eval_pixels_scales_the_short_side_and_cuts_the_centre():
     assert data.eval_pixels(columns, 2)[0, 0, 0].tolist() == [25, 45]   # 8 -> 4 wide
     rows = columns.transpose(2, 3)
     assert torch.equal(data.eval_pixels(rows, 4), data.eval_pixels(columns, 4).transpose(2, 3))
-    assert data.short_side(torch.zeros(1, 3, 360, 641).byte(), 256).shape == (1, 3, 256, 456)   # int(455.82 + 0.5)
+    # int(455.82 + 0.5)
+    assert data.short_side(torch.zeros(1, 3, 360, 641).byte(), 256).shape == (1, 3, 256, 456)
 
 
 def test_squash_squashes_to_a_square_by_nearest_neighbour():
@@ -365,13 +357,15 @@ def test_squash_squashes_to_a_square_by_nearest_neighbour():
 
 
 def test_training_crops_all_frames_of_a_clip_alike_and_differ_by_seed():
-    still = torch.randint(0, 256, (1, 3, 40, 60), generator=torch.Generator().manual_seed(0)).byte().expand(4, 3, 40, 60)
+    torch.manual_seed(0)
+    still = torch.randint(0, 256, (1, 3, 40, 60)).byte().expand(4, 3, 40, 60)
     crops = [data.train_pixels(still, 28, seed) for seed in range(5)]
     for crop in crops:
         assert crop.shape == (4, 3, 28, 28) and all(torch.equal(frame, crop[0]) for frame in crop)
     assert all(not torch.equal(a, b) for i, a in enumerate(crops) for b in crops[:i])
     assert torch.equal(data.train_pixels(still, 28, 3), crops[3])
-    square = torch.randint(0, 256, (1, 3, 60, 60)).byte()   # where the crop is all: 256 / 224 of 28 is 32, then 28
+    # where the crop is all: 256 / 224 of 28 is 32, then 28
+    square = torch.randint(0, 256, (1, 3, 60, 60)).byte()
     whole = data.train_pixels(square, 28, 0, min_area=1)
     assert torch.equal(whole, data.resize(data.resize(square, 32, 32), 28, 28))
 
@@ -382,10 +376,11 @@ def test_random_crops_keep_to_their_area_and_aspect():
         top, left, height, width = data.random_crop(256, 340, rng, min_area=0.3)
         assert 0 <= top <= 256 - height and 0 <= left <= 340 - width
         assert 0.29 < height * width / (256 * 340) < 1.01 and 0.74 < width / height < 1.35
-    assert data.random_crop(10, 1000, rng, min_area=1) == (0, 495, 10, 10)   # nothing fits: the centred square
+    # nothing fits: the centred square
+    assert data.random_crop(10, 1000, rng, min_area=1) == (0, 495, 10, 10)
 
 
-# ---------------------------------------------------------------------------------------------------- data sets
+# ------------------------------------------------------------------------------------------------- data sets
 def tokenizer(text, context_length):
     return torch.tensor([[len(text)] + [0] * (context_length - 1)])
 
@@ -447,25 +442,29 @@ def test_packed_strings_are_the_list_of_them():
 
 
 def test_collate_skip_drops_broken_videos_and_says_which(world):
-    items = captions(world, lines(world / "a.jsonl", *[{"video": v, "caption": "x"} for v in
-                                                       ("good.mp4", "broken.mp4", "missing.mp4", "good.mp4")]))
+    videos = "good.mp4", "broken.mp4", "missing.mp4", "good.mp4"
+    items = captions(world, lines(world / "a.jsonl", *[{"video": v, "caption": "x"} for v in videos]))
     batch = data.collate_skip([items[0, i] for i in range(4)])
-    assert batch["pixels"].shape == (2, 4, 3, 28, 28) and batch["ids"].shape == (2, 6) and batch["index"].tolist() == [0, 3]
+    assert batch["pixels"].shape == (2, 4, 3, 28, 28) and batch["ids"].shape == (2, 6)
+    assert batch["index"].tolist() == [0, 3]
     assert [("broken.mp4" in m or "missing.mp4" in m) for m in batch["skipped"]] == [True, True]
     nothing = data.collate_skip([items[0, 1]])
     assert len(nothing["index"]) == 0 and len(nothing["skipped"]) == 1
 
 
 def test_retrieval_shows_uniform_frames_and_says_which_videos_are_missing(world):
-    rows = [{"video": video, "caption": caption} for video, caption in (("page/17", "one"), ("nowhere.mp4", "two"))]
+    rows = [{"video": video, "caption": caption}
+            for video, caption in (("page/17", "one"), ("nowhere.mp4", "two"))]
     items = data.RetrievalDataset(lines(world / "a.jsonl", *rows), world, 4, 28)
     assert items.captions == ["one", "two"] and items.missing() == ["nowhere.mp4"]
     pixels, index = items[0]   # the name lacks its extension
-    assert index == 0 and torch.equal(pixels, data.eval_pixels(stacked(data.sample_frames(world / "good.mp4", 4, "uniform"))[0], 28))
+    frames, _ = stacked(data.sample_frames(world / "good.mp4", 4, "uniform"))
+    assert index == 0 and torch.equal(pixels, data.eval_pixels(frames, 28))
 
 
 def test_a_broken_retrieval_video_stops_also_in_a_worker_process(world):
-    items = data.RetrievalDataset(lines(world / "a.jsonl", {"video": "broken.mp4", "caption": "x"}), world, 4, 28)
+    path = lines(world / "a.jsonl", {"video": "broken.mp4", "caption": "x"})
+    items = data.RetrievalDataset(path, world, 4, 28)
     for workers in (0, 1):
         with pytest.raises(data.VideoError, match="broken.mp4: not a video"):
             list(DataLoader(items, num_workers=workers))
@@ -482,8 +481,10 @@ def test_conversations_lose_the_marker_and_keep_their_turns(world):
     for path in (lines(world / "a.json", rows), lines(world / "a.jsonl", *rows)):
         items = data.ConversationDataset(path, world, 4, 28)
         pixels, conversation, index = items[0]
-        assert conversation == [("What?", "A dog."), ("Why?", "So.")] and index == 0 and items[1][1] == [("Who?", "It.")]
-        assert torch.equal(pixels, data.squash(stacked(data.sample_frames(world / "good.mp4", 4, "uniform"))[0], 28))
+        assert conversation == [("What?", "A dog."), ("Why?", "So.")] and index == 0
+        assert items[1][1] == [("Who?", "It.")]
+        frames, _ = stacked(data.sample_frames(world / "good.mp4", 4, "uniform"))
+        assert torch.equal(pixels, data.squash(frames, 28))
         assert items.rows == rows
 
 
@@ -556,7 +557,7 @@ def test_annotations_that_are_missing_or_not_text_are_user_errors(tmp_path):
         captions(tmp_path, tmp_path / "a.jsonl")
 
 
-# ---------------------------------------------------------------------------------------------------- to look at
+# ------------------------------------------------------------------------------------------------ to look at
 def test_contact_sheet_is_a_grid_of_all_frames(tmp_path, clips):
     frames, times = stacked(data.sample_frames(clips["h264 short gop"], 5, "uniform"))
     contact_sheet(frames, times, tmp_path / "sheet.png", width=96)
@@ -568,10 +569,12 @@ def test_contact_sheet_is_a_grid_of_all_frames(tmp_path, clips):
 
 
 def test_data_py_prints_what_a_video_is_and_writes_its_contact_sheet(tmp_path, clips, capsys):
-    data.main(data.Config(clips["h264 short gop"], num_frames=4, start=0.4, end=1.2, out=str(tmp_path / "sheet.png")))
+    out = str(tmp_path / "sheet.png")
+    data.main(data.Config(clips["h264 short gop"], num_frames=4, start=0.4, end=1.2, out=out))
     out = capsys.readouterr().out.splitlines()
     assert out[0].endswith("h264, 96 x 64, turned by 0 degrees, 25.00 frames/s, 2.40 s")
-    assert out[1].endswith("4 frames, at 0.48, 0.68, 0.88, 1.08 s")   # the middles 0.5, 0.7, ... show the frames before them
+    # the middles 0.5, 0.7, ... show the frames before them
+    assert out[1].endswith("4 frames, at 0.48, 0.68, 0.88, 1.08 s")
     assert Image.open(tmp_path / "sheet.png").size == (2 * 244, 2 * 184)
 
 
