@@ -1,4 +1,5 @@
-"""What a conversation on a terminal needs and no other: pictures made of characters, questions of several lines, a history."""
+"""What a conversation on a terminal needs: pictures made of characters, questions of several lines, a
+history."""
 import contextlib
 import os
 import sys
@@ -13,48 +14,47 @@ HISTORY = 1000  # lines that are kept from run to run
 QUOTES = '"""'
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
-def shrink(frames, height, width):
-    """(T, 3, H, W) uint8 -> (T, 3, height, width) uint8: every new pixel is the mean of those that it covers."""
-    return torch.cat([F.interpolate(f[None].float(), (height, width), mode="area").round().byte() for f in frames])
-
-
+# --------------------------------------------------------------------------------------------------- pictures
 def half_blocks(picture):
-    """(3, h, w) uint8 with even h -> h / 2 strings for a terminal with 24-bit colours, each w characters wide.
+    """(3, h, w) uint8 with even h -> h / 2 strings for a terminal with 24-bit colours, each w characters
+    wide.
 
-    Each is U+2580, the upper half of a character's cell in the colour of one pixel, on a ground in that of the one below."""
-    rows, cell = picture.permute(1, 2, 0).tolist(), "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"   # h rows of w pixels (r, g, b)
+    Each is U+2580, the upper half of a cell in the colour of one pixel, on a ground in that of the one
+    below."""
+    cell = "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"
+    rows = picture.permute(1, 2, 0).tolist()   # h rows of w pixels (r, g, b)
     return ["".join(cell.format(*upper, *lower) for upper, lower in zip(*pair)) + "\x1b[0m"
             for pair in zip(rows[::2], rows[1::2])]
 
 
 def frame_lines(frames, times, columns, colour):
-    """Frames (T, 3, H, W) uint8 and their times -> lines for a terminal, none wider than `columns`: a table of pictures,
-    each with its number and its seconds below; without colour only these."""
+    """Frames (T, 3, H, W) uint8 and their times -> lines for a terminal, none wider than `columns`: a table
+    of pictures, each with its number and its seconds below; without colour only these."""
     H, W = frames.shape[2:]
     cell = min(CELL, columns)
     scale = min(cell / W, 2 * cell / H)   # upright pictures are at most twice as high as wide
     height, width = 2 * max(1, round(scale * H / 2)), max(1, round(scale * W))
-    pictures = [half_blocks(f) if colour else [] for f in shrink(frames, height, width)]
+    small = F.interpolate(frames.float(), (height, width), mode="area").round().byte() if colour else frames
+    blocks = [half_blocks(picture) if colour else [] for picture in small]
     labels = [f"{i}: {t:.2f} s"[:cell] for i, t in enumerate(times)]
     lines, across, gap = [], (columns + 2) // (cell + 2), " " * (cell + 2 - width)
     for i in range(0, len(times), across):
-        lines += [gap.join(row) for row in zip(*pictures[i:i + across])]   # a line of each picture, side by side
+        lines += [gap.join(row) for row in zip(*blocks[i:i + across])]   # a line of each, side by side
         lines.append("  ".join(label.ljust(cell) for label in labels[i:i + across]).rstrip())
     return lines
 
 
 def show_frames(frames, times):
-    """Frames (T, 3, H, W) uint8 and their times on standard error: as pictures where that is a terminal that has colours and the
-    character for them."""
+    """Frames (T, 3, H, W) uint8 and their times on standard error: pictures where that is a terminal with
+    colours."""
     terminal = sys.stderr.isatty()
-    columns = (os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 0) or 80   # 0: it does not know
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 0   # 0: it does not know
     drawable = "\u2580".encode(sys.stderr.encoding, "ignore") != b""
     colour = terminal and drawable and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-    say("\n".join(frame_lines(frames, times, columns, colour)))
+    say("\n".join(frame_lines(frames, times, columns or 80, colour)))
 
 
-# ---------------------------------------------------------------------------------------------------- lines that are typed
+# ------------------------------------------------------------------------------------------------ typed lines
 def read_line(prompt):
     """A line as it was typed. Raises EOFError and KeyboardInterrupt as input() does."""
     if not sys.stdout.isatty():   # then input() would mix its prompt with the answers
@@ -63,8 +63,8 @@ def read_line(prompt):
 
 
 def rest_of(line):
-    """A line that begins with three quotes -> the text between these and the next ones, which may be lines further down. Lines after
-    the first keep their indentation: they may be code."""
+    """A line that begins with three quotes -> the text between these and the next ones, which may be lines
+    further down. Lines after the first keep their indentation: they may be code."""
     lines = [line.removeprefix(QUOTES).strip()]
     while not lines[-1].endswith(QUOTES):
         lines.append(read_line("... ").rstrip())
@@ -74,25 +74,28 @@ def rest_of(line):
 def history_file():
     """$XDG_STATE_HOME/nanobt/history, or ~/.nanobt_history where that is not set to an absolute path."""
     base = os.environ.get("XDG_STATE_HOME", "")
-    return os.path.join(base, "nanobt", "history") if os.path.isabs(base) else os.path.expanduser("~/.nanobt_history")
+    if os.path.isabs(base):
+        return os.path.join(base, "nanobt", "history")
+    return os.path.expanduser("~/.nanobt_history")
 
 
 @contextlib.contextmanager
 def history(path):
-    """Within it, arrow-up also finds what was typed in earlier runs; at the end the new lines are added to the file.
+    """Within it, arrow-up also finds what was typed in earlier runs; at the end the new lines are added to
+    the file.
 
-    A file that cannot be read or written is said to be so, once, and nothing is kept."""
+    A file that cannot be read or written is named once, and nothing is kept."""
     try:
-        import readline  # its import alone gives input() keys to edit a line, and a history of this run
+        import readline   # its import alone gives input() keys to edit a line
     except ImportError:   # absent on some systems
         readline = None
-    if not hasattr(readline, "append_history_file") or not (sys.stdin.isatty() and sys.stdout.isatty()):   # input() asks readline only there
+    if not hasattr(readline, "append_history_file") or not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield
         return
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600))   # what was asked is one's own business
-        if os.path.getsize(path):   # libedit, which some Pythons have in readline's place, finds nothing wrong with a file but that it is empty
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)   # what was asked is one's own business
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600))
+        if os.path.getsize(path):   # libedit, readline on some systems, minds an empty file
             readline.read_history_file(path)
     except OSError as e:
         say(f"({path}: {e.strerror}; what you type is not kept for the next time)")
