@@ -607,7 +607,7 @@ def branch_tensors(branch, prefix, dtype=torch.float32):
             for name, t in branch.state_dict().items()}
 
 
-def load_encoder(folder, branch_file, device):
+def load_encoder(folder, branch_file=None, device=torch.device("cpu")):
     """-> (VideoEncoder for retrieval in fp32, tokenizer)."""
     clip, tokenizer = load_clip(os.path.join(folder, "clip"))
     branch = load_branch(branch_file or os.path.join(folder, "branch.pth"), clip)
