@@ -1,4 +1,8 @@
-"""What the README and runs/ print can be typed: flags exist, files exist, and the short commands run."""
+"""What README, docs and runs/ print can be typed: flags exist, files exist, the short commands and the Python
+run."""
+import contextlib
+import glob
+import io
 import os
 import re
 import shlex
@@ -6,11 +10,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import chat
 import chat_tune
 import data
 import eval_retrieval
+import model
 import pretrain
 import search
 from bench import __main__ as bench
@@ -21,60 +27,113 @@ from weights import __main__ as weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STAGE = dict(positional=["stage"])
-SCRIPTS = {   # as it is typed: its file, its module, how it is parsed
-    "chat.py": ("chat.py", chat, chat.FLAGS), "chat_tune.py": ("chat_tune.py", chat_tune, {}), "pretrain.py": ("pretrain.py", pretrain, {}),
-    "eval_retrieval.py": ("eval_retrieval.py", eval_retrieval, {}), "search.py": ("search.py", search, search.FLAGS),
-    "data.py": ("data.py", data, dict(positional=["video"])), "-m toy": ("toy/__main__.py", toy, STAGE),
-    "-m toy.ablate": ("toy/ablate.py", ablate, STAGE), "-m bench": ("bench/__main__.py", bench, STAGE),
-    "-m weights": ("weights/__main__.py", weights, weights.FLAGS)}
+SCRIPTS = {   # as it is typed: its module, how it is parsed
+    "chat.py": (chat, chat.FLAGS), "chat_tune.py": (chat_tune, {}), "pretrain.py": (pretrain, {}),
+    "eval_retrieval.py": (eval_retrieval, {}), "search.py": (search, search.FLAGS),
+    "data.py": (data, dict(positional=["video"])), "-m toy": (toy, STAGE), "-m toy.ablate": (ablate, STAGE),
+    "-m bench": (bench, STAGE), "-m weights": (weights, weights.FLAGS)}
+COMMAND = re.compile(r"(?:^\s*|[ |/])(?:python3?|torchrun [^.]*?|\$PYTHON|train) (?:-m torch[^ ]* )?"
+                     r"(\w+\.py|-m [\w.]+)( .*|$)")
+
+
+def read(name):
+    with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+        return f.read()
 
 
 def commands():
-    """Every command line of this repository's scripts in code blocks of the documents, in docstrings and in runs/."""
-    for name in ("README.md", "docs/numbers.md", *(file for file, _, _ in SCRIPTS.values()), "runs/tiny.sh", "runs/ablate.sh"):
-        with open(os.path.join(ROOT, name)) as f:
-            text = re.sub(r"\\\n\s*", "", f.read())   # joined lines
-        for line in text.splitlines():
-            found = re.search(r"(?:^\s*|[ |/])(?:python|torchrun [^.]*?|\$PYTHON|train) (?:-m torch[^ ]* )?(\w+\.py|-m [\w.]+)( .*|$)", line.split("   #")[0])
+    """Every command line of this repository's scripts in the documents, in docstrings and in runs/."""
+    texts = [os.path.relpath(path, ROOT) for pattern in ("*.md", "docs/*.md", "runs/*.sh")
+             for path in sorted(glob.glob(os.path.join(ROOT, pattern)))]
+    texts += [os.path.relpath(module.__file__, ROOT) for module, _ in SCRIPTS.values()]
+    for name in texts:
+        for line in re.sub(r"\\\n\s*", "", read(name)).splitlines():   # joined lines
+            found = COMMAND.search(line.split("   #")[0])
             if found and found[1] in SCRIPTS and "`" not in line:
                 rest = found[2] + (" --clip c --root r" if re.match(r"\s*train ", line) else "")
-                yield name, found[1], re.sub(r"\s(\||&&|->|>|<|#).*", "", rest.replace('"$@"', "").replace("$seed", "0").replace('"$study"', "losses"))
+                rest = rest.replace('"$@"', "").replace("$seed", "0").replace('"$study"', "losses")
+                yield name, found[1], re.sub(r"\s(\||&&|->|>|<|#).*", "", rest)
 
 
 @pytest.mark.parametrize("where, script, rest", list(commands()))
 def test_every_printed_command_has_flags_that_exist(where, script, rest):
-    _, module, flags = SCRIPTS[script]
+    module, flags = SCRIPTS[script]
     parse(module.Config, shlex.split(rest), **flags)
 
 
 def test_the_search_for_commands_finds_them():
     found = list(commands())
-    assert len(found) >= 20 and {script for _, script, _ in found} == set(SCRIPTS)
+    assert len(found) >= 40 and {script for _, script, _ in found} == set(SCRIPTS)
+    assert {"README.md", "docs/chat.md", "docs/train.md", "docs/weights.md"} <= {where for where, *_ in found}
 
 
-def test_files_that_the_readme_names_exist():
-    with open(os.path.join(ROOT, "README.md")) as f:
-        text = f.read()
-    names = set(re.findall(r"\]\(((?!http)[^)]+)\)", text)) | set(re.findall(r"`(\w+\.py|assets/[\w.]+|runs/\w+\.sh)`", text))
-    assert len(names) > 12
-    for name in names:
-        assert os.path.exists(os.path.join(ROOT, name)), name
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}.md" for name in ("chat", "weights", "train", "numbers"))])
+def test_files_that_a_document_names_exist(name):
+    named = re.findall(r"\]\(((?!http)[^)#]+)\)", read(name))   # links, and pictures
+    named = {os.path.join(os.path.dirname(name), path) for path in named}
+    named |= set(re.findall(r"`((?:plumbing/|toy/)?\w+\.py|assets/[\w.]+|runs/\w+\.sh)`", read(name)))
+    assert named and [path for path in named if not os.path.exists(os.path.join(ROOT, path))] == []
+
+
+def test_the_tree_names_every_file_at_the_root():
+    tree = read("README.md").split("## The house")[1].split("```")[1]
+    here = {os.path.basename(path) for path in glob.glob(os.path.join(ROOT, "*.py"))}
+    assert set(re.findall(r"\w+\.py", tree)) - {"test_house.py"} == here
+    assert len(read("README.md").splitlines()) <= 130
 
 
 def test_the_tiny_weights_are_small():
-    total = sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(os.path.join(ROOT, "weights", "tiny")) for name in names if not name.startswith("quantised_"))
-    assert 1e6 < total < 12e6
+    files = [path for path in glob.glob(os.path.join(ROOT, "weights", "tiny", "**"), recursive=True)
+             if os.path.isfile(path) and "quantised_" not in path]
+    assert 1e6 < sum(map(os.path.getsize, files)) < 12e6
+
+
+# ---------------------------------------------------------------------------------------- what runs
+def block(marker):
+    """The Python that follows a marker in the README."""
+    return re.search(rf"<!-- {marker} -->\n```python\n(.*?)```", read("README.md"), re.S)[1]
 
 
 def ask(*command, questions=None):
-    return subprocess.run([sys.executable, os.path.join(ROOT, "chat.py"), *command], input=questions or "", capture_output=True, text=True, cwd="/")
+    return subprocess.run([sys.executable, os.path.join(ROOT, "chat.py"), *command], input=questions or "",
+                          capture_output=True, text=True, cwd="/")
 
 
 def test_the_shipped_weights_answer_about_the_shipped_clip():
     """A static and a temporal question, as the README's first command asks them."""
-    with open(os.path.join(ROOT, "assets", "sample.answers")) as f:
-        expected = f.read()
+    expected = read("assets/sample.answers")
     done = ask(questions="What colour is the shape?\nWhat does the shape do?\n")
     assert (done.returncode, done.stdout) == (0, expected)
-    assert "sample.mp4" in done.stderr and "weights/tiny" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "sample.mp4" in done.stderr and "weights/tiny" in done.stderr and done.stderr.count("\n") == 1
     assert ask("-q", "What colour is the shape?").stdout == expected.splitlines(keepends=True)[0]
+    shown = re.search(r"> What does the shape do\?\n(.*)\n", read("README.md"))[1]
+    assert shown == expected.splitlines()[1]
+
+
+def test_questions_that_work_get_answers():
+    questions = re.search(r"Ask the shipped weights (.*?)\. ", read("README.md"), re.S)[1]
+    questions = re.findall(r'"([^"]+)"', questions.replace("\n", " "))
+    answers = ask(questions="\n".join(questions)).stdout.splitlines()
+    assert len(questions) == 5
+    assert answers == ["It is orange.", "It is a star.", "It is at the top left.", "It moves left then up.",
+                       "It moves left."]
+
+
+def test_the_python_of_the_readme_prints_what_stands_beside_it(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), torch.no_grad():
+        exec(block("python").replace("torch.set_grad_enabled(False)", ""), {})
+    shown = re.findall(r"^print\(.*# (.*)$", block("python"), re.M)
+    for line, expected in zip(printed.getvalue().splitlines(), shown, strict=True):
+        numbers = [[float(n) for n in re.findall(r"\d\.\d+", text)] for text in (line, expected)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=2e-3) and (numbers[0] or line == expected)
+
+
+def test_a_kind_of_video_tokens_is_one_class_and_one_entry(monkeypatch, capsys):
+    scope = {"VideoTokens": model.VideoTokens}
+    exec(block("kind"), scope)
+    monkeypatch.setitem(model.VIDEO_TOKENS, "max", scope["MaxTokens"])
+    chat.main(chat.Config(question="What colour is the shape?", tokens="max", cache=False, device="cpu"))
+    out, err = capsys.readouterr()
+    assert out.startswith("It is") and "16 video tokens" in err and "tuned for branch, used with max" in err
