@@ -128,7 +128,8 @@ def decoding(path, num_frames, rule, size):
 class Viewer:
     """Looks at videos for a chat, and keeps what was seen on disk."""
     def __init__(self, cfg, opened, made_with):
-        """opened: an OpenChat. made_with: what else its rows follow from, the files of the weights and the precision."""
+        """opened: an OpenChat. made_with: what else its rows follow from, the files of the weights and the
+        precision."""
         kind, self.size = opened.chat.video_tokens, opened.chat.clip.config.image_size
         usual = kind.num_frames if self.size >= 224 else 8   # smaller pictures are the toy world's
         self.num_frames, self.rule = cfg.num_frames or usual, kind.rule
@@ -249,7 +250,7 @@ class Session:
                 break
             forgotten += 1
         if room < 1:
-            advice = "ask more briefly" if K < context // 2 else f"{K} are the video's; use fewer --num_frames"
+            advice = "ask more briefly" if K < context // 2 else f"{K} are the video's; try --num_frames 8"
             raise UserError(f"no room for an answer: the prompt has {context - room} tokens, and this model "
                             f"reads {context}; {advice}")
         if forgotten > self.forgotten:
@@ -305,7 +306,7 @@ class Session:
             self.waited = {}
 
 
-def put(text):
+def write_out(text):
     """Part of an answer -> standard output, at once. Raises UserError; of a reader who left, cli.run
     knows."""
     try:
@@ -324,10 +325,11 @@ def answer_line(session, question):
     session.ask(question, pieces.append)
     answer, cost = "".join(pieces), session.cost
     if session.cfg.json:
-        put(json.dumps({"question": question, "answer": answer.strip(), "tokens": cost.tokens, "cut": cost.cut,
-                        "cached": cost.cached, "seconds_to_first_token": cost.first_token}) + "\n")
+        row = {"question": question, "answer": answer.strip(), "seconds_to_first_token": cost.first_token,
+               "tokens": cost.tokens, "cached": cost.cached, "cut": cost.cut}
+        write_out(json.dumps(row) + "\n")
     else:
-        put(" ".join(answer.split()) + "\n")
+        write_out(" ".join(answer.split()) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------- commands
@@ -435,7 +437,7 @@ def converse(session):
                 if not obey(session, line):
                     return
             elif question:
-                session.ask(question, put)
+                session.ask(question, write_out)
         except KeyboardInterrupt:
             say("(stopped)")
         except UserError as e:

@@ -512,8 +512,8 @@ class VideoChat(nn.Module):
             rows = words.float().mean(0, keepdim=True).repeat(2, 1)   # (2, D_llm)
         self.start_end = nn.Parameter(rows[:2 * marked].to(words.dtype).clone())
 
-    def encode_video(self, video):
-        """video (B, T, 3, H, W) uint8 -> video tokens (B, K, D_llm)."""
+    def embed_video(self, video):
+        """video (B, T, 3, H, W) uint8 -> its rows of the prompt (B, K, D_llm)."""
         return self.video_tokens(self.video_tokens.see(self.clip, video))
 
     def splice(self, ids, video_tokens):
@@ -530,7 +530,7 @@ class VideoChat(nn.Module):
 
         What is longer than the context is cut."""
         rows, targets, longest = [], [], self.llm.config.context_length
-        for tokens, (ids, labels) in zip(self.encode_video(video), prompts, strict=True):
+        for tokens, (ids, labels) in zip(self.embed_video(video), prompts, strict=True):
             at, given = ids.index(VIDEO_INDEX), [IGNORE_INDEX] * (len(tokens) + len(self.start_end))
             rows.append(self.splice(ids, tokens)[:longest])   # (S, D_llm)
             targets.append(torch.tensor(labels[:at] + given + labels[at + 1:])[1:longest])
@@ -701,7 +701,7 @@ def clip_in_int8(scheme, device):
     return scheme in ("int8", "int4") and device.type == "cpu"
 
 
-def open_chat(folder, tokens=None, branch=None, tuned=None):
+def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     """A folder of weights -> OpenChat. Raises UserError; where parts are missing, it names all of them.
 
     clip              CLIP: a Hugging Face folder, or OpenAI's ViT-L-14.pt under this name
@@ -710,24 +710,20 @@ def open_chat(folder, tokens=None, branch=None, tuned=None):
     mm_projector.bin  optional: a projector of LLaVA or Video-ChatGPT; it counts before the one inside llava
     chat.bin          optional: what chat tuning learned for one kind of tokens; it counts before all of these
 
-    tokens: a key of VIDEO_TOKENS; None: what chat.bin was tuned for, else `branch`. branch, tuned: files in
-    the place of branch.pth and chat.bin; tuned=False passes chat.bin by, the zero-shot setting."""
+    tokens: a key of VIDEO_TOKENS; None: what chat.bin was tuned for, else `branch`. branch_file, chat_file:
+    in the place of branch.pth and chat.bin; chat_file=False passes chat.bin by, the zero-shot setting."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder of weights; it needs clip, llava and branch.pth")
     names = "clip", "llava", "branch.pth", "mm_projector.bin", "chat.bin"
-    clip_path, llava, in_folder, projector_file, chat_file = (os.path.join(folder, name) for name in names)
+    clip_path, llava, untuned, projector_file, tuned = (os.path.join(folder, name) for name in names)
+    chat_file = tuned if chat_file is None and os.path.exists(tuned) else chat_file
+    learned = weightfile.read_file(chat_file) if chat_file else {}
     given = weightfile.read_file(projector_file) if os.path.exists(projector_file) else {}
-    chat_file, learned, learned_for = tuned or chat_file, {}, None
-    if tuned or tuned is None and os.path.exists(chat_file):
-        learned = weightfile.read_file(chat_file)
-        with_branch = any("btadapter" in name for name in learned)
-        learned_for = weightfile.read_metadata(chat_file).get("tokens", "branch" if with_branch else None)
-        in_folder = chat_file if with_branch else in_folder
-    for file, tensors in ((chat_file, learned), (projector_file, given)):
-        if tensors and not projector_part(tensors):
-            raise UserError(f"{file}: holds no mm_projector; {weightfile.likely_reason([], tensors, [])}")
+    with_branch = any("btadapter" in name for name in learned)
+    learned_for = "branch" if with_branch else None   # older files do not say it
+    learned_for = weightfile.read_metadata(chat_file).get("tokens", learned_for) if learned else None
     tokens = tokens or learned_for or "branch"
-    kind, branch_file = VIDEO_TOKENS[tokens], branch or in_folder
+    kind, branch_file = VIDEO_TOKENS[tokens], branch_file or (chat_file if with_branch else untuned)
     needed = {"clip": clip_path, "llava": llava} | ({"branch": branch_file} if kind.reads_branch else {})
     missing = [f"{os.path.basename(path)} (python -m weights get {name})" for name, path in needed.items()
                if not os.path.exists(path)]
@@ -735,22 +731,23 @@ def open_chat(folder, tokens=None, branch=None, tuned=None):
         raise UserError(f"{folder}: lacks {', '.join(missing)}")
     state, clip = state_of(llava), build_clip(*read_clip(clip_path), clip_path).image_only()
     language_model, tokenizer, extra = llm.load_llama(llava)
-    width = language_model.config.width
-    projector, source = next(((found, file) for tensors, file in
-                              ((learned, chat_file), (given, projector_file), (extra, llava))
-                              if (found := projector_part(tensors))), ({}, llava))
-    mm_projector = make_projector(projector, clip.config.vision_width, width, source)
+    width, sources = language_model.config.width, {chat_file: learned, projector_file: given, llava: extra}
+    for file in (chat_file, projector_file):
+        if sources[file] and not projector_part(sources[file]):
+            reason = weightfile.likely_reason([], sources[file], [])
+            raise UserError(f"{file}: holds no mm_projector; {reason}")
+    source = next((file for file, tensors in sources.items() if projector_part(tensors)), llava)
+    mm_projector = make_projector(projector_part(sources[source]), clip.config.vision_width, width, source)
     branch = load_branch(branch_file, clip, skip_last=1) if kind.reads_branch else None
     chat = VideoChat(clip, kind(mm_projector, branch), language_model, tokenizer, is_marked(llava))
-    for file, tensors in ((projector_file, given), (chat_file, learned)):   # the later one counts
-        if (rows := start_end_rows(tensors, tokenizer.vocab_size)) is not None:
+    for file in (projector_file, chat_file):   # the later one counts
+        if (rows := start_end_rows(sources[file], tokenizer.vocab_size)) is not None:
             if rows.shape not in ((2, width), (0, width)):
                 raise UserError(f"{file}: start and end rows of {tuple(rows.shape)}, needed are (2, {width})")
             chat.start_end.data = rows
     words = f"tuned for {learned_for or 'video'}" if learned else "without chat.bin"
-    chat.requires_grad_(False)
     words += f", used with {tokens}" * (learned_for not in (None, tokens))
-    return OpenChat(chat, tokens, words, llava, state)
+    return OpenChat(chat.requires_grad_(False), tokens, words, llava, state)
 
 
 def save_chat(path, chat, dtype=torch.float16):

@@ -153,7 +153,7 @@ def test_a_video_that_alone_fills_the_context_is_told_by_its_frames(weights, vid
     folder = shutil.copytree(weights, tmp_path / "w")
     write_llava(folder / "llava", tokenizer_model, context=40)
     session = chat.begin(chat.Config(video, weights=str(folder), tokens="st_pool", num_frames=60))
-    with pytest.raises(UserError, match=r"no room for an answer: .* are the video's; use fewer --num_frames"):
+    with pytest.raises(UserError, match=r"no room for an answer: .* are the video's; try --num_frames 8"):
         session.ask("what?", silent)
 
 
@@ -184,7 +184,7 @@ def test_a_full_disk_is_bad_news_and_not_a_traceback(monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         with pytest.raises(UserError, match="cannot write: No space left"):
-            chat.put("an answer")
+            chat.write_out("an answer")
         monkeypatch.undo()
 
 

@@ -182,7 +182,7 @@ def test_exact_answers_are_what_greedy_decoding_says(world):
     for said_so in (True, False):
         for i in range(len(dataset)):
             with torch.no_grad():
-                embeds = chat.splice(prompt_ids(chat.tokenizer, [("Where is it?", None)])[0], chat.encode_video(dataset[i][0][None])[0])
+                embeds = chat.splice(prompt_ids(chat.tokenizer, [("Where is it?", None)])[0], chat.embed_video(dataset[i][0][None])[0])
             said = "".join(stream_text(chat.tokenizer, generate(chat.llm, embeds=embeds[None], max_new_tokens=40,
                                                                 stop_ids=chat.tokenizer.stop_ids))).strip()
             dataset.conversations[i] = [("Where is it?", said if said_so else said + " It is.")]

@@ -391,7 +391,7 @@ def test_every_llava_release_projects_as_its_own_arithmetic_says(world, tmp_path
     expected = x @ w["weight"].T + w["bias"] if "weight" in w else F.gelu(x @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]
     words = llama.model.embed_tokens.weight
     with torch.no_grad():
-        assert relative(chat.encode_video(video), expected) < 1e-5
+        assert relative(chat.embed_video(video), expected) < 1e-5
         assert torch.allclose(chat.start_end, words[-2:] if 2 <= added <= 4 else words.mean(0).expand(2, -1))
         ids = torch.randint(300 + added, (1, 9))
         assert relative(chat.llm(ids), llama(ids)) < 1e-5
@@ -416,7 +416,7 @@ def test_chat_bin_counts_before_a_projector_file_and_untuned_passes_it_by(world,
     torch.save(linear(seed=6), tmp_path / "mm_projector.bin")
     torch.save({**linear(seed=7), "model.video_start_end.weight": torch.full((2, 32), 3.0)}, tmp_path / "chat.bin")
     for tuned, seed in ((None, 7), (False, 6)):
-        chat = open_chat(tmp_path, tuned=tuned).load()
+        chat = open_chat(tmp_path, chat_file=tuned).load()
         assert torch.equal(chat.video_tokens.mm_projector.weight, linear(seed)["model.mm_projector.weight"])
         assert torch.equal(chat.start_end, torch.full((2, 32), 3.0)) == (tuned is None)
 
