@@ -55,8 +55,10 @@ class LLaMAConfig:
             size = getattr(self, name)
             if type(size) is not int or not 1 <= size <= MAX_SIZE:
                 raise UserError(f"{name} is {shown(size)}: no such model; it is a number of at least 1")
-        if self.heads % self.kv_heads or self.head_dim % 2:   # rotary positions turn pairs
-            raise UserError(f"{self.heads} heads, {self.head_dim} wide, cannot share {self.kv_heads} evenly")
+        if self.heads % self.kv_heads:
+            raise UserError(f"{self.heads} heads cannot share {self.kv_heads} KV heads evenly")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim is {self.head_dim}; rotary positions turn pairs, so it must be even")
         if self.rope_kind not in ROPE_SCALING:
             raise UserError(f"rope_scaling is {shown(self.rope_kind)}; known are {', '.join(ROPE_SCALING)}")
         numbers = vars(self) | (self.rope_scaling or {})
@@ -76,8 +78,7 @@ def rope_frequencies(config, device):
 
     Su et al. 2021, arXiv 2104.09864: f_i = theta^(-2i/d). "linear" (Chen et al. 2023, arXiv 2306.15595) slows
     all pairs by `factor`. "llama3" slows only pairs that turn less than low_freq_factor times within the
-    original context, leaves those that turn more than high_freq_factor times, and blends by the number of
-    turns between."""
+    original context, leaves those that turn more than high_freq_factor times, and blends in between."""
     d, scaling = config.head_dim, config.rope_scaling
     freq = 1 / config.rope_theta ** (torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)   # (d/2,)
     if config.rope_kind == "linear":
@@ -207,18 +208,16 @@ class LLaMA(nn.Module):
         self.tie()
 
     def tie(self):
-        """Where the config says so, makes lm_head and embed_tokens one parameter; again after either is
-        replaced."""
+        """Makes lm_head and embed_tokens one parameter, if they are; again after either is replaced."""
         if self.config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids=None, embeds=None, kv_cache=None, last_only=False):
-        """ids (B, S) int64, or embeds (B, S, D) in their place -> logits (B, S, V) fp32, (B, 1, V) if
-        last_only.
+        """ids (B, S) int64, or embeds (B, S, D) -> logits (B, S, V) fp32, or (B, 1, V) if last_only.
 
         Positions go on from kv_cache.length, and the cache takes in the S tokens. A batch padded on the right
-        needs no mask: attention is causal, so only padding sees padding. Raises UserError beyond the
-        context."""
+        needs no mask: attention is causal, so only padding sees padding. Raises UserError if P + S is more
+        than the context holds."""
         assert (ids is None) != (embeds is None), "give exactly one of ids and embeds"
         weight, P = self.model.embed_tokens.weight, 0 if kv_cache is None else kv_cache.length
         x = self.model.embed_tokens(ids) if embeds is None else embeds.to(weight.dtype)   # (B, S, D)
@@ -238,8 +237,7 @@ class LLaMA(nn.Module):
         return self.lm_head(self.model.norm(x)).float()
 
     def resize_vocab(self, n):
-        """Grows embed_tokens and lm_head to n rows, for tokens that LLaVA adds; each is the mean of the
-        old."""
+        """Grows embed_tokens and lm_head to n rows, for tokens that LLaVA adds; new rows are the mean."""
         old = self.config.vocab_size
         assert n >= old, f"cannot shrink a vocabulary of {old} to {n}"
         for module in (self.model.embed_tokens, self.lm_head):
@@ -314,12 +312,10 @@ def stream_text(tokenizer, ids):
 
 # ---------------------------------------------------------------------------------------- tokenizers
 class SentencePieceTokenizer:
-    """The tokenizer of LLaMA 1 and 2 (Kudo and Richardson 2018, arXiv 1808.06226): a sentencepiece model
-    file.
+    """The tokenizer of LLaMA 1 and 2: a sentencepiece model (Kudo and Richardson 2018, arXiv 1808.06226).
 
     bos_id, eos_id, vocab_size: int; stop_ids: set of int, the ids that end an answer; between: what a part of
-    a prompt has to begin with for a space before it. LLaMA's models put one before every text by
-    themselves."""
+    a prompt has to begin with for a space before it. This kind puts one before every text by itself."""
     between = ""
 
     def __init__(self, path):
@@ -337,8 +333,8 @@ class SentencePieceTokenizer:
         return self.model.encode(text)
 
     def decode(self, ids):
-        """ids -> str, without that first space. Control tokens and ids beyond the vocabulary, of tokens that
-        LLaVA adds, have no text; bytes that are not UTF-8 become U+FFFD."""
+        """ids -> str, without that first space. Control tokens and tokens that LLaVA adds have no text; bytes
+        that are not UTF-8 become U+FFFD."""
         return self.model.decode([int(i) for i in ids if i < self.vocab_size])
 
 
@@ -354,8 +350,7 @@ LLAMA3_SPLIT = "|".join((
 
 
 class TiktokenTokenizer:
-    """The tokenizer of LLaMA 3: a text file of byte-pair ranks, `base64 rank` a line. 256 special tokens
-    follow.
+    """The tokenizer of LLaMA 3: byte-pair ranks, `base64 rank` a line, and 256 special tokens after them.
 
     As SentencePieceTokenizer, but it adds no space."""
     between = " "
@@ -435,8 +430,8 @@ def load_llama(folder):
                         "is a file of it missing?")
     tokenizer, rows = load_tokenizer(folder), config.vocab_size
     if tokenizer.vocab_size > rows:
-        raise UserError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.model, but {rows} in the weights: "
-                        "they do not belong together")
+        raise UserError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.model, but {rows} in the "
+                        "weights; they do not belong together")
     if config.tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     with shapes_only():
@@ -474,7 +469,7 @@ def read_config(path, vocab_size, has_head):
                 raise UserError(f"its {key} is {shown(c[key])}; no LLaMA's is")
         if c.get("sliding_window") and c.get("use_sliding_window", True):   # as a Mistral's
             raise UserError(f"its attention sees {shown(c['sliding_window'])} tokens back, a LLaMA's all")
-        rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})   # transformers 5, and before
+        rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})   # transformers 5, or older
         c |= {"rope_theta": rope.pop("rope_theta", c.get("rope_theta", 1e4)), "rope_scaling": rope or None}
         needed = ("width", "layers", "heads", "mlp", "norm_eps")
         fields = {field: c[key] for field, key in HF_CONFIG.items() if key in c or field in needed}
@@ -523,9 +518,9 @@ def read_meta(folder):
 
 
 def halves_from_pairs(weight, d):
-    """Rows of queries or keys (heads * d, D) in Meta's order -> in ours. Meta turns the pairs (x_2i, x_2i+1)
-    of a head, `rotate` the pairs (x_i, x_{i+d/2}): the same arithmetic once each head has its even rows
-    first."""
+    """Rows of queries or keys (heads * d, D) in Meta's order -> in ours: of each head the even rows first.
+
+    Meta turns the pairs (x_2i, x_2i+1), `rotate` the pairs (x_i, x_{i+d/2}): the same arithmetic."""
     return weight.view(-1, d // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 

@@ -254,8 +254,7 @@ def linears(module, scheme):
 def quantize(module, scheme):
     """Puts a layer of `scheme`, a key of SCHEMES, in place of every nn.Linear inside `module` -> module.
 
-    One after the other: weights may be mapped from a file, and each is released when its successor is
-    there."""
+    Weights may be mapped from a file; each is released when its successor is there."""
     for name, linear, kind in linears(module, scheme):
         module.set_submodule(name, kind(kind.convert(linear.weight), linear.bias))
         if kind is not BF16Linear:
@@ -267,8 +266,7 @@ def quantized(model, scheme, folder, sources):
     """As quantize, but the work is done once: the layers are kept in `folder`, beside the original weights,
     and mapped from then on. Where they cannot be kept, this warns and quantises in memory. -> model
 
-    sources: store.state_of(folder) before the weights were read, because somebody may replace them
-    meanwhile."""
+    sources: store.state_of(folder) before the weights were read; somebody may replace them meanwhile."""
     if scheme == "bf16":   # nothing to compute, nothing to keep
         return quantize(model, scheme)
     store, found, entry = Store(folder, prefix=f"quantised_{scheme}_"), linears(model, scheme), None
@@ -314,8 +312,7 @@ def release(t):
 
 
 def nbytes(module, scheme, dtype):
-    """Bytes that `module` takes once its Linears are of `scheme` (None: as they are) and all else is of
-    `dtype`.
+    """Bytes that `module` takes once its Linears are of `scheme` (None: of `dtype`) and the rest of `dtype`.
 
     Told by the shapes of its tensors, so that it may be on the meta device. A shared tensor counts once."""
     sizes = {}

@@ -578,7 +578,8 @@ def test_saving_beside_a_sharded_model_is_refused(folder):
 SLICED = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}   # its dimension
 NAMES = {"embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn": "attention",
          "mlp": "feed_forward", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
-         "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+         "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3",
+         "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
 
 
 def pairs_from_halves(weight, d):
