@@ -339,10 +339,9 @@ class Tokenizer:
 
 # --------------------------------------------------------------------------------------------------- weights
 def load_clip(path):
-    """A Hugging Face CLIP folder, or OpenAI's archive such as ViT-L-14.pt -> (CLIP, Tokenizer).
+    """A Hugging Face CLIP folder, or OpenAI's archive, ViT-L-14.pt -> (CLIP, Tokenizer). Raises UserError.
 
-    The vocabulary is merges.txt of the folder, or else OpenAI's own, which ships with this program. Raises
-    UserError."""
+    The vocabulary is merges.txt of the folder, or else OpenAI's own, which ships with this program."""
     clip, merges = build_clip(*read_clip(path), path), os.path.join(path, "merges.txt")
     vocabulary = merges if os.path.exists(merges) else VOCABULARY
     tokenizer = Tokenizer.from_file(vocabulary)

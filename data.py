@@ -53,8 +53,7 @@ def frames(path, times):
 
     A frame stays until the next one: at t one sees the last frame that began at or before t; before the first
     one the first, after the end the last readable one. Frames are taken as progressive, and light as it is
-    coded: HDR is not tone-mapped. Raises VideoError; warns of DamagedVideo where frames that should be there
-    are not."""
+    coded: HDR is not tone-mapped. Raises VideoError. Warns of DamagedVideo where frames are missing."""
     assert all(a <= b for a, b in itertools.pairwise(times)), f"times must ascend: {times}"
     with open_video(path) as video:
         yield from video.pictures([video.tick(t) for t in times])
@@ -66,8 +65,7 @@ def sample_frames(path, num_frames, rule, seed=None, window=None, size=None):
     "uniform": the middles of equal stretches of time, (i + 0.5) / T * duration; needs no frame count (chat).
     "seq", "test", "train", "linspace": frame numbers by the rules below; frames are counted, without decoding
     any. seed: whatever numpy.random.default_rng takes, for "train". window: (start, end) in seconds, that
-    part alone. size: the short side of pictures, scaled as CLIP scales them (resize_bicubic); None for the
-    file's own."""
+    part alone. size: the short side of pictures, scaled as CLIP scales them; None for the file's own."""
     if rule != "uniform" and rule not in INDEX_RULES:
         raise UserError(f"no rule {rule!r} to sample frames; choose from uniform, {', '.join(INDEX_RULES)}")
     if num_frames < 1:
@@ -90,16 +88,14 @@ def sample_frames(path, num_frames, rule, seed=None, window=None, size=None):
 
 
 def get_seq_frames(n, num_frames, rng=None):
-    """Video-ChatGPT's rule of that name: middles of num_frames stretches of n frames; all n where there are
-    fewer."""
+    """Video-ChatGPT's rule of that name: middles of num_frames stretches of n frames, or all n if fewer."""
     m = min(n, num_frames)
     bounds = [round((n - 1) / m * i) for i in range(m + 1)]   # half to even, here and below, as numpy rounds
     return [(a + b) // 2 for a, b in itertools.pairwise(bounds)]
 
 
 def uniform_sample_test(n, num_frames, rng=None):
-    """mmaction2's UniformSample at test time. For almost half of all (n, T) it differs from get_seq_frames by
-    one."""
+    """mmaction2's UniformSample at test time. It often differs from get_seq_frames by one frame."""
     stretch = (n - 1) / num_frames
     return [round(stretch * i) + int(stretch / 2) for i in range(num_frames)]
 
@@ -124,16 +120,14 @@ def resize(frames, height, width):
     """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bilinear, no antialiasing, rounded: OpenCV's
     INTER_LINEAR.
 
-    OpenCV computes in fixed point: of its values on noise (measured, 5.0.0), one in eight differs from ours,
-    by 1."""
+    OpenCV computes in fixed point: on noise (measured, 5.0.0), one value in eight differs from ours by 1."""
     scaled = (F.interpolate(frame[None].float(), (height, width), mode="bilinear", align_corners=False)
               for frame in frames)   # one by one: floats take four times the room
     return torch.cat([frame.round().clamp(0, 255).byte() for frame in scaled])
 
 
 def short_side(frames, short):
-    """uint8 (T, 3, H, W) -> the same with min(H, W) = short; the long side is int(x + 0.5), as mmcv
-    rounds."""
+    """uint8 (T, 3, H, W) -> the same with min(H, W) = short; the long side is int(x + 0.5), as in mmcv."""
     height, width = frames.shape[-2:]
     scale = short / min(height, width)
     return resize(frames, int(height * scale + 0.5), int(width * scale + 0.5))
@@ -240,8 +234,7 @@ def read_webvid(path):
 
 class Strings:
     """Many strings, end to end in one array of bytes. Ten million captions as Python strings take three times
-    the room, and each process of a loader would have its own: to look at an object is to count a reference, a
-    write."""
+    the room, and each process of a loader would have its own, since counting a reference is a write."""
     def __init__(self, strings):
         self.text, self.ends = bytearray(), array.array("q", [0])
         for string in strings:
@@ -257,8 +250,7 @@ class Strings:
 
 
 def locate(root, name):
-    """The file of a video that annotations name, maybe without extension, or as Video-ChatGPT's
-    `<id>.pkl`."""
+    """The file of a video that annotations name, maybe without extension or as Video-ChatGPT's `<id>.pkl`."""
     path = os.path.join(root, name.removesuffix(".pkl"))
     endings = ["", *EXTENSIONS, *map(str.upper, EXTENSIONS)]
     return next(filter(os.path.isfile, (path + ending for ending in endings)), path)
@@ -276,8 +268,7 @@ class CaptionDataset(Dataset):
     Skipped.
 
     annotations: JSON lines {"video", "caption"}, or WebVid's CSV (a name that ends in .csv). tokenizer(text,
-    context_length) -> (1, context_length). Frames and crop follow from (seed, epoch, i) alone. Raises
-    UserError."""
+    context_length) -> (1, context_length). Frames and crop follow from (seed, epoch, i). Raises UserError."""
     def __init__(self, annotations, root, num_frames, image_size, tokenizer, context_length=64, seed=0,
                  min_area=0.08):
         if os.fspath(annotations).endswith(".csv"):
@@ -322,8 +313,7 @@ def collate_skip(items):
 class RetrievalDataset(Dataset):
     """Pairs of video and caption, as an evaluation sees them. Item i -> (pixels (T, 3, H, W) uint8, i).
 
-    annotations: JSON lines {"video", "caption"}. Raises UserError for bad rows, VideoError for a broken
-    video."""
+    annotations: JSON lines {"video", "caption"}. Raises UserError; VideoError for a broken video."""
     def __init__(self, annotations, root, num_frames, image_size):
         rows = read_rows(annotations)
         self.videos = [field(row, where, "video") for where, row in rows]
@@ -348,8 +338,7 @@ class ConversationDataset(Dataset):
 
     annotations: JSON lines or a JSON list of {"video" or "image": path, "conversations": [{"from": "human",
     "value"}, {"from": "gpt", "value"}, ...]}, Video-ChatGPT's format. The marker "<video>" (or "<image>") and
-    the line break beside it are taken out of the question. A broken file raises VideoError, or gives Skipped
-    if skip."""
+    the line break beside it leave the question. A broken file raises VideoError, or gives Skipped if skip."""
     def __init__(self, annotations, root, num_frames, image_size, rule="uniform", skip=False):
         self.rows, self.conversations = [], []   # as in the file, with whatever else a row says; turns
         for where, row in read_rows(annotations):

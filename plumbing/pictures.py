@@ -106,8 +106,7 @@ def boxed(picture):
 def contact_sheet(frames, times, path, width=THUMBNAIL, names=None):
     """A PNG of all frames, each `width` pixels wide, with its time below, and its name if it has one.
 
-    frames: (T, 3, H, W) uint8; times: seconds. Raises UserError where another file than such a PNG is in the
-    way."""
+    frames: (T, 3, H, W) uint8; times: seconds. Raises UserError where another file is in the way."""
     replaceable(path, "PNG of this program", lambda start: b"Software\0nanoBT" in start)
     height, font = max(1, round(width * frames.shape[2] / frames.shape[3])), ImageFont.load_default(14)
     columns = math.ceil(math.sqrt(len(frames)))

@@ -277,8 +277,7 @@ class Video:
     def decode(self, packets, wanted):
         """Packets from a keyframe on -> frames, those at the ticks `wanted` among them, at the least cost.
 
-        The decoder leaves out what is not wanted and no other frame leans on. After the last wanted packet it
-        is told to finish."""
+        The decoder leaves out what is neither wanted nor leaned on, and finishes after the last wanted."""
         left = set(wanted)
         for packet in packets:
             self.context.skip_frame = "DEFAULT" if self.when(packet) in wanted else "NONREF"
@@ -388,8 +387,7 @@ class Video:
                 yield frame
 
     def pictures(self, ticks, size=None):
-        """Sorted ticks -> (seconds, picture (3, H, W) uint8 RGB) at each: see data.frames. size: the short
-        side."""
+        """Sorted ticks -> (seconds, picture (3, H, W) uint8 RGB) at each. size: the short side."""
         height, width = self.shown_size(size)
         shown = None
         for frame in self.show(ticks):
@@ -399,8 +397,7 @@ class Video:
             self.file.progress()   # what the caller does meanwhile takes time, too
 
     def shown_size(self, size=None):
-        """-> height, width in pixels of what is shown: square pixels, upright, with a short side of `size` if
-        that is given."""
+        """-> height, width of what is shown: square pixels, upright, a short side of `size` if given."""
         width, height = self.first.width, self.first.height
         aspect = float(self.stream.sample_aspect_ratio or 1)
         if 1 / 8 <= aspect <= 8 and width * aspect * height <= MAX_PIXELS:   # beyond that it is damage
@@ -450,8 +447,7 @@ class Video:
 
 
 def display_matrix(frame):
-    """-> a, b, c, d: a pixel at (x, y) is shown at (a x + c y, b x + d y) (ISO 14496-12, 8.5.2.3, as libav
-    stores it)."""
+    """-> a, b, c, d: a pixel at (x, y) is shown at (a x + c y, b x + d y); ISO 14496-12, 8.5.2.3."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:   # PyAV ends at kinds that it has no name for (EXIF), but tells the angle
