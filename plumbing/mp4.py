@@ -27,8 +27,8 @@ def check_tables(read, size):
     read(place, n): up to n bytes from a place on.
     libav makes room for every sample that they claim, before one can ask it how many that is: gigabytes,
     for a file of 30 kB. The rule is that a file has a byte for each entry of libav's index. That holds for
-    empty samples too: their sizes are in a table. But no sizes are added up: a file that was cut has less than
-    it claims, and can be read as far as it goes."""
+    empty samples too: their sizes are in a table. But no sizes are added up: a file that was cut has less
+    than it claims, and can be read as far as it goes."""
     claimed = claimed_entries(read, size)
     if claimed > size:
         raise Damaged(f"{claimed:.0f} samples are claimed to be in its {size} bytes")
