@@ -235,11 +235,12 @@ def read_webvid(path):
 class Strings:
     """Many strings, end to end in one array of bytes. Ten million captions as Python strings take three times
     the room, and each process of a loader would have its own, since counting a reference is a write."""
-    def __init__(self, strings):
+    def __init__(self):
         self.text, self.ends = bytearray(), array.array("q", [0])
-        for string in strings:
-            self.text += string.encode("utf-8", "surrogatepass")   # JSON can spell half of a pair
-            self.ends.append(len(self.text))
+
+    def append(self, string):
+        self.text += string.encode("utf-8", "surrogatepass")   # JSON can spell half of a pair
+        self.ends.append(len(self.text))
 
     def __len__(self):
         return len(self.ends) - 1
@@ -272,13 +273,16 @@ class CaptionDataset(Dataset):
     def __init__(self, annotations, root, num_frames, image_size, tokenizer, context_length=64, seed=0,
                  min_area=0.08):
         if os.fspath(annotations).endswith(".csv"):
-            rows = list(read_webvid(annotations))
+            rows = read_webvid(annotations)
         else:
-            rows = [(field(row, where, "video"), field(row, where, "caption"))
-                    for where, row in read_rows(annotations)]
-        if not rows:
+            rows = ((field(row, where, "video"), field(row, where, "caption"))
+                    for where, row in read_rows(annotations))
+        self.videos, self.captions = Strings(), Strings()
+        for video, caption in rows:
+            self.videos.append(video)
+            self.captions.append(caption)
+        if not len(self):
             raise UserError(f"{annotations}: no rows in it")
-        self.videos, self.captions = map(Strings, zip(*rows))
         self.root, self.num_frames, self.image_size = root, num_frames, image_size
         self.tokenizer, self.context_length = tokenizer, context_length
         self.seed, self.min_area = seed, min_area

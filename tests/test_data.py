@@ -434,7 +434,9 @@ def test_webvid_csv_of_both_releases(world, header, row):
 
 def test_packed_strings_are_the_list_of_them():
     texts = ["", "ab", "\u00e4\u4e2d", "\ud800", "end"]
-    packed = data.Strings(texts)
+    packed = data.Strings()
+    for text in texts:
+        packed.append(text)
     for strings in (packed, pickle.loads(pickle.dumps(packed))):   # as a loader's processes get them
         assert list(strings) == texts and len(strings) == 5 and strings[-1] == "end"
         with pytest.raises(IndexError):
