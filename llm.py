@@ -24,7 +24,7 @@ from torch import nn
 
 from plumbing.cli import UserError, make_folder, write_atomic
 from plumbing.weightfile import (likely_reason, load_into, map_file, read_file, read_json, read_tensors,
-                                 shapes_only, shown, write_safetensors)
+                                 shown, write_safetensors)
 
 ROPE_SCALING = {   # kinds of rotary positions, and what each of them has to state
     "default": (), "linear": ("factor",),
@@ -434,7 +434,7 @@ def load_llama(folder):
                         "weights; they do not belong together")
     if config.tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    with shapes_only():
+    with torch.device("meta"):
         model = LLaMA(config)
     load_into(model, tensors, folder)
     model.tie()

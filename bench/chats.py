@@ -15,7 +15,6 @@ from bench.full_size import make_gguf, make_llama, make_openai_clip
 from bench.measure import HERE, Contestant, call, present, say
 from plumbing import cli, quant
 from plumbing.store import state_of
-from plumbing.weightfile import shapes_only
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -216,7 +215,7 @@ def chat_round(cfg, config, names, files, threads):
 
 def read_per_token(config, scheme):
     """Bytes of a LLaMA of these sizes, but for its word embeddings: a token reads one row of them."""
-    with shapes_only():
+    with torch.device("meta"):
         model = llm.LLaMA(config)
     return quant.nbytes(model, scheme, torch.bfloat16) - model.model.embed_tokens.weight.numel() * 2
 

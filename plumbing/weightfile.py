@@ -373,11 +373,6 @@ def make_tensor(described, buffer, entries):
 
 
 # ---------------------------------------------------------------------------------------- into a module
-def shapes_only():
-    """Modules made inside have names and shapes and no numbers: those come from a file, by load_into."""
-    return torch.device("meta")
-
-
 SHOWN_ROWS = 10
 LIKELY = {   # what a name that is left over says about the file that it comes from
     r"lora_[AB]": "like an adapter (LoRA), not a whole model: merge it into its model first",
