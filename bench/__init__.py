@@ -1,1 +1,0 @@
-"""What `python -m bench` measures, a file for each kind of thing."""
