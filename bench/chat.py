@@ -66,8 +66,9 @@ def ours(path, scheme, threads, prompt, tokens):
     import torch
 
     import llm
+    from plumbing import quant, store
     torch.set_num_threads(threads)
-    model = llm.load_llama(path, quantize=scheme)[0].eval()
+    model = quant.quantized(llm.load_llama(path)[0], scheme, path, store.state_of(path)).eval()
     weight, ids = model.model.embed_tokens.weight, torch.randint(3, 500, (1, prompt))
     cache = llm.KVCache(model.config, 1, prompt + tokens + 32, weight.device, weight.dtype)
 
