@@ -12,7 +12,8 @@ becomes one space. With --json it is one JSON object. Answers go to standard out
 standard error. Exit codes: 0, 2 for bad input, 130 for Ctrl-C.
 
 The model sees the video once, as a few frames. What it saw is kept on disk, so that the next chat about this
-video begins at once. -v says where the time to the first answer goes. """
+video begins at once. -v says where the time goes.
+"""
 import sys
 import time
 
@@ -84,7 +85,7 @@ class Config:
     cache: bool = True               # keep what the model saw of a video on disk
     cache_dir: str | None = None     # where; None: $XDG_CACHE_HOME/nanobt or ~/.cache/nanobt
     json: bool = False               # one JSON object a question on standard output
-    verbose: bool = False            # say where the time to the first answer went
+    verbose: bool = False            # say where the time goes
 
 
 FLAGS = {"positional": ["video"], "short": {"question": "q", "verbose": "v"}}
@@ -104,8 +105,8 @@ class Seen:
 
 @contextlib.contextmanager
 def decoding(path, num_frames, rule, size):
-    """Decodes a video in a thread, since libav lets others run meanwhile. Yields a future of its pixels
-    (T, 3, size, size) uint8, small pictures (T, 3, h, w) uint8, and T times; it may raise VideoError.
+    """Decodes a video in a thread, since libav lets others run meanwhile. Yields a future of its pixels (T,
+    3, size, size) uint8, small pictures (T, 3, h, w) uint8, and T times; it may raise VideoError.
 
     To leave the block early, with an error or Ctrl-C, takes until the next frame, not until the last."""
     left = threading.Event()
@@ -207,10 +208,9 @@ class Session:
     video_tokens (K, D_llm): what stands in the prompt. turns: [(question, answer)], of which the first
     `forgotten` had to go. kv_cache, heard: what the LLaMA has worked through, and its ids, VIDEO_INDEX for
     each row of the video. A prompt that begins alike is worked through only from where it differs, so a
-    second question costs its own words. cost: of the last answer, None before it. waited: {what was waited
-    for since the last answer: seconds}."""
-    def __init__(self, cfg, chat, viewer, waited):
-        self.cfg, self.chat, self.viewer, self.cost, self.waited = cfg, chat, viewer, None, waited
+    second question costs its own words. cost: of the last answer, None before it."""
+    def __init__(self, cfg, chat, viewer):
+        self.cfg, self.chat, self.viewer, self.cost = cfg, chat, viewer, None
         words, context = chat.llm.model.embed_tokens.weight, min(chat.llm.config.context_length, LONGEST)
         self.kv_cache = KVCache(chat.llm.config, 1, context, words.device, words.dtype)
 
@@ -235,6 +235,21 @@ class Session:
         seen = self.seen
         return (f"{seen.path} ({seen.duration:.1f} s, {len(seen.times)} frames, "
                 f"{len(self.video_tokens)} video tokens{', seen before' * seen.before})")
+
+    def stats(self):
+        """/stats: what the video and the last answer took."""
+        cost, kv_cache = self.cost, self.kv_cache
+        lines = [f"video: {len(self.video_tokens)} tokens from {len(self.seen.times)} frames"]
+        if cost:
+            lines.append(f"prompt: {cost.cached} tokens known, {cost.new} new")
+        if cost and cost.tokens:
+            rate = (cost.tokens - 1) / max(cost.seconds - cost.first_token, 1e-9)
+            lines.append(f"answer: {cost.tokens} token{'s' * (cost.tokens > 1)}, the first after "
+                         f"{cost.first_token:.2f} s" + f", then {rate:.1f} a second" * (cost.tokens > 1))
+        kept = kv_cache.length * sum(t[:, :, :1].nbytes for t in (*kv_cache.k, *kv_cache.v))
+        resident = memory.resident(kv_cache.k[0].device)
+        lines.append(f"memory: {resident / 1e9:.2f} GB, of it {kept / 1e9:.3f} GB KV cache")
+        return "\n".join(lines)
 
     def prompt(self, question):
         """-> ids of the prompt, with the oldest turns forgotten where they leave no room for an answer; that
@@ -300,10 +315,7 @@ class Session:
             cost.cut = "max_new_tokens"
             say(f"(cut after {cfg.max_new_tokens} tokens, see --max_new_tokens)")
         if cfg.verbose:
-            spent = self.waited | {"first token": cost.first_token or 0.0}
-            parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in spent.items())
-            say(f"({parts}; in all {sum(spent.values()):.2f} s)")
-            self.waited = {}
+            say(self.stats())
 
 
 def write_out(text):
@@ -369,23 +381,6 @@ def change(session, name, value):
     session.cfg = cfg
 
 
-def stats(session):
-    """/stats: what the video and the last answer took."""
-    cost, kv_cache = session.cost, session.kv_cache
-    lines = [f"video: {len(session.video_tokens)} tokens from {len(session.seen.times)} frames"]
-    if cost:
-        lines.append(f"prompt: {cost.cached} tokens known, {cost.new} new")
-    if cost and cost.tokens:
-        rate = (cost.tokens - 1) / max(cost.seconds - cost.first_token, 1e-9)
-        lines.append(f"answer: {cost.tokens} token{'s' * (cost.tokens > 1)}, the first after "
-                     f"{cost.first_token:.2f} s" + f", then {rate:.1f} a second" * (cost.tokens > 1))
-    kept = kv_cache.length * sum(t[:, :, :1].nbytes for t in (*kv_cache.k, *kv_cache.v))
-    resident = memory.resident(kv_cache.k[0].device)
-    lines.append(f"memory: {resident / 1e9:.2f} GB, of it {kept / 1e9:.3f} GB KV cache for {kv_cache.length} "
-                 "tokens")
-    return "\n".join(lines)
-
-
 def obey(session, line):
     """A line that begins with "/". -> False where it asks to leave. Raises UserError."""
     command, _, rest = line.partition(" ")
@@ -411,7 +406,7 @@ def obey(session, line):
         case "/set", 2:
             change(session, *words)
         case "/stats", 0:
-            say(stats(session))
+            say(session.stats())
         case "/save", n if n:
             save_conversation(session, path)
         case _:
@@ -474,12 +469,14 @@ def begin(cfg):
             torch.set_num_threads(1)
         loaded = time.perf_counter()
         seen = see(chat)
-    waited = {"import": IMPORT_SECONDS, "weights": loaded - began, "video": time.perf_counter() - loaded}
-    session = Session(dataclasses.replace(cfg, tokens=opened.tokens), chat, viewer, waited)
+    session = Session(dataclasses.replace(cfg, tokens=opened.tokens), chat, viewer)
     session.show(seen)
     say(f"video {session.describe()}; weights {cfg.weights} ({opened.words}), {precision}")
     if cfg.weights == Config.weights and cfg.video != Config.video:
         say("(the shipped weights know coloured shapes and nothing else; README.md says how to get others)")
+    if cfg.verbose:
+        say(f"(import {IMPORT_SECONDS:.2f} s, weights {loaded - began:.2f} s, then waited for the video "
+            f"{time.perf_counter() - loaded:.2f} s)")
     return session
 
 
@@ -493,8 +490,6 @@ def main(cfg):
         cli.at_least(cfg, num_frames=1)
     if cfg.question is not None and not cfg.question.strip():
         raise UserError("--question: it is empty")
-    if sys.stdin is None or sys.stdout is None:
-        raise UserError("standard input or output is closed; give it a file, or /dev/null")
     if cfg.json and cfg.question is None and sys.stdin.isatty():
         raise UserError("--json: is for -q and piped questions; in a conversation, /save FILE writes JSON")
     sys.stdout.reconfigure(errors="replace")   # for what a terminal's encoding lacks

@@ -8,7 +8,8 @@ docs/paper-vs-code.md lists them all.
 
 Shapes: B videos, T frames, N patches a frame, n of them visible under a mask, D width, P projection, S text
 length. A video is (B, T, 3, H, W) uint8. The branch holds (B, 1 + n*T, D): one CLS token for the whole video,
-then the patches, position by position, each position's T frames side by side. """
+then the patches, position by position, each position's T frames side by side.
+"""
 import dataclasses
 import os
 import re
