@@ -14,7 +14,7 @@ from model import (IGNORE_INDEX, VIDEO_INDEX, VIDEO_TOKENS, Branch, Pretraining,
                    tube_mask)
 from plumbing.cli import UserError
 from plumbing.training import save_checkpoint
-from plumbing.weightfile import read_file, read_tensors
+from plumbing.weightfile import read_file, read_tensors, write_safetensors
 
 FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures")
 CONFIG = CLIPConfig(image_size=56, patch_size=14, vision_width=64, vision_layers=6, vision_heads=2, vision_mlp=256, text_width=32,
@@ -438,6 +438,13 @@ def test_a_projector_file_that_does_not_fit_is_refused(world, tmp_path, tensors,
     llava_folder(world, tmp_path, linear())
     torch.save(tensors, tmp_path / "mm_projector.bin")
     with pytest.raises(UserError, match=f"mm_projector.bin.*{message}"):
+        open_chat(tmp_path)
+
+
+def test_a_kind_of_video_tokens_that_is_not_known_is_refused(world, tmp_path):
+    llava_folder(world, tmp_path, linear())
+    write_safetensors(tmp_path / "chat.bin", linear(), {"tokens": "magic"})
+    with pytest.raises(UserError, match="chat.bin: tuned for magic, which is no kind"):
         open_chat(tmp_path)
 
 
