@@ -1,46 +1,53 @@
 #!/usr/bin/env bash
-# The toy world from nothing on a 2-core CPU: clips, a tiny CLIP, the branch, a tiny LLaVA, video chat, and the tables.
-# Every stage can be run alone and goes on where it was stopped. Set PYTHON to use another interpreter than `python`.
+# The toy world from nothing on a 2-core CPU, in an hour: clips, a tiny CLIP, the branch, a tiny LLaVA, video
+# chat, and the tables; docs/numbers.md has what to expect. Every stage can be run alone and goes on where it
+# was stopped. PYTHON: another interpreter than `python`.
 #
 #   bash runs/tiny.sh                      all of it, into weights/tiny
 #   bash runs/tiny.sh out/my_tiny          the same, into another folder
-#   SEEDS="0 1 2" bash runs/tiny.sh        three branches instead of one: the spread in docs/numbers.md
+#   SEEDS="0 1 2" bash runs/tiny.sh        three branches instead of one, for the spread; half an hour more
 set -euo pipefail
 cd "$(dirname "$0")/.."
 W=${1:-weights/tiny} D=out/shapes R=out/tiny PYTHON=${PYTHON:-python}
 export OMP_WAIT_POLICY=PASSIVE   # the loader's process needs a core too: waiting threads should sleep
 train() { $PYTHON "$1" --clip $R/clip --root $D "${@:2}"; }
 
-# The world, and a CLIP that knows it from stills.
+# The world, 2 minutes; and a CLIP that knows it from stills, 8 minutes.
 [ -e $D/watch_captions.jsonl ] || $PYTHON -m toy render --data $D
 [ -e $R/clip/model.safetensors ] || $PYTHON -m toy clip --data $D --out $R
 
-# Stage 1: the branch. Twins share a batch, so that captions differ in nothing but the order of events.
+# Stage 1: the branch, 14 minutes. Twins share a batch: captions differ in nothing but the order of events.
+# R@1 on clips to watch goes beyond the 50 % that a model blind to order can have.
 branches=""
 for seed in ${SEEDS:-0}; do
-    train pretrain.py --annotations $D/train_captions.jsonl --out $R/branch_seed$seed --seed $seed --lr 1e-5 --anneal --batch_size 64 \
-        --together 2 --steps 800 --min_area 0.8 --eval_annotations $D/watch_captions.jsonl --eval_every 200
+    train pretrain.py --annotations $D/train_captions.jsonl --eval_annotations $D/watch_captions.jsonl \
+        --eval_every 200 --out $R/branch_seed$seed --seed $seed --lr 1e-5 --anneal --batch_size 64 --together 2 \
+        --steps 800 --min_area 0.8
     branches=$branches,$R/branch_seed$seed/branch.pth
 done
 branch=$R/branch_seed0/branch.pth
 
-# A LLaVA that has only seen pictures: a LLaMA that can read, then its projector, then both.
+# A LLaVA that has only seen pictures, 11 minutes: a LLaMA that can read, then its projector, then both.
+# Three in four questions about held-out stills are answered word for word.
 [ -e $R/llama/tokenizer.model ] || $PYTHON -m toy llama --out $R
-train chat_tune.py --stage projector --tokens mean --num_frames 1 --llm $R/llama --annotations $D/train_stills.jsonl \
-    --out $R/projector --batch_size 32 --steps 500 --lr 2e-3
-train chat_tune.py --stage language --tokens mean --num_frames 1 --llm $R/projector/llava --annotations $D/train_stills.jsonl \
-    --eval_annotations $D/test_stills.jsonl --out $R/language --batch_size 32 --steps 200 --lr 1e-4
+train chat_tune.py --stage projector --tokens mean --num_frames 1 --llm $R/llama \
+    --annotations $D/train_stills.jsonl --out $R/projector --batch_size 32 --steps 500 --lr 2e-3
+train chat_tune.py --stage language --tokens mean --num_frames 1 --llm $R/projector/llava \
+    --annotations $D/train_stills.jsonl --eval_annotations $D/test_stills.jsonl --out $R/language \
+    --batch_size 32 --steps 200 --lr 1e-4
 
-# Stage 2: tuning on questions about time, the LLaMA frozen, with three kinds of video tokens.
+# Stage 2, 18 minutes: tuning on questions about time, the LLaMA frozen, with three kinds of video tokens.
+# Right about time: 9 in 10 with the branch, 2 in 10 with the mean frame.
 for tokens in branch mean st_pool; do
     train chat_tune.py --stage video --tokens $tokens --num_frames 8 --llm $R/language/llava --branch $branch \
         --annotations $D/train_talks.jsonl --eval_annotations $D/test_talks.jsonl --out $R/chat_$tokens \
         --batch_size 16 --steps 1000 --lr 1e-3
 done
 
-# The result, and the tables: the branch plugged into the image model with no video tuning, then twins and retrieval.
+# The result, and the tables: the branch plugged into the image model with no video tuning, then twins.
 mkdir -p "$W/clip" "$W/llava"
-cp $R/clip/* "$W/clip/" && cp $R/language/llava/* "$W/llava/" && cp $branch "$W/branch.pth" && cp $R/chat_branch/chat.bin "$W/chat.bin"
+cp $R/clip/* "$W/clip/" && cp $R/language/llava/* "$W/llava/" && cp $branch "$W/branch.pth"
+cp $R/chat_branch/chat.bin "$W/chat.bin"
 train chat_tune.py --stage video --eval_only --num_frames 8 --llm $R/language/llava --branch $branch \
     --annotations $D/train_talks.jsonl --eval_annotations $D/test_talks.jsonl --out $R/zero_shot
 $PYTHON -m toy score --data $D --out $R --branches "${branches#,}"

@@ -5,6 +5,7 @@
     python -m toy clip      # a tiny CLIP from single frames             -> weights/tiny/clip
     python -m toy llama     # a tiny LLaMA from the world's language     -> weights/tiny/llama
     python -m toy score     # can the branch tell a clip from its twin?  -> a table
+    python -m toy picture   # the same for one clip, to look at          -> docs/twins.png
 
 The rest is the business of the ordinary scripts, and of `python -m toy.ablate`, the paper's studies in this
 world. """
@@ -20,7 +21,7 @@ from toy.tiny_models import ASSETS
 
 @dataclasses.dataclass
 class Config:
-    stage: str                         # what to do: render, sample, clip, llama or score
+    stage: str                         # what to do: render, sample, clip, llama, score or picture
     data: str = "out/shapes"           # where the clips, captions and questions are
     out: str = "weights/tiny"          # where the trained models go
     branches: str = "weights/tiny/branch.pth"   # branch files to score, one a seed, with commas between
@@ -37,13 +38,11 @@ def render(cfg):
 
 
 def sample(cfg):
-    """The clip that chat.py opens by itself: a held-out combination, large enough for people to look at."""
-    clip = world.Clip("orange", "star", "moves left then up", "", "big", jitter=(0.5,) * 6)
-    world.write_video(os.path.join(ASSETS, "sample.mp4"), world.film(clip, 256))
+    world.write_video(os.path.join(ASSETS, "sample.mp4"), world.film(world.SAMPLE, 256))
 
 
 STAGES = {"render": render, "sample": sample, "clip": tiny_models.train_clip,
-          "llama": tiny_models.train_llama, "score": score.score}
+          "llama": tiny_models.train_llama, "score": score.score, "picture": score.picture}
 
 
 def main(cfg):

@@ -3,12 +3,16 @@ import dataclasses
 import json
 import os
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 import data
 from metrics import retrieval_metrics, twin_accuracy
 from model import encode, encode_texts, load_encoder
-from toy.world import COLOURS, MOTIONS, SHAPES, SIZE, TURNS, read_clips
+from plumbing import cli
+from toy.world import COLOURS, MOTIONS, SAMPLE, SHAPES, SIZE, TURNS, draw, read_clips
 
 STATIC = {"colour": list(COLOURS), "shape": SHAPES}
 
@@ -66,3 +70,31 @@ def score(cfg):
     print("\n| branch, twins of | pairs | told apart |\n|---|---|---|")
     for name, values in by_motion.items():
         print(f"| {name} | {spread(values)} |")
+
+
+# -------------------------------------------------------------------------------- a picture
+@torch.no_grad()
+def picture(cfg):
+    """A held-out clip, its twin, and which of the two captions each model finds nearer -> docs/twins.png."""
+    encoder, tokenizer = load_encoder(cfg.out, cfg.branches.split(",")[0], torch.device("cpu"))
+    clips, shares = (SAMPLE, SAMPLE.twin), [(2 * i + 1) / 16 for i in range(8)]
+    pixels = torch.tensor(np.stack([[draw(clip, share) for share in shares] for clip in clips]))
+    branch, mean = (F.normalize(feature, dim=-1) for feature in encoder(pixels.permute(0, 1, 4, 2, 3)))
+    text = encode_texts(encoder, tokenizer, [clip.caption for clip in clips], 32, torch.device("cpu"))
+    small, large = ImageFont.load_default(14), ImageFont.load_default(16)
+    sheet = Image.new("RGB", (900, 2 * 176), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((556, 8), "similarity to two captions, the nearer one in colour", "#666666", small)
+    for row, clip in enumerate(clips):
+        top = 176 * row
+        pen.text((8, top + 8), ("A clip", "Its twin, the same frames backwards")[row], "black", large)
+        for i, share in enumerate(shares[row::2]):   # every second frame, of both the same ones
+            sheet.paste(Image.fromarray(draw(clip, share, 128)), (8 + 134 * i, top + 36))
+        for k, (name, video) in enumerate((("mean-pooled CLIP", mean), ("+ branch", branch))):
+            y, near = top + 32 + 68 * k, (text @ video[row]).tolist()
+            pen.text((556, y), name, "black", large)
+            for j, caption in enumerate(clip.caption for clip in clips):
+                colour = "#666666" if near[j] < max(near) else "#1a7f37" if j == row else "#d62728"
+                pen.text((556, y + 22 + 18 * j), f"{near[j]:.3f}  {caption}", colour, small)
+    path = os.path.join("docs", "twins.png")
+    cli.write_atomic(path, lambda f: sheet.save(f, "PNG"))

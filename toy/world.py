@@ -113,6 +113,10 @@ def make_clips(pairs, seed, held_out):
     return clips
 
 
+# large enough for people to look at, and of the test world
+SAMPLE = Clip("orange", "star", "moves left then up", "", "big", jitter=(0.5,) * 6)
+
+
 def read_clips(path):
     """A file of captions that `annotate` wrote -> list of Clips."""
     fields = [field.name for field in dataclasses.fields(Clip)]

@@ -1,13 +1,15 @@
-"""The toy world keeps its promises: twins, held-out combinations, captions and questions that say what the pictures show."""
-import dataclasses
+"""The toy world keeps its promises: twins, held-out combinations, words that say what the pictures show."""
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 from films import stacked
+from toy import __main__ as toy
 from toy import score, world
 
 
@@ -16,7 +18,8 @@ def test_twins_are_the_same_pictures_backwards_to_the_bit(tmp_path):
         clip = next(c for c in world.make_clips(0, 0, True) if c.motion == motion)
         for name, c in (("a", clip), ("b", clip.twin)):
             world.write_video(str(tmp_path / f"{name}.mp4"), world.film(c))
-        forwards, backwards = (stacked(data.sample_frames(str(tmp_path / f"{name}.mp4"), 8, "uniform"))[0] for name in "ab")
+        forwards, backwards = (stacked(data.sample_frames(str(tmp_path / f"{name}.mp4"), 8, "uniform"))[0]
+                               for name in "ab")
         assert torch.equal(forwards, backwards.flip(0)), motion
         assert len(torch.unique(forwards, dim=0)) > 1, motion
 
@@ -27,15 +30,15 @@ def test_a_twin_has_a_caption_of_its_own_and_the_first_clip_as_its_twin():
 
 
 def test_training_and_test_share_no_combination_of_colour_shape_and_motion():
-    train, test = ({(c.colour, c.shape, c.motion) for c in world.make_clips(n, 0, held_out)} for n, held_out in ((4000, False), (0, True)))
+    train, test = ({(c.colour, c.shape, c.motion) for c in world.make_clips(n, 0, held_out)}
+                   for n, held_out in ((4000, False), (0, True)))
     assert not train & test
     assert {motion for *_, motion in test} == {motion for *_, motion in train} == set(world.TURNS)
     assert {combo[:2] for combo in test} <= {combo[:2] for combo in train}
 
 
 def test_the_sample_clip_is_of_the_test_world():
-    held_out = {(c.colour, c.shape, c.motion) for c in world.make_clips(0, 0, True)}
-    assert ("orange", "star", "moves left then up") in held_out
+    assert world.SAMPLE.caption in {clip.caption for clip in world.make_clips(0, 0, True)}
 
 
 def test_the_test_world_has_at_least_500_pairs_and_no_caption_twice():
@@ -52,19 +55,19 @@ def centre(picture):
     return xs.mean(), ys.mean(), len(xs)
 
 
-@pytest.mark.parametrize("motion, what", [("moves left", lambda a, b: a[0] - b[0]), ("moves right", lambda a, b: b[0] - a[0]),
-                                          ("moves up", lambda a, b: a[1] - b[1]), ("moves down", lambda a, b: b[1] - a[1]),
-                                          ("gets big", lambda a, b: (b[2] - a[2]) / 20), ("gets small", lambda a, b: (a[2] - b[2]) / 20)])
+@pytest.mark.parametrize("motion, what", [
+    ("moves left", lambda a, b: a[0] - b[0]), ("moves right", lambda a, b: b[0] - a[0]),
+    ("moves up", lambda a, b: a[1] - b[1]), ("moves down", lambda a, b: b[1] - a[1]),
+    ("gets big", lambda a, b: (b[2] - a[2]) / 20), ("gets small", lambda a, b: (a[2] - b[2]) / 20)])
 def test_pictures_do_what_the_caption_says(motion, what):
     clip = next(c for c in world.make_clips(0, 0, True) if c.motion == motion and c.colour == "red")
     assert what(centre(world.draw(clip, 0.02)), centre(world.draw(clip, 0.98))) > 10
 
 
 def test_clockwise_is_clockwise():
-    clip = next(c for c in world.make_clips(0, 0, True) if c.motion == "spins clockwise" and c.shape == "arrow" and c.colour != "white")
-    still = dataclasses.replace(clip, jitter=(0.5,) * 6)
-    (x0, y0), (x1, y1) = (world.outline("arrow", still.at(share)[3])[0] for share in (0.02, 0.98))   # the tip; y points down
-    assert x0 < -0.5 and x1 > 0.5 and y0 < 0 and y1 < 0   # over the top, from left to right
+    clip = world.Clip("red", "arrow", "spins clockwise", "in the middle", "", (0.5,) * 6)
+    (x0, y0), (x1, y1) = (world.outline("arrow", clip.at(share)[3])[0] for share in (0.02, 0.98))   # the tip
+    assert x0 < -0.5 and x1 > 0.5 and y0 < 0 and y1 < 0   # over the top; y points down
 
 
 def test_twins_are_asked_the_same_questions_in_the_test_world(tmp_path):
@@ -73,7 +76,8 @@ def test_twins_are_asked_the_same_questions_in_the_test_world(tmp_path):
     asked = [(row["kind"], row["conversations"][0]["value"]) for row in rows]
     answers = [row["conversations"][1]["value"] for row in rows]
     for i in range(0, len(rows), 4):   # a static and a temporal question of a clip, then the same of its twin
-        assert asked[i:i + 2] == asked[i + 2:i + 4] and [kind for kind, _ in asked[i:i + 2]] == ["static", "temporal"]
+        assert asked[i:i + 2] == asked[i + 2:i + 4]
+        assert [kind for kind, _ in asked[i:i + 2]] == ["static", "temporal"]
         assert answers[i] == answers[i + 2] and answers[i + 1] != answers[i + 3]
 
 
@@ -95,3 +99,14 @@ def test_twin_accuracy_of_equal_embeddings_is_one_half():
     video = torch.nn.functional.normalize(torch.randn(4, 5), dim=1).repeat_interleave(2, dim=0)
     assert score.twin_accuracy(video, text).mean() == 0.5
     assert score.twin_accuracy(text, text).mean() == 1.0
+
+
+def test_the_picture_shows_a_clip_and_its_twin(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    tiny = os.path.join(os.path.dirname(toy.__file__), "..", "weights", "tiny")
+    cfg = toy.Config("picture", out=tiny, branches=os.path.join(tiny, "branch.pth"))
+    monkeypatch.chdir(tmp_path)
+    toy.main(cfg)
+    with Image.open(tmp_path / "docs" / "twins.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    assert picture.width == 900 and {(26, 127, 55), (214, 39, 40)} <= colours   # a right and a wrong choice
