@@ -21,8 +21,8 @@ train() { $PYTHON "$1" --clip $R/clip --root $D "${@:2}"; }
 branches=""
 for seed in ${SEEDS:-0}; do
     train pretrain.py --annotations $D/train_captions.jsonl --eval_annotations $D/watch_captions.jsonl \
-        --eval_every 200 --out $R/branch_seed$seed --seed $seed --lr 1e-5 --anneal --batch_size 64 --together 2 \
-        --steps 800 --min_area 0.8
+        --eval_every 200 --out $R/branch_seed$seed --seed $seed \
+        --lr 1e-5 --anneal --batch_size 64 --together 2 --steps 800 --min_area 0.8
     branches=$branches,$R/branch_seed$seed/branch.pth
 done
 branch=$R/branch_seed0/branch.pth
@@ -39,7 +39,8 @@ train chat_tune.py --stage language --tokens mean --num_frames 1 --llm $R/projec
 # Stage 2, 18 minutes: tuning on questions about time, the LLaMA frozen, with three kinds of video tokens.
 # Right about time: 9 in 10 with the branch, 2 in 10 with the mean frame.
 for tokens in branch mean st_pool; do
-    train chat_tune.py --stage video --tokens $tokens --num_frames 8 --llm $R/language/llava --branch $branch \
+    train chat_tune.py --stage video --tokens $tokens --num_frames 8 \
+        --llm $R/language/llava --branch $branch \
         --annotations $D/train_talks.jsonl --eval_annotations $D/test_talks.jsonl --out $R/chat_$tokens \
         --batch_size 16 --steps 1000 --lr 1e-3
 done
