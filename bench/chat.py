@@ -24,8 +24,7 @@ from plumbing import cli, pictures, quant, training
 
 # -------------------------------------------------------------------------------- weights of the full size
 def make_weights(cfg, config=LLaMAConfig(), clip_config=CLIPConfig()):
-    """A folder for chat.py in the released layouts, with the tiny tokenizers, made when first wanted -> its
-    path."""
+    """-> a folder for chat.py in the released layouts, made when it is first wanted."""
     config = dataclasses.replace(config, layers=cfg.layers)
     folder = os.path.abspath(os.path.join(cfg.data, f"chat_{config.layers}_layers_of_{config.width}"))
     if not os.path.exists(os.path.join(folder, "branch.pth")):   # the last of the files
@@ -98,8 +97,7 @@ def with_transformers(path, scheme, threads, prompt, tokens):
 
 
 def limits(threads, rows, K, N):
-    """Bytes/s that so many threads read from memory; multiplications and additions/s of `rows` rows by a
-    matrix (N, K)."""
+    """Bytes/s read from memory; operations/s of `rows` rows by a matrix (N, K): in floats, in int8."""
     import time
 
     import torch
@@ -159,8 +157,7 @@ PARTS = "import", "video", "in all"   # of what chat.py -v says
 
 
 def one_question(cfg, path):
-    """A chat in a process of its own -> (video tokens, s to the first token, s of it for the video, peak
-    MB)."""
+    """-> video tokens, s to the first token, s of it for the video, peak MB of a chat."""
     command = [sys.executable, "chat.py", path, "--weights", os.path.abspath(cfg.weights), "--num_frames",
                str(cfg.num_frames), "-q", "What happens?", "--max_new_tokens", "1", "--no-cache", "--verbose"]
     _, _, peak, said = launch(command, "chat.py")

@@ -66,8 +66,7 @@ def difference(a, b):
 
 
 def compare(cfg, clip, count, size, who):
-    """-> {name: medians of CPU seconds of the work and of the rest, and of MB beyond the imports; whether the
-    frames are ours}."""
+    """-> {name: medians of CPU s of work and of the rest, MB beyond imports; whether frames are ours}."""
     path, rows, seen = make(cfg.data, clip), {name: [] for name in who}, {}
     for run in range(cfg.runs + 1):
         for name in who:

@@ -34,8 +34,7 @@ def random_pixels(*shape):
 # -------------------------------------------------------------------------------- parity
 @torch.inference_mode()
 def answers(kind, device):
-    """What the tiny weights say about fixed inputs, in a precision or a scheme of quant.py -> {what: tensor},
-    in fp32."""
+    """What the tiny weights say about fixed inputs, in a precision or scheme -> {what: tensor}, fp32."""
     rounded = kind in ("int8", "int4")
     dtype = HALVES.get(kind, torch.float16 if rounded and device.type == "cuda" else torch.float32)
     chat, clip = open_chat(TINY).load(), load_clip(os.path.join(TINY, "clip"))[0].float()
@@ -95,8 +94,7 @@ def chat_tuning(device, dtype):
 
 
 def train(make, device, dtype, start, end, path):
-    """Steps `start` to `end` with autocast and a GradScaler, from the checkpoint at `path` and to it ->
-    losses, s a step."""
+    """Steps `start` to `end`, from the checkpoint at `path` and to it -> losses, s a step."""
     torch.manual_seed(0)
     model, loss_of = make(device, dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -155,8 +153,7 @@ def seconds(device, work, count=5):
 
 @torch.inference_mode()
 def speed(cfg, device):
-    """CLIP with the branch, and a LLaMA-7B, in bf16 and of random numbers, beside what the machine reads and
-    multiplies."""
+    """CLIP with the branch and a LLaMA-7B of random numbers, beside what the machine can."""
     dtype, frames, c, config = torch.bfloat16, 100, CLIPConfig(), LLaMAConfig(layers=cfg.layers)
     numbers, rows = 1 << 30, 8192   # of the limits
     if device.type == "cpu":

@@ -1,5 +1,4 @@
-"""The paper's studies in miniature: the branch with one thing changed at a time, taught and tested in the toy
-world.
+"""The paper's studies in miniature: the branch with one thing changed at a time, in the toy world.
 
     python -m toy.ablate structure      # every variant with three seeds -> a table, docs/ablate_structure.png
     python -m toy.ablate losses         # also depth, mask, projection
@@ -149,8 +148,7 @@ def saw(cfg, split):
 
 
 def last_states(seen, index, depth, kept=None):
-    """The last `depth` layers of some clips -> [(B, FRAMES, 1+n, D)], for Branch; of the patches `kept` (B,
-    n) only."""
+    """The last `depth` layers of some clips -> [(B, FRAMES, 1+n, D)]; of the patches `kept` (B, n) only."""
     layers = seen["states"][index][:, -depth:].float().unbind(1)   # (B, FRAMES, 1+N, D) each
     if kept is None:
         return list(layers)
@@ -199,8 +197,7 @@ def teach(cfg, variant, seed, clip, seen, label):
 
 @torch.no_grad()
 def evaluate(feature, seen, clips):
-    """feature(indices of a few clips) -> (B, P). -> {"twins", "static", "R@1"} over all of them, in
-    percent."""
+    """feature(indices of clips) -> (B, P). -> {"twins", "static", "R@1"} over all of them, in percent."""
     video = torch.cat([feature(index) for index in torch.arange(len(clips)).split(128)])
     video = F.normalize(video, dim=-1)   # (clips, P)
     return {"twins": 100 * twin_accuracy(video, seen["text"]).mean().item(),

@@ -34,8 +34,7 @@ def static_accuracy(video, clips, features):
 
 
 def score(cfg):
-    """Twins, statics and retrieval on held-out combinations: mean-pooled CLIP beside branches of several
-    seeds."""
+    """Twins, statics and retrieval on held-out combinations: mean-pooled CLIP beside branches."""
     annotations, device = os.path.join(cfg.data, "test_captions.jsonl"), torch.device("cpu")
     dataset = data.RetrievalDataset(annotations, cfg.data, 8, SIZE)
     clips = read_clips(annotations)

@@ -1,5 +1,4 @@
-"""A tiny CLIP that knows the toy world from stills, and a tiny LLaMA that knows its language from text
-alone."""
+"""A tiny CLIP that knows the toy world from stills, and a tiny LLaMA that knows its language."""
 import io
 import os
 
@@ -52,8 +51,7 @@ def fit(name, cfg, model, loss_of, steps, warmup):
 
 
 def train_clip(cfg):
-    """Contrastive training on single frames and what they show. Nothing it sees or reads says anything about
-    time."""
+    """Contrastive training on single frames and what they show. Nothing here says anything about time."""
     full = Tokenizer.from_file(os.path.join(ASSETS, "bpe_simple_vocab_16e6.txt.gz"))
     merges = [(full.symbols[a], full.symbols[b]) for a, b in full.merges]
     tokenizer = Tokenizer(merges[:800])   # enough for this world's words
@@ -85,8 +83,7 @@ def train_clip(cfg):
 
 
 def train_tokenizer(corpus, vocab_size):
-    """Texts -> the bytes of a sentencepiece model with LLaMA's settings: BPE, byte fallback, <unk> <s> </s>
-    first."""
+    """Texts -> the bytes of a sentencepiece model with LLaMA's settings: <unk> <s> </s> come first."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus), model_writer=written, model_type="bpe", vocab_size=vocab_size,

@@ -46,8 +46,7 @@ TURNS = {name: (pair, way) for pair, motion in enumerate(MOTIONS) for way, name 
 # -------------------------------------------------------------------------------- clips
 @dataclasses.dataclass
 class Clip:
-    """What a clip shows. `jitter` holds random numbers in [0, 1) for ground, place, extent and speed; twins
-    share it."""
+    """What a clip shows. jitter: in [0, 1), for ground, place, extent and speed; twins share it."""
     colour: str
     shape: str
     motion: str
@@ -66,8 +65,7 @@ class Clip:
         return dataclasses.replace(self, motion=MOTIONS[pair][1 - way])
 
     def at(self, share):
-        """The picture at a share 0..1 of the clip -> centre x, y in 0..1, radius in 0..1, angle in radians,
-        visible."""
+        """At a share 0..1 of the clip -> centre x, y in 0..1, radius in 0..1, angle in radians, visible."""
         pair, way = TURNS[self.motion]
         if way == 1:
             return dataclasses.replace(self, motion=MOTIONS[pair][0]).at(1 - share)
@@ -141,8 +139,7 @@ def outline(shape, angle):
 
 
 def draw(clip, share, size=SIZE):
-    """The picture of a clip at a share 0..1 of its length -> (size, size, 3) uint8, drawn four times as large
-    for soft edges."""
+    """At a share 0..1 of the clip -> (size, size, 3) uint8, drawn four times as large for soft edges."""
     x, y, radius, angle, visible = clip.at(share)
     ground, big = 30 + int(60 * clip.jitter[3]), 4 * size
     image = Image.new("RGB", (big, big), (ground, ground, ground))
@@ -162,8 +159,7 @@ def film(clip, size=SIZE):
 
 
 def write_video(path, frames, qp=18):
-    """(size, size, 3) uint8 pictures -> H.264 in MP4. All frames are key frames with one quantiser: each
-    depends on itself alone."""
+    """Pictures (size, size, 3) uint8 -> H.264 in MP4: key frames alone, with one quantiser."""
     with av.open(path, "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"qp": str(qp), "g": "1", "threads": "1"})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
@@ -211,8 +207,7 @@ def static_questions(colour, shape, size, place):
 
 
 def temporal_questions(clip):
-    """-> [(question, answer)] that no single frame answers: both twins show the same frames, and the answers
-    differ."""
+    """-> [(question, answer)] that no single frame answers: twins show the same frames."""
     questions = [(q, f"It {clip.motion}.") for q in ("What does the shape do?", "What happens in the video?")]
     first, _, last = clip.motion.partition(" then ")
     if last:
@@ -250,8 +245,7 @@ def render_clip(job):
 
 
 def render(folder, pairs, seed, processes):
-    """Clips, stills and annotations of the training and the test world -> folder. Pairs that have their still
-    are done."""
+    """The training and the test world -> files in `folder`. Pairs that have their still are done."""
     for split, clips, shares in splits(pairs, seed):
         cli.make_folder(os.path.join(folder, split))
         jobs = [(clip, os.path.join(folder, split, f"{i:05d}"), share)
@@ -264,8 +258,7 @@ def render(folder, pairs, seed, processes):
 
 
 def annotate(folder, pairs, seed):
-    """Captions, conversations and stills -> JSON lines in a folder. In the test world twins are asked the
-    same."""
+    """Captions, conversations, stills -> JSON lines. In the test world twins are asked the same."""
     for split, clips, shares in splits(pairs, seed):
         captions, talks, stills = [], [], []
         for i, clip in enumerate(clips):
