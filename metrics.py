@@ -6,13 +6,14 @@ import torch
 from plumbing.cli import UserError
 
 
-# ---------------------------------------------------------------------------------------------------- retrieval
+# ------------------------------------------------------------------------------------ retrieval
 def ranks(similarity, right=None):
-    """similarity (Q, G), right (Q, G) bool: the right answers to a query, at least one (default: column i for query i)
-    -> (better (Q,), tied (Q,)) float: how many wrong ones score higher than the best right one, and how many things score
-    exactly as high: that one, and wrong ones."""
+    """How many answers stand before the best right one of each query -> (better (Q,), tied (Q,)), float64.
+
+    similarity: (Q, G). right: (Q, G) bool, one or more a query; None: answer i for query i. better: how many
+    wrong ones score higher. tied: how many score exactly as high, which are that one and wrong ones."""
     if not similarity.isfinite().all():
-        raise UserError("similarities that are not numbers; are the weights damaged, or is half precision too coarse (--no-amp)?")
+        raise UserError("similarities that are not numbers; are the weights damaged, or does --no-amp help?")
     right = torch.eye(len(similarity), dtype=torch.bool) if right is None else right
     best = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)   # (Q, 1)
     better, tied = ((similarity > best) & ~right).sum(1), ((similarity == best) & ~right).sum(1)
@@ -20,16 +21,17 @@ def ranks(similarity, right=None):
 
 
 def recall_at_k(similarity, k, right=None):
-    """Share of queries with a right answer among the first k, in percent. Ties are broken by a fair coin, in expectation."""
+    """Share of queries with a right answer among the first k, in percent. Of ties, a fair share."""
     better, tied = ranks(similarity, right)
     return 100 * ((k - better) / tied).clamp(0, 1).mean().item()
 
 
 def retrieval_metrics(similarity, right=None):
-    """similarity (Q, G) -> {"R@1", "R@5", "R@10" in percent, "MdR", "MnR": median and mean rank, from 1; ties count half}."""
+    """-> {"R@1", "R@5", "R@10": percent; "MdR", "MnR": median and mean rank, from 1, of ties the middle}."""
     better, tied = ranks(similarity, right)
     rank = better + (tied - 1) / 2 + 1
-    return {**{f"R@{k}": recall_at_k(similarity, k, right) for k in (1, 5, 10)}, "MdR": rank.quantile(0.5).item(), "MnR": rank.mean().item()}
+    recalls = {f"R@{k}": recall_at_k(similarity, k, right) for k in (1, 5, 10)}
+    return {**recalls, "MdR": rank.quantile(0.5).item(), "MnR": rank.mean().item()}
 
 
 def twin_accuracy(video, text):

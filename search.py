@@ -1,10 +1,10 @@
 """Find a moment in a folder of your own videos.
 
     python search.py index FOLDER                                   # window by window -> out/index
-    python search.py "a dog jumps over a fence" --sheet hits.png    # the nearest windows, with a picture of each
+    python search.py "a dog jumps over a fence" --sheet hits.png    # the nearest windows, and their pictures
 
---weights is a folder with `clip` and `branch.pth`. Results are on stdout, the rest on stderr. Your files are only
-read. Give the same `index` command again after an interruption, or later: it encodes what is new or changed.
+--weights is a folder with `clip` and `branch.pth`. Results are on stdout, all else on stderr. Your files are
+only read. Give `index` again after an interruption, or later: it encodes what is new or changed.
 """
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from plumbing.pictures import boxed, contact_sheet
 from plumbing.store import Store, state_of
 from plumbing.video import EXTENSIONS
 
-VERSION = 1   # of the rows that `index` makes: who changes how, counts up
+VERSION = 1   # of the rows that `index` makes: whoever changes how, counts up
 NUM_FRAMES, TEXT_LENGTH = 8, 77   # of a window; tokens of a query
 
 
@@ -36,7 +36,7 @@ class Config:
     folder: str = ""                 # after index: where your videos are
     weights: str = "weights/tiny"    # folder with clip and branch.pth
     branch: str = ""                 # another branch file than the one in --weights
-    index: str = "out/index"         # folder of the index
+    index: str = "out/index"         # folder of the index; it lists the videos of one FOLDER, the last
     window: float = 4.0              # seconds of video, about, that one row of the index stands for
     batch_size: int = 16             # windows of a video at a time
     workers: int = 1                 # processes that decode
@@ -54,18 +54,18 @@ def main(cfg):
     if not cfg.what.strip() or (cfg.what == "index") != bool(cfg.folder):
         raise UserError('give `index FOLDER`, or one text in quotes, as "a dog jumps over a fence"')
     device, store = training.pick_device(cfg.device), Store(cfg.index)
-    branch = cfg.branch or os.path.join(cfg.weights, "branch.pth")
-    weights = [VERSION, state_of(os.path.join(cfg.weights, "clip")), state_of(branch)]   # before they are read
+    clip, branch = os.path.join(cfg.weights, "clip"), cfg.branch or os.path.join(cfg.weights, "branch.pth")
+    weights = [VERSION, state_of(clip), state_of(branch)]   # before they are read
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, device)
     if cfg.what == "index":
         return index(cfg, store, weights, encoder, device)
     search(cfg, store, weights, encode_texts(encoder, tokenizer, [cfg.what], TEXT_LENGTH, device, cfg.amp)[0])
 
 
-# ------------------------------------------------------------------------------------------- index
+# ------------------------------------------------------------------------------------ index
 @dataclasses.dataclass(eq=False)
 class Video:
-    """What the index knows of a file. Where it cannot be read, error says why, and it has no windows."""
+    """What the index knows of a file. One that cannot be read has an error and no windows."""
     path: str
     rows: torch.Tensor       # (windows that are done, P), normalised
     key: list = None         # of its entry in the store
@@ -74,23 +74,25 @@ class Video:
     error: str = ""
 
     def save(self, store):
-        store.put(self.key, {"rows": self.rows}, {"about": json.dumps([self.duration, self.windows, self.error])})
+        about = json.dumps([self.duration, self.windows, self.error])
+        store.put(self.key, {"rows": self.rows}, {"about": about})
 
     def fail(self, reason):
         self.error, self.windows, self.rows = str(reason).removeprefix(f"{self.path}: "), 0, self.rows[:0]
 
 
 def video_files(folder):
-    """Paths of the videos in a folder and those below it, sorted. Raises UserError for a folder that cannot be
-    read: its videos would seem to be gone."""
+    """Paths of the videos in a folder and those below it, sorted. Raises UserError for a folder that cannot
+    be read: its videos would seem to be gone."""
     def refuse(e):
         raise UserError(f"{e.filename}: {e.strerror}")
-    return sorted(os.path.join(parent, name) for parent, _, names in os.walk(os.path.abspath(folder), onerror=refuse)
+    found = os.walk(os.path.abspath(folder), onerror=refuse)
+    return sorted(os.path.join(parent, name) for parent, _, names in found
                   for name in names if name.lower().endswith(EXTENSIONS))
 
 
 def content_of(path):
-    """Size, time of change, digest of the first and last bytes: what a rename leaves alone. Raises VideoError."""
+    """Size, time of change, digest of the first and last bytes: what a rename leaves. Raises VideoError."""
     with data.open_regular(path) as f:
         status, first = os.fstat(f.fileno()), f.read(1 << 16)
         f.seek(max(0, status.st_size - (1 << 16)))
@@ -112,19 +114,19 @@ def look(path, store, weights, seconds, nothing):
             video.windows = max(1, round(video.duration / seconds))
     except data.VideoError as e:
         video.fail(e)
-        if video.key:   # else its bytes cannot be read: tried again the next time
+        if video.key:   # else not even its bytes can be read: tried again the next time
             video.save(store)
     return video
 
 
 def pixels_of(group, image_size):
-    """(Video, number of its first window, of the one after the last) -> (n, T, 3, H, W) uint8, or why there are none."""
+    """(Video, first window, end) -> (n, T, 3, H, W) uint8, or why there are none."""
     video, first, end = group
     span = first * video.duration / video.windows, end * video.duration / video.windows
     try:
         frames = data.sample_frames(video.path, (end - first) * NUM_FRAMES, "uniform", window=span)
         pixels = torch.cat([data.eval_pixels(picture[None], image_size) for _, picture in frames])
-    except data.VideoError as e:
+    except UserError as e:   # VideoError; or a video of no length
         return str(e)
     return pixels.unflatten(0, (-1, NUM_FRAMES))   # (n * T, ...) -> (n, T, ...)
 
@@ -137,13 +139,15 @@ def index(cfg, store, weights, encoder, device):
     videos = [look(path, store, weights, cfg.window, nothing) for path in video_files(cfg.folder)]
     if not videos:
         raise UserError(f"{cfg.folder}: no videos in it ({' '.join(EXTENSIONS)})")
-    groups = [(video, first, min(first + cfg.batch_size, video.windows))   # an hour takes no more memory than a minute
+    groups = [(video, first, min(first + cfg.batch_size, video.windows))   # an hour needs no more memory
               for video in videos for first in range(len(video.rows), video.windows, cfg.batch_size)]
-    loader = DataLoader(groups, batch_size=None, collate_fn=functools.partial(pixels_of, image_size=config.image_size),
-                        num_workers=cfg.workers, worker_init_fn=training.leave_signals_to_the_parent)
     todo = len({video.path for video, *_ in groups})
+    load = functools.partial(pixels_of, image_size=config.image_size)
+    loader = DataLoader(groups, batch_size=None, collate_fn=load, num_workers=cfg.workers,
+                        worker_init_fn=training.leave_signals_to_the_parent)
+    progress = tqdm(zip(groups, loader), "index", len(groups), leave=False, file=sys.stderr)
     try:
-        for (video, *_), pixels in tqdm(zip(groups, loader), "index", len(groups), leave=False, file=sys.stderr):
+        for (video, *_), pixels in progress:
             if isinstance(pixels, str):
                 video.fail(pixels)
             elif not video.error:   # of an earlier group
@@ -158,28 +162,29 @@ def index(cfg, store, weights, encoder, device):
     broken = [video for video in videos if video.error]
     for video in broken:
         print(f"broken: {video.path}: {video.error}", file=sys.stderr)
-    print(f"{cfg.index}: {len(rows)} windows of {len(videos) - len(broken)} videos ({todo} files were to do); "
-          f"{len(broken)} broken")
+    good = len(videos) - len(broken)
+    print(f"{cfg.index}: {len(rows)} windows of {good} videos ({todo} files to do); {len(broken)} broken")
 
 
-# ------------------------------------------------------------------------------------------- search
+# ------------------------------------------------------------------------------------ search
 def search(cfg, store, weights, query):
     """Prints score, span and file of the windows that are nearest to a text's feature (P,), best first."""
     entry = store.get(["all", weights])
     if not entry:
-        raise UserError(f"{cfg.index}: no index made with these weights; `python search.py index FOLDER` makes it")
+        raise UserError(f"{cfg.index}: no index of these weights; `python search.py index FOLDER` makes it")
     table = json.loads(entry[1]["table"])
     if unfinished := sum(done < windows for *_, windows, done in table):
-        print(f"{cfg.index}: {unfinished} of {len(table)} files are not done yet; index goes on", file=sys.stderr)
+        print(f"{cfg.index}: {unfinished} of {len(table)} files are to do; index goes on", file=sys.stderr)
     moments = [(path, i * duration / windows, (i + 1) * duration / windows)   # a row each
                for path, duration, windows, done in table for i in range(done)]
     scores, order = (entry[0]["rows"] @ query).sort(descending=True, stable=True)
     hits = [moments[row] for row in order[:cfg.top].tolist()]
     for score, (path, start, end) in zip(scores.tolist(), hits):
         print(f"{score:.3f}  {start:.1f}-{end:.1f} s  {path}")
-    if cfg.sheet:
+    if cfg.sheet and hits:
         middles = [(start + end) / 2 for _, start, end in hits]
-        frames = [boxed(picture) for (path, *_), t in zip(hits, middles) for _, picture in data.frames(path, [t])]
+        frames = [boxed(picture) for (path, *_), middle in zip(hits, middles)
+                  for _, picture in data.frames(path, [middle])]
         names = [os.path.basename(path).encode(errors="backslashreplace").decode() for path, *_ in hits]
         contact_sheet(torch.stack(frames), middles, cfg.sheet, names=names)
 

@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import metrics
 from metrics import retrieval_metrics
@@ -12,11 +13,10 @@ from plumbing.cli import UserError
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-# ---------------------------------------------------------------------------------------------------- metrics
 def test_metrics_equal_the_recorded_ones_of_the_released_code():
     cases = weightfile.read_file(os.path.join(ROOT, "tests", "fixtures", "retrieval_metric.safetensors"))
     for name in ("random", "one", "two"):
-        video, text = (torch.nn.functional.normalize(cases[f"{name}.{what}"], dim=1) for what in ("video", "text"))
+        video, text = (F.normalize(cases[f"{name}.{what}"], dim=1) for what in ("video", "text"))
         found = retrieval_metrics(text @ video.T)
         for ours, theirs in (("R@1", "R1"), ("R@5", "R5"), ("R@10", "R10"), ("MdR", "MdR"), ("MnR", "MnR")):
             assert found[ours] == pytest.approx(cases[f"{name}.{theirs}"].item(), rel=1e-5)
@@ -34,7 +34,7 @@ def test_captions_of_one_video_do_not_compete_and_the_best_of_them_counts():
     right = torch.tensor([0, 0, 1, 2])[:, None] == torch.arange(3)
     found = retrieval_metrics(similarity, right)   # ranks 1, 3, 1.5 (a tie), 1
     assert (found["R@1"], found["MdR"], found["MnR"]) == (62.5, 1.25, 1.625)
-    found = retrieval_metrics(similarity.T, right.T)   # ranks 1, 2 (behind a foreign caption, not behind none), 1
+    found = retrieval_metrics(similarity.T, right.T)   # ranks 1, 2 (behind a foreign caption), 1
     assert (found["R@1"], found["MdR"], found["MnR"]) == pytest.approx((200 / 3, 1, 4 / 3))
     tied = torch.tensor([[.5, .5, .5]])   # two own captions and a foreign one: one coin, not two
     assert metrics.recall_at_k(tied, 1, torch.tensor([[True, True, False]])) == 50

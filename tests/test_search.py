@@ -50,9 +50,10 @@ def hits(out):
 
 
 # ------------------------------------------------------------------------------------------- index
-KINDS = {"mp4": "libx264", "mkv": "libx264", "mov": "mpeg4", "webm": "libvpx", "gif": "gif", "ts": "mpeg2video",
-         "avi": "mpeg4", "mpg": "mpeg2video", "flv": "flv", "wmv": "wmv2"}
-BROKEN = {"text.mp4": "not a video", "empty.avi": "the file is empty", "picture.mkv": "a picture", "cut.webm": ""}
+KINDS = {"mp4": "libx264", "mkv": "libx264", "mov": "mpeg4", "webm": "libvpx", "gif": "gif",
+         "ts": "mpeg2video", "avi": "mpeg4", "mpg": "mpeg2video", "flv": "flv", "wmv": "wmv2"}
+BROKEN = {"text.mp4": "not a video", "empty.avi": "the file is empty", "picture.mkv": "a picture",
+          "cut.webm": ""}
 TWO = ["a big red circle moves left in the middle", "a small blue star moves down on the left"]
 
 
@@ -71,9 +72,9 @@ def made(tmp_path_factory):
         (videos / kind).mkdir(parents=True)
         for k in range(5):
             pictures = [draw(clips[7 * (5 * i + k)], (t + 0.5) / 24) for t in range(24)]
-            film(videos / kind / f"{k}.{kind}", codec, pictures, pix_fmt="rgb8" if kind == "gif" else "yuv420p",
-                 rate=25 if codec == "mpeg2video" else 12)
-    film(videos / "two.mp4", "libx264", [picture for caption in TWO for picture in clip_of(caption, 4)], rate=12)
+            film(videos / kind / f"{k}.{kind}", codec, pictures, rate=25 if kind in ("ts", "mpg") else 12,
+                 pix_fmt="rgb8" if kind == "gif" else "yuv420p")
+    film(videos / "two.mp4", "libx264", [picture for text in TWO for picture in clip_of(text, 4)], rate=12)
     (videos / "text.mp4").write_text("not a video")
     (videos / "notes.txt").write_text("not a video either, and not called one")
     (videos / "empty.avi").touch()
@@ -92,11 +93,12 @@ def copy(made, tmp_path):
 
 def indexed(folder):
     """{name: rows (n, P)} of the index, without broken files."""
-    weights = [search.VERSION, state_of(os.path.join(TINY, "clip")), state_of(os.path.join(TINY, "branch.pth"))]
+    weights = [search.VERSION, *(state_of(os.path.join(TINY, name)) for name in ("clip", "branch.pth"))]
     tensors, about = Store(str(folder / "index")).get(["all", weights])
     table = json.loads(about["table"])
     parts = tensors["rows"].split([done for *_, done in table])
-    return {os.path.relpath(path, folder / "videos"): part for (path, *_), part in zip(table, parts) if len(part)}
+    names = [os.path.relpath(path, folder / "videos") for path, *_ in table]
+    return {name: part for name, part in zip(names, parts) if len(part)}
 
 
 def same(a, b):
@@ -107,11 +109,15 @@ def same(a, b):
 def encoded(monkeypatch):
     """A list of how many windows were encoded at a time."""
     counts, encode = [], VideoEncoder.encode_video
-    monkeypatch.setattr(VideoEncoder, "encode_video", lambda self, video: counts.append(len(video)) or encode(self, video))
+
+    def counted(self, video):
+        counts.append(len(video))
+        return encode(self, video)
+    monkeypatch.setattr(VideoEncoder, "encode_video", counted)
     return counts
 
 
-def test_an_index_holds_every_video_of_every_kind_and_names_the_broken_ones(copy, capsys, encoded, monkeypatch):
+def test_an_index_holds_videos_of_every_kind_and_names_the_broken_ones(copy, capsys, encoded, monkeypatch):
     monkeypatch.setattr(data, "probe", None)   # nothing is decoded again, not even broken files
     run(indexing(copy))
     said = capsys.readouterr()
@@ -130,7 +136,7 @@ def test_a_window_holds_what_the_branch_says_of_its_frames(made):
     assert torch.allclose(indexed(made)["two.mp4"][1], expected / expected.norm(), atol=1e-5)
 
 
-def test_renamed_videos_move_changed_ones_are_encoded_anew_and_removed_ones_leave(made, copy, encoded, capsys):
+def test_renamed_videos_move_changed_ones_are_encoded_and_removed_ones_leave(made, copy, encoded, capsys):
     before, videos = indexed(made), copy / "videos"
     os.rename(videos / "mp4" / "0.mp4", videos / "elsewhere.mp4")
     os.rename(videos / "mp4" / "1.mp4", videos / "swap")                    # two swap their names
@@ -142,8 +148,8 @@ def test_renamed_videos_move_changed_ones_are_encoded_anew_and_removed_ones_leav
     run(indexing(copy))
     after = indexed(copy)
     assert sum(encoded) == 2 and "52 windows of 51 videos" in capsys.readouterr().out
-    moved = {"elsewhere.mp4": "mp4/0.mp4", "mp4/1.mp4": "mp4/2.mp4", "mp4/2.mp4": "mp4/1.mp4", "avi/1.avi": "avi/2.avi",
-             "text.mp4": "mkv/2.mkv"}
+    moved = {"elsewhere.mp4": "mp4/0.mp4", "mp4/1.mp4": "mp4/2.mp4", "mp4/2.mp4": "mp4/1.mp4",
+             "avi/1.avi": "avi/2.avi", "text.mp4": "mkv/2.mkv"}
     assert after.keys() == before.keys() - {"mp4/0.mp4", "avi/0.avi"} | {"elsewhere.mp4", "text.mp4"}
     assert all(torch.allclose(after[name], before[moved.get(name, name)], atol=1e-6) for name in after)
 
@@ -161,11 +167,11 @@ def stop_after(monkeypatch, groups):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_interrupted_index_goes_on_and_encodes_only_the_rest(made, tmp_path, monkeypatch, encoded, capsys, workers):
+def test_an_interrupted_index_goes_on_with_the_rest(made, tmp_path, monkeypatch, encoded, capsys, workers):
     (tmp_path / "videos").mkdir()
     for name in ("two.mp4", "text.mp4", "ts/0.ts", "mkv/0.mkv"):
         shutil.copy2(made / "videos" / name, tmp_path / "videos")
-    cfg = indexing(tmp_path, window=0.5, batch_size=3, workers=workers)   # 16 windows of two.mp4, 4 or so of the others
+    cfg = indexing(tmp_path, window=0.5, batch_size=3, workers=workers)   # 16 windows of two.mp4
     run(cfg)
     straight, groups = indexed(tmp_path), list(encoded)
     shutil.rmtree(tmp_path / "index")
@@ -178,7 +184,7 @@ def test_an_interrupted_index_goes_on_and_encodes_only_the_rest(made, tmp_path, 
     capsys.readouterr()
     run(searching(tmp_path, TWO[0], top=100))
     said = capsys.readouterr()
-    assert len(hits(said.out)) == sum(encoded) and "1 of 4 files are not done yet" in said.err
+    assert len(hits(said.out)) == sum(encoded) and "1 of 4 files are to do" in said.err
     run(cfg)
     assert encoded == groups and same(indexed(tmp_path), straight)
 
@@ -188,7 +194,11 @@ def test_a_long_video_is_read_a_group_of_windows_at_a_time(tmp_path, encoded, mo
     pictures = (np.full((64, 64, 3), i % 250, np.uint8) for i in range(300))
     film(tmp_path / "videos" / "long.mkv", "libx264", pictures, rate=1)   # 5 minutes
     asked, sample = [], data.sample_frames
-    monkeypatch.setattr(data, "sample_frames", lambda path, n, *a, **options: asked.append(n) or sample(path, n, *a, **options))
+
+    def noted(path, num_frames, rule, window):
+        asked.append(num_frames)
+        return sample(path, num_frames, rule, window=window)
+    monkeypatch.setattr(data, "sample_frames", noted)
     run(indexing(tmp_path, batch_size=10))
     assert encoded == [10] * 7 + [5] and asked == [80] * 7 + [40]
 
@@ -205,8 +215,9 @@ def test_a_video_that_claims_a_century_is_broken(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"window": float("nan")}, "--window nan"), ({"folder": "nowhere"}, "nowhere: No such"), ({"folder": ""}, "give `index FOLDER`"),
-    ({"batch_size": 0}, "--batch_size 0"), ({"folder": TINY}, "no videos in it"), ({"weights": "nowhere"}, "nowhere")])
+    ({"window": float("nan")}, "--window nan"), ({"folder": "nowhere"}, "nowhere: No such"),
+    ({"folder": ""}, "give `index FOLDER`"), ({"batch_size": 0}, "--batch_size 0"),
+    ({"folder": TINY}, "no videos in it"), ({"weights": "nowhere"}, "nowhere")])
 def test_indexing_refuses_what_it_cannot_use_and_leaves_the_index(made, options, message):
     before = indexed(made)
     refused(message, {**indexing(made), **options})
@@ -227,7 +238,7 @@ def test_an_index_is_not_mixed_with_other_weights_or_windows(made, tmp_path, enc
     (tmp_path / "videos").mkdir()
     shutil.copy2(made / "videos" / "two.mp4", tmp_path / "videos")
     run(indexing(tmp_path))
-    refused("no index made with these weights", searching(tmp_path, "a red circle", weights=other))
+    refused("no index of these weights", searching(tmp_path, "a red circle", weights=other))
     for options in ({"weights": other}, {}, {"window": 2.0}, {}):
         run(indexing(tmp_path, **options))
     assert encoded == [2, 2, 4] and len(indexed(tmp_path)["two.mp4"]) == 2
@@ -257,8 +268,8 @@ def test_search_scores_are_the_cosines_of_text_and_window(made, capsys):
     found = hits(capsys.readouterr().out)
     encoder, tokenizer = model.load_encoder(TINY, "", torch.device("cpu"))
     text = model.encode_texts(encoder, tokenizer, TWO[:1], 77, torch.device("cpu"))[0]
-    scores = {os.path.join(made, "videos", name): (f @ text).tolist() for name, f in indexed(made).items()}
-    assert len(found) == 52 and all(min(abs(score - s) for s in scores[file]) < 0.00051 for score, _, file in found)
+    scores = {str(made / "videos" / name): rows @ text for name, rows in indexed(made).items()}
+    assert len(found) == 52 and all((scores[file] - score).abs().min() < 0.00051 for score, _, file in found)
 
 
 def test_the_sheet_has_a_picture_of_each_hit(made, tmp_path, capsys):
@@ -271,7 +282,7 @@ def test_the_sheet_has_a_picture_of_each_hit(made, tmp_path, capsys):
 
 @pytest.mark.parametrize("options, message", [
     ({"what": " "}, "one text in quotes"), ({"folder": "dog"}, "one text in quotes"), ({"top": 0}, "--top 0"),
-    ({"index": "nowhere"}, "nowhere: no index made with these weights; `python search.py index FOLDER`")])
+    ({"index": "nowhere"}, "nowhere: no index of these weights; `python search.py index FOLDER`")])
 def test_search_refuses_what_it_cannot_use(made, options, message):
     refused(message, {**searching(made, "a red circle"), **options})
 
@@ -293,9 +304,11 @@ def test_flags_may_stand_between_the_words():
 def test_the_command_line_takes_any_file_name_with_few_open_files_and_ends_in_one_line_on_bad_input(copy):
     os.rename(os.fsencode(copy / "videos" / "two.mp4"), os.fsencode(copy / "videos") + b"/\xff.mp4")
     done = []
+    few = ["bash", "-c", 'ulimit -n 40; "$@"', "-", sys.executable, os.path.join(ROOT, "search.py")]
     for words in (["index", copy / "videos"], [TWO[0]], ["nothing", "--index", "nowhere"]):
-        command = [sys.executable, os.path.join(ROOT, "search.py"), "--index", copy / "index", "--weights", TINY, *words]
-        done.append(subprocess.run(["bash", "-c", 'ulimit -n 40; "$@"', "-", *command], capture_output=True, text=True))
-    assert [each.returncode for each in done] == [0, 0, 2] and "52 windows of 51 videos (0 files" in done[0].stdout
-    assert done[1].stdout.splitlines()[0].endswith(f"0.0-4.0 s  {copy}/videos/\\udcff.mp4") and not done[1].stderr
+        command = [*few, "--index", copy / "index", "--weights", TINY, *words]
+        done.append(subprocess.run(command, capture_output=True, text=True))
+    assert [each.returncode for each in done] == [0, 0, 2]
+    assert "52 windows of 51 videos (0 files to do" in done[0].stdout and not done[1].stderr
+    assert done[1].stdout.splitlines()[0].endswith(f"0.0-4.0 s  {copy}/videos/\\udcff.mp4")
     assert (done[2].stdout, done[2].stderr.count("\n")) == ("", 1) and "no index" in done[2].stderr
