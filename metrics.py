@@ -35,7 +35,7 @@ def retrieval_metrics(similarity, right=None):
 
 
 def twin_accuracy(video, text):
-    """video, text (2Q, P) normalised, twins side by side -> (2Q,): 1.0 where a clip is nearer to its own caption
-    than to its twin's, 0.5 where both are equally near."""
+    """video, text (2Q, P) normalised, twins side by side -> (2Q,): 1 where a clip is nearer to its caption
+    than to its twin's, 0.5 where both are as near."""
     own, other = (video * text).sum(1), (video * text.view(-1, 2, text.shape[1]).flip(1).flatten(0, 1)).sum(1)
     return (own > other).float() + 0.5 * (own == other).float()
