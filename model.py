@@ -725,9 +725,10 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     learned_for = weightfile.read_metadata(chat_file).get("tokens", learned_for) if learned else None
     tokens = tokens or learned_for or "branch"
     if tokens not in VIDEO_TOKENS:
-        raise UserError(f"{chat_file}: tuned for {weightfile.shown(tokens)}, which is no kind of video tokens here")
-    kind, branch_file = VIDEO_TOKENS[tokens], branch_file or (chat_file if with_branch else untuned)
-    needed = {"clip": clip_path, "llava": llava} | ({"branch": branch_file} if kind.reads_branch else {})
+        raise UserError(f"{chat_file}: tuned for {weightfile.shown(tokens)}, no kind of video tokens here")
+    kind, needed = VIDEO_TOKENS[tokens], {"clip": clip_path, "llava": llava}
+    if kind.reads_branch and not branch_file:
+        branch_file = needed["branch"] = chat_file if with_branch else untuned
     missing = [f"{os.path.basename(path)} (python -m weights get {name})" for name, path in needed.items()
                if not os.path.exists(path)]
     if missing:

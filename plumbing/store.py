@@ -75,8 +75,9 @@ def state_of(path):
     try:
         real = os.path.realpath(path)
         if os.path.isdir(real):
-            names = [name for name in sorted(os.listdir(real)) if not name.startswith(("quantised_", "."))]
-            return [state_of(os.path.join(real, name)) for name in names]
+            inside = [os.path.join(real, name) for name in sorted(os.listdir(real))
+                      if not name.startswith(("quantised_", "."))]
+            return [state_of(file) for file in inside if os.path.exists(file)]   # a link may lead nowhere
         status = os.stat(real)
     except (OSError, ValueError) as e:   # ValueError: a NUL in the name
         raise UserError(f"{path}: {getattr(e, 'strerror', e)}")

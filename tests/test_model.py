@@ -444,7 +444,7 @@ def test_a_projector_file_that_does_not_fit_is_refused(world, tmp_path, tensors,
 def test_a_kind_of_video_tokens_that_is_not_known_is_refused(world, tmp_path):
     llava_folder(world, tmp_path, linear())
     write_safetensors(tmp_path / "chat.bin", linear(), {"tokens": "magic"})
-    with pytest.raises(UserError, match="chat.bin: tuned for magic, which is no kind"):
+    with pytest.raises(UserError, match="chat.bin: tuned for magic, no kind"):
         open_chat(tmp_path)
 
 
