@@ -5,7 +5,8 @@
         --root WebVid --workers 8   # the released run
 
 In --out: branch.pth (the branch in half precision, under the released names), branch_best.pth (the same, of
-the best evaluation on --eval_annotations), last.pth (with the optimizer), log.jsonl and curve.png.
+the best evaluation on --eval_annotations), last.pth (with the optimizer), log.jsonl and curve.png. Each
+evaluation is printed, mean-pooled CLIP beside the branch.
 
 Whatever stops a run, the same command goes on from last.pth. Every random number follows from the seed and
 the step, so the run then equals an undisturbed one, bit for bit on a CPU. SIGTERM saves after the step or
@@ -58,7 +59,7 @@ class Config:
     clip_norm: float = 5.0           # of the gradient of all parameters together
     epochs: int = 1                  # passes over the data
     steps: int | None = None         # steps in all, instead of epochs
-    anneal: bool | None = None           # lower the learning rate to zero (as released: to 97 % of its peak)
+    anneal: bool | None = None       # lower the learning rate to zero (as released: to 97 % of its peak)
     # run
     eval_annotations: str | None = None   # a retrieval set to watch, under the same --root
     eval_every: int | None = None    # steps between evaluations on it; 0: an epoch
@@ -289,14 +290,12 @@ def main(cfg):
             if here.first:
                 best = max((recall for _, recall in log.column("R@1 branch")), default=-1)
                 log.add(step=step, **found)
+                bar.write(", ".join(f"{what} {value:.1f} %" for what, value in sorted(found.items())))
                 if found["R@1 branch"] > best:
                     save_branch(cfg, model, "branch_best.pth")
         if here.first and (step % cfg.save_every == 0 or step == steps):
             save(cfg, model, trained, optimizer, scaler, step, skipped, log)
     if here.first:
-        for name in NAMES if watched else ():
-            found = [(what, log.column(f"{what} {name}")) for what in ("twins", "R@1")]
-            print(f"{name:16}" + "".join(f"  {what} {rows[-1][1]:.1f} %" for what, rows in found if rows))
         path = os.path.join(cfg.out, "branch.pth")
         print(f"{path}: talk with it by `python chat.py --weights {os.path.dirname(cfg.clip)} "
               f"--branch {path}`")

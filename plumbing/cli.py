@@ -46,8 +46,7 @@ def parse(Config, argv=None, positional=(), short={}):
 
 
 def fill(cfg, row):
-    """A Config with a row of settings, {field: value}, in the place of None. Raises UserError if None is
-    left."""
+    """A Config with a row of settings, {field: value}, in the place of None. What stays None is an error."""
     row = {name: row[name] for name, value in vars(cfg).items() if value is None and name in row}
     cfg = dataclasses.replace(cfg, **row)
     if lacking := [f"--{name}" for name, value in vars(cfg).items() if value is None]:
