@@ -2,8 +2,8 @@
 
 Reads jobs, JSON lines, from stdin and answers each with a JSON line, {"codes": exit codes by rank, "stderr"}:
 {"config": fields of pretrain.Config, "size": processes, "signal": what all of them are sent, "after" so many
-seconds from the moment when so many "rows" are in the log, "half_save": the number of the save in whose middle
-a process dies, "file_limit": bytes that a file can have}
+seconds from the moment when so many "rows" are in the log, "half_save": the number of the save in whose
+middle a process dies, "file_limit": bytes that a file can have}
 """
 import io
 import json

@@ -21,8 +21,8 @@ class Config:
 
 def test_flags_come_from_the_dataclass():
     assert cli.parse(Config, ["--name", "x"]) == Config("x")
-    assert cli.parse(Config, ["--name", "x", "--size", "4", "--rate", "2e-6", "--no-fast", "--maybe", "7"]) == Config(
-        "x", 4, 2e-6, False, 7)
+    flags = "--name x --size 4 --rate 2e-6 --no-fast --maybe 7".split()
+    assert cli.parse(Config, flags) == Config("x", 4, 2e-6, False, 7)
     assert cli.parse(Config, ["x", "-s", "9"], positional=["name"], short={"size": "s"}) == Config("x", 9)
 
 
@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_a_plot_is_drawn_also_of_one_point_nothing_and_nan(tmp_path):
-    pictures.plot(tmp_path / "p.png", [("a", {"x": [(0, 1.0), (1, float("nan")), (2, 3.0)]}), ("b", {"y": [(1, 1)]}),
-                                       ("c", {})])
+    series = {"x": [(0, 1.0), (1, float("nan")), (2, 3.0)]}
+    pictures.plot(tmp_path / "p.png", [("a", series), ("b", {"y": [(1, 1)]}), ("c", {})])
     picture = Image.open(tmp_path / "p.png")
     assert picture.size == (900, 1080) and len(picture.getcolors(1 << 20)) > 10
