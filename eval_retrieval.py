@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 import data
 from metrics import recall_at_k, retrieval_metrics
-from model import encode_texts, encode_videos, load_encoder, owners
+from model import encode_texts, encode_videos, load_encoder
 from plumbing import cli, training, weightfile
 from plumbing.cli import UserError
 
@@ -90,9 +90,10 @@ def main(cfg):
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, here.device)
     dataset = EvaluationSet(cfg, setting, encoder.clip.config.image_size)
     # -------------------------------------------------------------------------------- evaluation
-    videos, branch, mean, broken = encode_videos(encoder, dataset, here.device, cfg.batch_size, cfg.workers,
-                                                 cfg.amp)
-    items, owner = map(list, owners(dataset, videos))
+    row, branch, mean, broken = encode_videos(encoder, dataset, here.device, cfg.batch_size, cfg.workers,
+                                              cfg.amp)
+    items = [i for i, video in enumerate(dataset.videos) if video in row]
+    owner = [row[dataset.videos[i]] for i in items]
     if cfg.classes:   # videos ask, classes answer
         texts, right = dataset.texts, [dataset.labels[i] for i in items]
         branch, mean = branch[owner], mean[owner]

@@ -250,7 +250,7 @@ class VideoEncoder(nn.Module):
 
 @torch.no_grad()
 def encode_videos(encoder, dataset, device, batch_size=16, workers=0, amp=False):
-    """Each video of a data set once -> (names, in its order; normalised features, on the CPU in fp32, of the
+    """Each video of a data set once -> ({name: its row}; normalised features, on the CPU in fp32, of the
     branch (V, P) and of mean-pooled CLIP (V, P); messages of broken videos, where the data set skips them).
 
     Under torchrun every process takes its share, and all have the whole result. Raises UserError if none can
@@ -279,7 +279,7 @@ def encode_videos(encoder, dataset, device, batch_size=16, workers=0, amp=False)
     index, branch, mean = (torch.cat(column) for column in zip(*rows))
     index, order = index.sort()
     branch, mean = F.normalize(branch[order], dim=-1), F.normalize(mean[order], dim=-1)
-    return [dataset.videos[i] for i in index], branch, mean, broken
+    return {dataset.videos[i]: row for row, i in enumerate(index)}, branch, mean, broken
 
 
 @torch.no_grad()
@@ -293,20 +293,12 @@ def encode_texts(encoder, tokenizer, texts, length, device, amp=False):
     return F.normalize(torch.cat(rows), dim=-1)
 
 
-def owners(dataset, videos):
-    """-> the items of a data set whose video is among `videos`, and the place there of each one's video."""
-    place = {video: i for i, video in enumerate(videos)}
-    return zip(*((i, place[video]) for i, video in enumerate(dataset.videos) if video in place))
-
-
-def encode(encoder, tokenizer, dataset, device, batch_size=16, workers=0, amp=False):
+def encode_pairs(encoder, tokenizer, dataset, device, batch_size=16, workers=0, amp=False):
     """-> normalised features, a row for each pair of video and caption: of the branch (Q, P), of mean-pooled
-    CLIP (Q, P), of the captions (Q, P); and messages of broken videos, whose pairs are left out. See
-    encode_videos."""
-    videos, branch, mean, broken = encode_videos(encoder, dataset, device, batch_size, workers, amp)
-    items, owner = map(list, owners(dataset, videos))
-    text = encode_texts(encoder, tokenizer, [dataset.captions[i] for i in items], 77, device, amp)
-    return branch[owner], mean[owner], text, broken
+    CLIP (Q, P), of the captions (Q, P). See encode_videos."""
+    row, branch, mean, _ = encode_videos(encoder, dataset, device, batch_size, workers, amp)
+    owner = [row[video] for video in dataset.videos]
+    return branch[owner], mean[owner], encode_texts(encoder, tokenizer, dataset.captions, 77, device, amp)
 
 
 # ------------------------------------------------------------------------------------------- the three losses

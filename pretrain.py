@@ -27,7 +27,8 @@ from tqdm import tqdm
 import data
 from clip import load_clip
 from metrics import retrieval_metrics, twin_accuracy
-from model import Branch, Pretraining, VideoEncoder, branch_tensors, encode, mbca_loss, tube_mask, vtc_loss
+from model import (Branch, Pretraining, VideoEncoder, branch_tensors, encode_pairs, mbca_loss, tube_mask,
+                   vtc_loss)
 from plumbing import cli, pictures, training
 from plumbing.cli import UserError
 
@@ -160,7 +161,7 @@ def memory_advice(cfg, share, multiple):
 
 def evaluate(cfg, model, tokenizer, watched, here, dtype):
     """-> {"R@1 branch", "R@1 mean-pooled CLIP": percent}; where lines come as twins, also twin accuracy."""
-    branch, mean, text, _ = encode(model.encoder, tokenizer, watched, here.device, workers=cfg.workers,
+    branch, mean, text = encode_pairs(model.encoder, tokenizer, watched, here.device, workers=cfg.workers,
                                    amp=dtype == torch.float16)
     found = {}
     for name, video in zip(NAMES, (mean, branch)):

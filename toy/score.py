@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 from metrics import retrieval_metrics, twin_accuracy
-from model import encode, encode_texts, load_encoder
+from model import encode_pairs, encode_texts, load_encoder
 from plumbing import cli
 from toy.world import COLOURS, MOTIONS, SAMPLE, SHAPES, SIZE, TURNS, draw, read_clips
 
@@ -43,7 +43,7 @@ def score(cfg):
     for file in cfg.branches.split(","):
         encoder, tokenizer = load_encoder(cfg.out, file, device)
         features = static_features(clips, lambda texts: encode_texts(encoder, tokenizer, texts, 32, device))
-        branch, mean, text, _ = encode(encoder, tokenizer, dataset, device, 64)
+        branch, mean, text = encode_pairs(encoder, tokenizer, dataset, device, 64)
         for name, video in (("mean-pooled CLIP", mean), ("branch", branch)):
             metrics = {"twins": 100 * twin_accuracy(video, text).mean().item(),
                        "static": 100 * static_accuracy(video, clips, features),
