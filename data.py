@@ -5,7 +5,8 @@ conversations.
 
 A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W), uint8 RGB. Nothing guesses T from a shape. Time is
 counted in seconds from the moment at which the first frame is shown. How a frame is found in a file, and why
-no file can do harm, is in plumbing/video.py. """
+no file can do harm, is in plumbing/video.py.
+"""
 import array
 import bisect
 import csv

@@ -2,7 +2,8 @@
 
 A video file comes from anywhere, so it is never trusted. It is opened here and handed to the demuxer as a
 stream of bytes without a name; only real video containers are accepted, and what they say about other files
-is not followed. Whatever a file holds, the only exception that it causes is VideoError. """
+is not followed. Whatever a file holds, the only exception that it causes is VideoError.
+"""
 import bisect
 import collections
 import contextlib

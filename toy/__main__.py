@@ -8,7 +8,8 @@
     python -m toy picture   # the same for one clip, to look at          -> docs/twins.png
 
 The rest is the business of the ordinary scripts, and of `python -m toy.ablate`, the paper's studies in this
-world. """
+world.
+"""
 import dataclasses
 import os
 

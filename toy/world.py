@@ -6,7 +6,8 @@ turn. Every clip has a *twin*: the same frames played backwards, with its own ca
 gives both twins the same embedding, so it cannot choose between their captions: 50 % is a provable ceiling.
 Frames are coded one by one with a constant quantiser, so that twins hold the same pictures to the bit.
 Sampling the middle frames of equal stretches of time picks the same pictures forwards and backwards. A
-quarter of the colour-shape-motion combinations never occur in training: the test set has only those. """
+quarter of the colour-shape-motion combinations never occur in training: the test set has only those.
+"""
 import dataclasses
 import itertools
 import json
