@@ -10,14 +10,13 @@ and small integers multiply faster than floats.
               of the weight) has its own: it leaves the sum as a factor. So does each row of activations:
               y[m, n] = x_scale[m] * w_scale[n] * sum_k xq[m, k] * wq[n, k], where the sum is exact.
   outliers    In some rows, as of the input of down_proj, a few channels are a hundred times as large as the
-              rest, which falls between the first steps. Such a row is multiplied twice: what rounding left
-              over is a row, too.
+              rest, which falls between the first steps. What rounding left over of such a row is a row, too.
   groups      With 4 bits a row is too long for one scale: 15 steps from its lowest to its highest number are
               too coarse. 64 neighbours share a scale, and a middle, because these two are seldom opposite.
 
-"int8" rounds weights and activations, "int4" weights only. "bf16" rounds nothing but fp32, and takes the
-faster of torch's ways to multiply. docs/log.md says what else was measured, docs/numbers.md the errors. All
-is for inference: rounding has no gradient. Shapes: M rows (tokens), K inputs, N outputs.
+"int8" rounds weights and activations, "int4" weights only, "bf16" nothing but fp32. docs/log.md says what
+else was measured, docs/numbers.md the errors. All is for inference: rounding has no gradient. Shapes: M rows
+(tokens), K inputs, N outputs.
 """
 import contextlib
 import ctypes
@@ -45,7 +44,7 @@ TINY = 1e-30     # the least scale: a row of zeros is divided by it
 VERSION = 2      # of what `convert` makes; raise it when that changes, and kept weights are made again
 
 
-# ---------------------------------------------------------------------------------------- rounding
+# ------------------------------------------------------------------------------------------------- rounding
 def round_rows(x, levels=127):
     """x (M, K) -> q (M, K) int8 in -levels..levels, scale (M, 1) fp32, with |x - q * scale| <= scale / 2."""
     x = x.float()
@@ -80,7 +79,16 @@ def weight_levels():
     raise UserError("int8: this machine's product of int8 matrices is not exact; choose --quantize none")
 
 
-# ---------------------------------------------------------------------------------------- layers
+def release(t):
+    """Tells Linux that the pages under a tensor are not needed soon. Those mapped from a file leave memory
+    and can be read again. Of 1.6 GB of bf16, 1.3 GB are in memory at most while int8 is made, not 2.6."""
+    if sys.platform == "linux" and t.device.type == "cpu":
+        start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = max(0, (t.data_ptr() + t.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), 21)   # MADV_PAGEOUT
+
+
+# --------------------------------------------------------------------------------------------------- layers
 class FrozenLinear(nn.Module):
     """What a Linear becomes. A scheme is a subclass: `convert` makes its tensors from a weight (N, K),
     `empty` says what they will be, `product` multiplies by them.
@@ -112,24 +120,20 @@ def fast_bf16():
 
 
 class BF16Linear(FrozenLinear):
-    """Weights in bf16 or fp16, as in most files; fp32 becomes bf16. On a CPU, `mv` reads memory faster than
-    `linear` does for one row. Many rows go in fp32, a part of the weight at a time, if the CPU has no
-    arithmetic for bf16: torch's own way would take three times as long."""
+    """Weights in bf16 or fp16, as in most files; fp32 becomes bf16. Where a CPU has no arithmetic for bf16,
+    torch takes two to three times as long for many rows as fp32 does, a part of the weight at a time."""
     @staticmethod
     def convert(weight):
-        return {"weight": weight.detach().bfloat16() if weight.dtype == torch.float32 else weight.detach()}
+        return {"weight": weight.bfloat16() if weight.dtype == torch.float32 else weight}
 
     @staticmethod
     def empty(N, K):
         return {"weight": torch.empty(N, K, dtype=torch.bfloat16, device="meta")}
 
     def product(self, x):
-        w = self.weight
-        if x.device.type == "cpu" and len(x) == 1:
-            return torch.mv(w, x[0].to(w.dtype))[None]
-        if x.device.type == "cpu" and not fast_bf16():
-            return torch.cat([F.linear(x.float(), rows.float()) for rows in w.split(1024)], dim=1)
-        return F.linear(x.to(w.dtype), w)
+        if x.device.type == "cpu" and len(x) > 1 and not fast_bf16():
+            return torch.cat([F.linear(x.float(), rows.float()) for rows in self.weight.split(1024)], dim=1)
+        return F.linear(x.to(self.weight.dtype), self.weight)
 
 
 class Int8Linear(FrozenLinear):
@@ -137,8 +141,8 @@ class Int8Linear(FrozenLinear):
     lies in a file. Off the CPU only the weights are int8, and multiplied as floats."""
     @staticmethod
     def convert(weight):
-        parts = [round_rows(rows, weight_levels()) for rows in weight.detach().split(ROWS)]
-        q, scale = map(torch.cat, zip(*parts))
+        q, scale = map(torch.cat, zip(*(round_rows(rows, weight_levels()) for rows in weight.split(ROWS))))
+        release(weight)
         return {"weight": q, "scale": scale[:, 0]}
 
     @staticmethod
@@ -147,21 +151,16 @@ class Int8Linear(FrozenLinear):
                 "scale": torch.empty(N, device="meta")}
 
     def product(self, x):
-        if x.device.type != "cpu":   # a part of the weight at a time: lm_head in floats would take gigabytes
-            parts = zip(self.weight.split(4096), self.scale.split(4096))
-            return torch.cat([F.linear(x, self.floats(*part).to(x.dtype)) for part in parts], dim=1)
+        if x.device.type != "cpu":   # by parts: lm_head takes gigabytes in fp32, and sums of q overflow fp16
+            parts = zip(self.weight.split(4096), self.scale[:, None].split(4096))
+            return torch.cat([F.linear(x, (q * scale).to(x.dtype)) for q, scale in parts], dim=1)
         x = x.float()
         q, scale = round_rows(x)
         y = self.whole_numbers(q, scale)
         extreme = scale[:, 0] * 127 * x.shape[1] ** 0.5 > EXTREME * torch.linalg.vector_norm(x, dim=1)
-        if extreme.any():
-            rest = x[extreme] - q[extreme] * scale[extreme]   # at most scale / 2: finer steps
-            y[extreme] += self.whole_numbers(*round_rows(rest))
+        if extreme.any():   # what rounding left over is at most scale / 2: finer steps
+            y[extreme] += self.whole_numbers(*round_rows(x[extreme] - q[extreme] * scale[extreme]))
         return y
-
-    def floats(self, q, scale):
-        """q (N, K), scale (N,) -> weights (N, K) fp32; in fp16, sums of whole numbers would overflow."""
-        return q * scale[:, None]
 
     def whole_numbers(self, q, scale):
         """q (M, K) int8, scale (M, 1) -> (M, N) fp32. Sums fit int32 up to K = 133,000."""
@@ -174,9 +173,9 @@ def packing():
     with AVX512; 32, False with AVX2; 32, True without either. Raises UserError for another way."""
     q = (torch.arange(64 * 64).view(64, 64) * 37 // 64 % 16).to(torch.uint8)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 2)
-    for rows, neighbours in itertools.product((64, 32), (False, True)):
-        if torch.equal(unpack(packed, rows, neighbours), q):
-            return rows, neighbours
+    for way in itertools.product((64, 32), (False, True)):
+        if torch.equal(unpack(packed, *way), q):
+            return way
     raise UserError("int4: this machine's kernel packs weights in an unknown way; choose --quantize int8")
 
 
@@ -192,18 +191,14 @@ class Int4Linear(FrozenLinear):
     """Weights in 4 bits, a scale and a middle for each group of 64 along K: 4.5 bits a weight. Torch's kernel
     for packed weights takes time with every row, so for many rows the weight becomes int8: its error is small
     beside that of int4."""
-    def __init__(self, tensors, bias=None):
-        super().__init__(tensors, bias)
-        self.packing = packing()
-
     @staticmethod
     def convert(weight):
-        parts = []
-        for rows in weight.detach().split(ROWS):
+        weights, groups = [], []
+        for rows in weight.split(ROWS):
             q, scale, middle = round_groups(rows)
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 2)   # (rows, K / 2)
-            parts.append((packed, torch.stack((scale.T, middle.T), dim=2)))           # (K / GROUP, rows, 2)
-        weights, groups = zip(*parts)
+            weights.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 2))   # (rows, K / 2)
+            groups.append(torch.stack((scale.T, middle.T), dim=2))   # (K / GROUP, rows, 2)
+        release(weight)
         return {"weight": torch.cat(weights), "groups": torch.cat(groups, dim=1)}
 
     @staticmethod
@@ -225,7 +220,7 @@ class Int4Linear(FrozenLinear):
     def floats(self, packed, groups, unit=1.0):
         """packed (rows, K / 2), groups (K / GROUP, rows, 2), unit (rows, 1) -> weights / unit (rows, K)."""
         scale, middle = (groups.float().permute(2, 1, 0) / unit).contiguous().unsqueeze(-1)
-        q = unpack(packed, *self.packing).unflatten(1, (-1, GROUP)).float()   # (rows, K / GROUP, GROUP)
+        q = unpack(packed, *packing()).unflatten(1, (-1, GROUP)).float()   # (rows, K / GROUP, GROUP)
         return q.mul_(scale).add_(middle - 8 * scale).flatten(1)
 
 
@@ -240,7 +235,7 @@ def scheme_of(name, N, K, scheme):
     return SCHEMES[scheme]
 
 
-# ---------------------------------------------------------------------------------------- models
+# --------------------------------------------------------------------------------------------------- models
 def linears(module, scheme):
     """[(name, nn.Linear, class that takes its place)]; warns where int4 leaves more to int8 than lm_head."""
     found = [(name, m, scheme_of(name, *m.weight.shape, scheme))
@@ -251,17 +246,15 @@ def linears(module, scheme):
     return found
 
 
+@torch.no_grad()
 def quantize(module, scheme):
-    """Puts a layer of `scheme`, a key of SCHEMES, in place of every nn.Linear inside `module` -> module.
-
-    Weights may be mapped from a file; each is released when its successor is there."""
+    """Puts a layer of `scheme`, a key of SCHEMES, in place of every nn.Linear inside `module` -> module."""
     for name, linear, kind in linears(module, scheme):
         module.set_submodule(name, kind(kind.convert(linear.weight), linear.bias))
-        if kind is not BF16Linear:
-            release(linear.weight)
     return module
 
 
+@torch.no_grad()
 def quantized(model, scheme, folder, sources):
     """As quantize, but the work is done once: the layers are kept in `folder`, beside the original weights,
     and mapped from then on. Where they cannot be kept, this warns and quantises in memory. -> model
@@ -281,8 +274,10 @@ def quantized(model, scheme, folder, sources):
                 os.remove(older)
         shapes = {f"{name}.{part}": t for name, linear, kind in found
                   for part, t in kind.empty(*linear.weight.shape).items()}
-        try:
-            store.put(key, shapes, values=converted(found, scheme))
+        layers = tqdm(found, f"quantising to {scheme}, once", delay=2)
+        values = (t for _, linear, kind in layers for t in kind.convert(linear.weight).values())
+        try:   # tensor by tensor: no two layers are in memory
+            store.put(key, shapes, values=values)
             entry = store.get(key)
         except UserError as e:
             warnings.warn(f"{e}; quantising in memory, and again at the next start")
@@ -292,23 +287,6 @@ def quantized(model, scheme, folder, sources):
         mapped = {part: entry[0][f"{name}.{part}"] for part in kind.empty(*linear.weight.shape)}
         model.set_submodule(name, kind(mapped, linear.bias))
     return model
-
-
-def converted(found, scheme):
-    """Tensor by tensor, so that no more than one layer is in memory."""
-    for _, linear, kind in tqdm(found, desc=f"quantising to {scheme}, once", delay=2, file=sys.stderr):
-        yield from kind.convert(linear.weight).values()
-        release(linear.weight)
-
-
-def release(t):
-    """Tells Linux that the pages under a tensor are not needed soon. Those mapped from a file leave memory,
-    and are read again if they are wanted after all; others go to swap space, if there is some."""
-    if sys.platform == "linux" and t.device.type == "cpu":
-        page = mmap.PAGESIZE
-        start, end = -(-t.data_ptr() // page) * page, (t.data_ptr() + t.nbytes) // page * page
-        size = ctypes.c_size_t(max(0, end - start))
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, 21)   # MADV_PAGEOUT, of <sys/mman.h>
 
 
 def nbytes(module, scheme, dtype):
