@@ -3,9 +3,8 @@
     python -m weights list        # bytes, sha256, licence, source, and the memory that a chat's weights take
     python -m weights get clip    # fetches one release to --out; given again, it goes on or finds all there
 
-weights/released.json is the list: OpenAI's CLIP, also as Hugging Face's folder; BT-Adapter's branches and
-projector; Video-ChatGPT's projector; LLaVA, LLaVA-1.5 and Vicuna, as whole weights. Those that are only
-differences to other weights are not read. Sizes and hashes are the ones that the pages show.
+weights/released.json is the list, with sizes and hashes as the pages show them: OpenAI's CLIP, also as Hugging
+Face's folder; BT-Adapter's branches and projector; Video-ChatGPT's projector; whole LLaVAs and Vicuna.
 
 A file gets its name when all of it is there and its hash, where one is known, is right. Until then it is
 NAME.part. A broken download goes on where it broke if its hash is known, else it begins anew.
@@ -17,22 +16,17 @@ import json
 import os
 import shutil
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 
-import torch
 from tqdm import tqdm
 
-from clip import CLIP, CLIPConfig
-from llm import LLaMA, LLaMAConfig
-from plumbing import cli, quant
+from plumbing import cli
 from plumbing.cli import UserError, say
 from plumbing.weightfile import shown
 
-CHUNK = 1 << 20             # bytes
-TRIES, PAUSE = 5, 2.0       # PAUSE: seconds before the second try, twice as many before the third, ...
-TIMEOUT = 30                # seconds without a byte, after which a server is given up
+TRIES, PAUSE = 5, 2.0   # PAUSE: seconds before the second try, twice as many before the third, ...
+TIMEOUT = 30            # seconds without a byte, after which a try has failed
 with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "released.json")) as table:
     RELEASED = json.load(table)
 
@@ -44,16 +38,13 @@ class Config:
     out: str = "weights/released"    # get: the folder of weights that files go to
 
 
-# ---------------------------------------------------------------------------------------- what there is
 def list_released(cfg):
     """Prints every release with its files."""
     for name, release in RELEASED.items():
         print(f"{name}: {release['what']}")
-        for key in ("for", "licence", "page", "note"):
+        for key in ("for", "licence", "page", "memory", "note"):
             if key in release:
                 print(f"    {key:8} {release[key]}")
-        if "chat" in release:
-            print(f"    memory   {memory(release['chat'])}, together with CLIP")
         for file, facts in release["files"].items():
             size = f"{facts['size']:,}" if "size" in facts else f"about {facts['about']:,}"
             digest = facts.get("sha256", "unknown")
@@ -65,16 +56,6 @@ def target(release, file):
     return release["to"] + file if release["to"].endswith("/") else release["to"]
 
 
-def memory(chat):
-    """{"clip": settings, "llama": settings} -> the memory that such a chat's weights take, in words."""
-    with torch.device("meta"):
-        clip, llama = CLIP(CLIPConfig(**chat["clip"])), LLaMA(LLaMAConfig(**chat["llama"]))
-    tower = quant.nbytes(clip.vision_model, None, torch.bfloat16)
-    sizes = {scheme: tower + quant.nbytes(llama, scheme, torch.bfloat16) for scheme in (None, "int8", "int4")}
-    return ", ".join(f"{size / 1e9:.1f} GB in {scheme or 'bf16'}" for scheme, size in sizes.items())
-
-
-# ---------------------------------------------------------------------------------------- fetching
 def get(cfg):
     """Fetches the files of one release. What is there and right is left alone. Raises UserError."""
     if cfg.what not in RELEASED:
@@ -97,17 +78,20 @@ def get(cfg):
 def fetch(address, path, facts):
     """One file, whole and right, at `path`. facts: its size and sha256, where known. Raises UserError."""
     part = path + ".part"
-    cli.make_folder(os.path.dirname(path) or ".")
-    for failures in range(TRIES):
-        time.sleep(PAUSE * failures)
+    cli.make_folder(os.path.dirname(path))
+    for failures in range(1, TRIES + 1):
         try:
             receive(address, part, facts)
             break
-        except Again as e:
-            problem = e
-            say(f"{os.path.basename(path)}: {e}")
-    else:
-        raise UserError(f"{address}: {problem}; given up after {TRIES} tries, but the same command goes on")
+        except (OSError, http.client.HTTPException) as e:   # errors of urllib are OSErrors as well
+            code, problem = getattr(e, "code", 0), shown(e, 300)
+            if code == 416:   # all that the server has is here; its hash will tell
+                break
+            if failures == TRIES or 300 <= code < 500 and code != 429:   # 429: too many requests for now
+                raise UserError(f"{address}: {problem}; give the same command again to go on, or log in with a "
+                                f"browser and put the file at {path}")
+            say(f"{part}: {problem}")
+            time.sleep(PAUSE * failures)
     if problem := wrong(part, facts):
         os.remove(part)
         raise UserError(f"{part}: {problem}; thrown away, try again")
@@ -115,22 +99,15 @@ def fetch(address, path, facts):
 
 
 def wrong(path, facts):
-    """What a file has that the released one has not, in words; None where nothing is known to be wrong."""
-    if not os.path.isfile(path):
-        return "not a file"
-    size, expected = os.path.getsize(path), facts.get("sha256")
-    if facts.get("size", size) != size:
-        return f"{size:,} bytes, but the released file has {facts['size']:,}"
+    """What a file has that the released one has not, in words; "" where nothing is known to be wrong."""
     try:
         with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest() if expected else None
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}")
-    return None if digest == expected else f"its sha256 is {digest}, but that of the release is {expected}"
-
-
-class Again(Exception):
-    """A try failed in a way that another may not."""
+        raise UserError(f"{path}: {e.strerror}; move it away")
+    found = {"size": os.path.getsize(path), "sha256": digest}
+    return "; ".join(f"its {key} is {found[key]}, but that of the release is {facts[key]}"
+                     for key in found.keys() & facts.keys() if facts[key] != found[key])
 
 
 class OnlyHTTPS(urllib.request.BaseHandler):
@@ -144,66 +121,28 @@ HANDLERS = [   # nothing here opens http:, ftp: or file:, also where a server se
 
 
 def receive(address, part, facts):
-    """One try to get what is missing of a part. Raises Again or UserError."""
-    start = os.path.getsize(part) if os.path.exists(part) and "sha256" in facts else 0
-    with ask(address, start, part) as response:
-        if response.status == 416:   # all that the server has is here; its hash will tell
-            return
-        start = start if response.status == 206 else 0
-        size = None if response.length is None else start + response.length
-        if size is not None and facts.get("size", size) != size:
-            raise UserError(f"{address}: {size:,} bytes, but {facts['size']:,} were released; it has changed")
-        folder, done = os.path.dirname(part) or ".", start
-        if (size or 0) - start > shutil.disk_usage(folder).free:
-            raise UserError(f"{part}: {size - start:,} bytes are to come, for which this disk has no room")
-        try:
-            bar = tqdm(desc=os.path.basename(part), total=size, initial=start, unit="B", unit_scale=True,
-                       leave=False, disable=None)   # None: off in a pipe
-            with bar, open(part, "ab" if start else "wb") as f:
-                for chunk in chunks(response):
-                    f.write(chunk)
-                    bar.update(len(chunk))
-                    done += len(chunk)
-                f.flush()
-                os.fsync(f.fileno())
-        except OSError as e:
-            raise UserError(f"{part}: cannot write: {e.strerror}")
-        if size is not None and done < size:
-            raise Again(f"the server stopped at {done:,} of {size:,} bytes")
-
-
-def ask(address, start, part):
-    """A server's answer, from byte `start` on if it can. Raises Again if a try may help, else UserError."""
+    """One try to get what is missing of a part. Raises OSError or HTTPException where another may do better."""
     opener = urllib.request.OpenerDirector()
     for handler in HANDLERS:
         opener.add_handler(handler())
-    request = urllib.request.Request(address, headers={"User-Agent": "nanoBT", "Accept-Encoding": "identity"})
-    if start:
-        request.add_header("Range", f"bytes={start}-")
-    try:
-        return opener.open(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as e:
-        says = f"the server says {e.code} {shown(e.reason)}"
-        if e.code == 416:
-            return e
-        if e.code in (408, 425, 429) or e.code >= 500:
-            raise Again(says)
-        login = f"; log in with a browser, and put the file at {part.removesuffix('.part')}"
-        raise UserError(f"{address}: {says}{login if e.code in (401, 403) else ''}")
-    except (OSError, http.client.HTTPException) as e:
-        raise Again(f"cannot reach the server ({getattr(e, 'reason', e) or type(e).__name__})")
-
-
-def chunks(response):
-    """What comes, as it comes. Raises Again where nothing comes any more."""
-    while True:
-        try:
-            chunk = response.read1(CHUNK)
-        except (OSError, http.client.HTTPException) as e:
-            raise Again(f"the connection broke ({e or type(e).__name__})")
-        if not chunk:
-            return
-        yield chunk
+    start = os.path.getsize(part) if os.path.exists(part) and "sha256" in facts else 0
+    request = urllib.request.Request(address, headers={
+        "User-Agent": "nanoBT", "Accept-Encoding": "identity", "Range": f"bytes={start}-"})
+    with opener.open(request, timeout=TIMEOUT) as response:
+        start = start if response.status == 206 else 0   # 200: from the beginning, whatever was asked for
+        size = None if response.length is None else start + response.length   # None: it comes in chunks
+        if (response.length or 0) > shutil.disk_usage(os.path.dirname(part)).free:
+            raise UserError(f"{part}: {response.length:,} bytes are to come, for which this disk has no room")
+        with open(part, "ab" if start else "wb") as f, tqdm(
+                desc=os.path.basename(part), total=size, initial=start, unit="B", unit_scale=True, leave=False,
+                disable=None) as bar:   # None: off in a pipe
+            while chunk := response.read1(1 << 20):
+                f.write(chunk)
+                bar.update(len(chunk))
+            f.flush()
+            os.fsync(f.fileno())
+            if size is not None and f.tell() < size:
+                raise ConnectionError(f"the server stopped at {f.tell():,} of {size:,} bytes")
 
 
 STAGES = {"list": list_released, "get": get}
