@@ -6,8 +6,8 @@ The first bytes of a file decide what it is:
 A pickle is a little program. Here it can build plain containers and descriptions of tensors; whatever else it
 asks for is refused. Tensors are views into a private memory map: a file costs memory only where it is used.
 
-A file may be hostile. What it claims is checked against what it has before memory is taken for it. Names that
-it brings are shown without control characters. Only regular files are opened: a pipe would wait for ever.
+A file may be hostile. What it claims is checked against what it has before memory is taken for it. Names from
+it are shown without control characters. Only regular files are opened: a pipe would wait for ever.
 """
 import io
 import json
@@ -33,7 +33,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 MAX_HEADER = 4 << 20
 MAX_NAMES = 100_000
 DAMAGE = (   # what reading a file raises that is not what it claims
-    ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError, EOFError, struct.error,
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError, struct.error,
     zipfile.BadZipFile, pickle.UnpicklingError)
 
 
@@ -45,26 +45,22 @@ def read_tensors(path):
     path = os.fspath(path)
     if not os.path.isdir(path):
         return read_file(path)
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if os.path.exists(index := os.path.join(path, single + ".index.json")):
-            return read_shards(path, index)
-        if os.path.exists(file := os.path.join(path, single)):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if os.path.exists(file := os.path.join(path, name)):
             return read_file(file)
+        if os.path.exists(index := file + ".index.json"):
+            return read_shards(path, index)
     raise UserError(f"{path}: no model.safetensors or pytorch_model.bin (nor an index of shards) in it")
 
 
 def read_shards(folder, index):
     """The files that an index names, all in its own folder -> {name: tensor}. Raises UserError."""
-    shards, tensors = read_json(index).get("weight_map"), {}
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise UserError(f"{index}: its weight_map does not map names to files")
-    for shard in sorted(set(shards.values())):
-        if re.search(r"[/\\\0]", shard) or shard in ("", ".", ".."):
-            raise UserError(f"{index}: names the shard {shown(shard)!r} outside its own folder; refused")
-        part = read_file(os.path.join(folder, shard))
-        if twice := tensors.keys() & part.keys():
-            raise UserError(f"{index}: {shown(min(twice))} is in {shard} and in another shard; which counts?")
-        tensors |= part
+    weight_map, tensors = read_json(index).get("weight_map"), {}
+    shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard) for shard in shards):
+        raise UserError(f"{index}: its weight_map names no files, or some outside its own folder; refused")
+    for shard in sorted(set(shards)):
+        tensors |= read_file(os.path.join(folder, shard))
     return tensors
 
 
@@ -75,18 +71,8 @@ def read_file(path):
         return read_zip_pickle(path, buffer)
     if buffer[8:9] == b"{":
         return read_safetensors(path, buffer)
-    for start, kind in OTHER_FILES.items():
-        if buffer[:len(start)] == start:
-            raise UserError(f"{path}: {kind}")
-
-
-OTHER_FILES = {   # what else is found under the names of weight files, by its first bytes
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9": "a torch.save file as before torch 1.6; save it anew with a newer one",
-    b"\x80": "a bare pickle, not a torch.save file; refused",
-    b"GGUF": "a file of llama.cpp (GGUF); take the safetensors or .bin release",
-    b"version https://git-lfs": "a pointer of Git LFS; fetch the weights with `git lfs pull`",
-    b"<": "a web page; was the download refused?",
-    b"": "neither safetensors nor a torch.save file (is the download complete?)"}
+    raise UserError(f"{path}: neither safetensors nor a torch.save file of torch 1.6 or later; fetch it whole, "
+                    f"Git LFS needs `git lfs pull`. It begins with {bytes(buffer[:30])!r}")
 
 
 def shown(text, longest=100):
@@ -120,21 +106,15 @@ class Map(mmap.mmap):
 def map_file(path):
     """The bytes of a file as a private, writable memory map. Raises UserError, also for a pipe."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)   # NONBLOCK: do not wait for a pipe
-    except (OSError, ValueError) as e:   # ValueError: a NUL in the name
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)   # NONBLOCK: do not wait for a pipe
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise ValueError("not a regular file, which is needed here")
+            return Map(file, 0, access=mmap.ACCESS_COPY)
+        finally:
+            os.close(file)
+    except (OSError, ValueError) as e:   # ValueError also: an empty file, a NUL in the name
         raise UserError(f"{shown(path, 1000)}: {getattr(e, 'strerror', e)}")
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise UserError(f"{path}: {kind}; a file is needed here")
-        if status.st_size == 0:
-            raise UserError(f"{path}: the file is empty")
-        return Map(file, 0, access=mmap.ACCESS_COPY)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}")
-    finally:
-        os.close(file)
 
 
 # ---------------------------------------------------------------------------------------- safetensors
@@ -150,9 +130,6 @@ def read_safetensors(path, buffer):
         header = json.loads(buffer[8:data], object_pairs_hook=list)   # a dict would lose a name's double
         entries = [(name, dict(entry)) for name, entry in header if name != "__metadata__"]
         for name, entry in sorted(entries, key=lambda entry: entry[1]["data_offsets"]):
-            if entry["dtype"] not in DTYPES:
-                raise UserError(f"{path}: holds numbers of type {shown(entry['dtype'])}, which this program "
-                                "does not read; take the release in fp16 or bf16")
             dtype, shape = DTYPES[entry["dtype"]], sizes(entry["shape"])
             begin, stop = sizes(entry["data_offsets"])
             if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
@@ -160,8 +137,10 @@ def read_safetensors(path, buffer):
             found.append((name, dtype, data + begin, shape))
             end = stop
     except DAMAGE as e:
-        raise UserError(f"{path}: damaged safetensors header ({type(e).__name__}: {shown(e)})")
-    check_length(path, buffer, data + end)
+        raise UserError(f"{path}: damaged header, or one that is not read ({type(e).__name__}: {shown(e)})")
+    if len(buffer) != data + end:
+        raise UserError(f"{path}: cut or damaged: {len(buffer):,} bytes where {data + end:,} are expected; "
+                        "download it again")
     return {name: view(buffer, dtype, at, math.prod(shape)).view(shape) for name, dtype, at, shape in found}
 
 
@@ -171,15 +150,6 @@ def sizes(numbers):
             not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
         raise ValueError("whole numbers of a sensible size are needed")
     return numbers
-
-
-def check_length(path, buffer, expected, about=""):
-    """Raises UserError where a file is shorter than it must have been once, or longer."""
-    if len(buffer) < expected:
-        raise UserError(f"{path}: cut: {len(buffer):,} bytes where {about}{expected:,} are expected; "
-                        "download it again")
-    if len(buffer) > expected and not about:
-        raise UserError(f"{path}: {len(buffer):,} bytes where {expected:,} are expected; the file is damaged")
 
 
 def view(buffer, dtype, at, count):
@@ -299,8 +269,8 @@ def read_zip_pickle(path, buffer):
     tensors = {}
     try:
         if buffer.rfind(b"PK\x05\x06", max(0, len(buffer) - 22 - 0xFFFF)) < 0:   # where the directory ends
-            check_length(path, buffer, expected_length(buffer), "about ")
-            raise UserError(f"{path}: cut, or no torch.save file: its directory is missing; get it again")
+            raise UserError(f"{path}: cut: {len(buffer):,} bytes where about {expected_length(buffer):,} are "
+                            "expected; download it again")
         entries = zip_entries(buffer)
         start, size = entries["data.pkl"]
         if not 0 < size <= MAX_HEADER:
@@ -338,13 +308,13 @@ def zip_entries(buffer):
 
 
 def expected_length(buffer):
-    """About how many bytes a torch.save file had before it lost its end; 0 if its start does not tell.
+    """About how many bytes a torch.save file had before it lost its end. Raises one of DAMAGE if unknown.
 
     The pickle comes first and names every storage. Around these and six small files stand their names."""
     name_length, padding = struct.unpack_from("<26xHH", buffer)
     start, folder = 30 + name_length + padding, name_length - len("/data.pkl")
     if not buffer[30:30 + name_length].endswith(b"/data.pkl"):
-        return 0
+        raise ValueError("it is cut, or no torch.save file: it has no directory")
     unpickler = DataPickle(buffer[start:start + MAX_HEADER])
     unpickler.load()
     storages = unpickler.storages.values()
@@ -375,56 +345,45 @@ def make_tensor(described, buffer, entries):
 # ---------------------------------------------------------------------------------------- into a module
 SHOWN_ROWS = 10
 LIKELY = {   # what a name that is left over says about the file that it comes from
-    r"lora_[AB]": "like an adapter (LoRA), not a whole model: merge it into its model first",
+    r"lora_[AB]": "an adapter (LoRA), not a whole model: merge it into its model first",
     r"\.(qweight|qzeros|absmax|g_idx)$": "quantised by another program: take the release in fp16 or bf16",
     r"^(model\.)?language_model\.|^multi_modal_projector":
-        "like a LLaVA rewritten for transformers: take the original release",
-    r"^model\.layers\.\d+\.(self_attn\.([qkv]_proj\.bias|[qk]_norm)|\w+_feedforward_layernorm)":
-        "like a model such as Qwen or Gemma, whose layers have parts that a LLaMA's do not",
-    r"\.experts\.|block_sparse_moe": "like a mixture of experts, not a LLaMA",
-    r"^(tok_embeddings|layers\.\d+\.attention)\.":
-        "like a LLaMA in Meta's layout: it needs its params.json beside it",
-    r"^model\.embed_tokens|^model\.layers\.\d": "like a LLaMA",
-    r"^(vision_model|text_model)\.|^visual\.": "like a CLIP",
-    r"[bB][tT][aA]dapter|timesFPN": "like a BT-Adapter branch",
-    r"mm_projector": "like a projector of LLaVA"}
+        "a LLaVA rewritten for transformers: take the original release",
+    r"^model\.layers\.\d+\.(self_attn\.([qkv]_proj\.bias|[qk]_norm)|\w+_feedforward_layernorm)|\.experts\.":
+        "a model such as Qwen, Gemma or Mixtral, whose layers have parts that a LLaMA's do not",
+    r"^model\.embed_tokens|^model\.layers\.\d|^tok_embeddings": "a LLaMA",
+    r"^(vision_model|text_model)\.|^visual\.": "a CLIP",
+    r"[bB][tT][aA]dapter|timesFPN": "a BT-Adapter branch", r"mm_projector": "a projector of LLaVA"}
 
 
 def likely_reason(missing, unexpected, misfits):
     """In words, why the names and shapes of a file are not those of the model."""
     for pattern, reason in LIKELY.items():
         if any(re.search(pattern, name) for name in unexpected):
-            return f"it looks {reason}"
+            return f"it looks like {reason}"
     if misfits:
         return "is it a model of another size, or its config.json that of another model?"
-    if missing and not unexpected:
-        return "is it only a part of a model, or one that was saved without its rest?"
-    return "it looks like a model of another kind"
+    return "it looks like a model of another kind" if unexpected else "is it only a part of a model?"
 
 
-def load_into(module, tensors, source, reason=None):
+def load_into(module, tensors, source):
     """Gives `module` exactly the `tensors` of file `source`: same names, same shapes, nothing left over.
 
     Tensors are adopted, not copied: they keep the dtype and the memory map of the file. Raises UserError with
-    the likely reason in its first line (or `reason`: a caller may know better) and a table of the misfits."""
+    the likely reason in its first line and a table of the misfits."""
     wanted = module.state_dict()
     missing, unexpected = [k for k in wanted if k not in tensors], [k for k in tensors if k not in wanted]
     misfits = [k for k in wanted if k in tensors and (tensors[k].shape, tensors[k].is_floating_point()) !=
                (wanted[k].shape, wanted[k].is_floating_point())]
     kinds = {"missing": missing, "unexpected": unexpected, "of another size or dtype": misfits}
-    if any(kinds.values()):
+    rows = [(kind, shown(k), *(f"{tuple(d[k].shape)} {str(d[k].dtype)[6:]}" if k in d else "-"
+                               for d in (tensors, wanted))) for kind, names in kinds.items() for k in names]
+    if rows:
         counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items() if names)
-        rows = [(kind, shown(k), *(facts(d[k]) if k in d else "-" for d in (tensors, wanted)))
-                for kind, names in kinds.items() for k in names]
         table = [("", "name", "in the file", "in the model"), *rows[:SHOWN_ROWS]]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        lines = [f"{source}: does not fit this model: {counts}; {reason or likely_reason(*kinds.values())}"]
-        lines += ["  ".join(["", *map(str.ljust, row, widths)]).rstrip() for row in table]
-        hidden = len(rows) - SHOWN_ROWS
-        raise UserError("\n".join(lines + [f"  ... and {hidden:,} more"] * (hidden > 0)))
+        lines = [f"{source}: does not fit this model: {counts}; {likely_reason(*kinds.values())}",
+                 *("  {:24}  {:56}  {:20}  {}".format(*row) for row in table)]
+        lines += [f"  ... and {len(rows) - SHOWN_ROWS:,} more"] * (len(rows) > SHOWN_ROWS)
+        raise UserError("\n".join(lines))
     module.load_state_dict({**wanted, **tensors}, assign=True)
     return module
-
-
-def facts(tensor):
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -364,7 +364,7 @@ def test_what_a_killed_process_left_half_written_goes(folder):
     assert kept(folder).suffix == ".safetensors"
 
 
-@pytest.mark.parametrize("damage, what", [(lambda b: b[:-1], "cut"), (lambda b: b"", "the file is empty"),
+@pytest.mark.parametrize("damage, what", [(lambda b: b[:-1], "cut"), (lambda b: b"", "empty file"),
                                           (lambda b: b"hello, world", "neither safetensors nor")])
 def test_a_damaged_file_is_made_again_with_a_warning(folder, damage, what):
     expected, path = load(folder)(torch.arange(10)[None]), kept(folder)
