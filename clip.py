@@ -196,12 +196,11 @@ class CLIP(nn.Module):
             for name, parameter in tower.encoder.named_parameters():
                 if name.endswith(".bias"):
                     nn.init.zeros_(parameter)
-                elif name.endswith(("out_proj.weight", "fc2.weight")):   # 2 * depth branches add up
-                    nn.init.normal_(parameter, std=width ** -0.5 * (2 * depth) ** -0.5)
-                elif name.endswith("_proj.weight"):
-                    nn.init.normal_(parameter, std=width ** -0.5)
-                elif name.endswith("fc1.weight"):
-                    nn.init.normal_(parameter, std=(2 * width) ** -0.5)
+                elif "layer_norm" not in name:
+                    std = (2 * width if "fc1" in name else width) ** -0.5
+                    if "out_proj" in name or "fc2" in name:   # 2 * depth of them add up
+                        std *= (2 * depth) ** -0.5
+                    nn.init.normal_(parameter, std=std)
 
     def image_only(self):
         """Lets go of the text tower, which chat has no use for: in fp32 it would take 0.5 GB. -> itself"""
@@ -211,16 +210,14 @@ class CLIP(nn.Module):
     def image_states(self, pixels):
         """pixels: (B, 3, H, W) uint8, of the size in config. Yields vision_layers + 1 states (B, 1 + N, D).
 
-        CLS stands first. State 0 enters the first layer, state i leaves the i-th. A generator: a caller keeps
-        the states that it needs and may stop early."""
+        CLS stands first. State 0 enters the first layer, state i leaves the i-th. A caller may stop early."""
         shape, size = tuple(pixels.shape), self.config.image_size
         assert pixels.ndim == 4 and shape[1:] == (3, size, size) and pixels.dtype == torch.uint8, \
             f"{pixels.dtype} pixels of shape {shape}, but this CLIP sees uint8 (B, 3, {size}, {size})"
         yield from self.vision_model.states(normalise(pixels))
 
     def text_states(self, ids):
-        """ids: (B, S) int64, S up to context_length. Yields text_layers + 1 states (B, S, D), none of them
-        through final_layer_norm yet."""
+        """ids: (B, S) int64. Yields text_layers + 1 states (B, S, D), none through final_layer_norm yet."""
         assert ids.ndim == 2 and ids.shape[1] <= self.config.context_length, \
             f"ids of shape {tuple(ids.shape)}, but this CLIP reads (B, up to {self.config.context_length})"
         yield from self.text_model.encoder.states(self.text_model.embeddings(ids), causal=True)
@@ -264,11 +261,10 @@ class Tokenizer:
     """Byte pair encoding within words (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909), as in CLIP.
 
     Ids: 256 bytes; 256 bytes that end a word, `</w>`; one id per merge; start token, end token. Text is
-    lower-cased, HTML entities are resolved, white space is collapsed. CLIP's own code also repairs mojibake
-    with ftfy. This one does not: curly quotes, ligatures and full-width letters stay what they are. No text
-    becomes a start or end token."""
-    def __init__(self, merges, source="merges"):
-        """merges: pairs of symbols, best first, each of a byte or an earlier merge. Raises UserError."""
+    lower-cased, HTML entities are resolved, white space is collapsed. Unlike CLIP's own code, nothing repairs
+    mojibake: curly quotes, ligatures and full-width letters stay. No text becomes a start or end token."""
+    def __init__(self, merges):
+        """merges: pairs of symbols, best first, each of a byte or an earlier merge. Raises ValueError."""
         letters = byte_symbols()
         self.symbols = [*letters.values(), *(letter + "</w>" for letter in letters.values())]
         self.byte_ids = {byte: i for i, byte in enumerate(letters)}
@@ -276,8 +272,7 @@ class Tokenizer:
         self.merges = {}   # (left id, right id): id of the two
         for left, right in merges:
             if left not in ids or right not in ids or left + right in ids:
-                raise UserError(f"{source}: merge {len(self.merges) + 1}, {left!r} {right!r}, does not "
-                                "follow from those before it; is this CLIP's vocabulary?")
+                raise ValueError(f"merge {len(self.merges) + 1} does not follow from those before it")
             self.merges[ids[left], ids[right]] = ids[left + right] = len(self.symbols)
             self.symbols.append(left + right)
         self.symbols += [SOT, EOT]
@@ -292,14 +287,10 @@ class Tokenizer:
         try:
             if text[:2] == b"\x1f\x8b":
                 text = gzip.GzipFile(fileobj=io.BytesIO(text)).read(MAX_VOCABULARY)   # it may claim gigabytes
-            lines = text.decode("utf-8").split("\n")
+            lines = text.decode("utf-8").split("\n")[1:1 + MAX_MERGES]   # behind `#version: 0.2`
+            return cls([line.split() for line in lines if line.strip()])
         except (OSError, EOFError, ValueError, zlib.error) as e:
-            raise UserError(f"{path}: cannot read CLIP's vocabulary ({weightfile.shown(e)})")
-        merges = [line.split() for line in lines[1:1 + MAX_MERGES] if line.strip()]
-        if "#version" not in lines[0] or any(len(merge) != 2 for merge in merges):
-            raise UserError(f"{path}: is this CLIP's vocabulary? That has a line '#version: 0.2', then two "
-                            "symbols a line")
-        return cls(merges, path)
+            raise UserError(f"{path}: is this CLIP's vocabulary? ({weightfile.shown(e)})")
 
     def encode(self, text):
         """A text -> its ids, without start and end token."""
@@ -327,8 +318,8 @@ class Tokenizer:
     def __call__(self, texts, context_length=77):
         """A text or a list of them -> (B, context_length) int64: start token, text, end token, zeros.
 
-        A text that is too long is cut, and keeps its end token: without it, encode_text would read the start
-        token, whose state is the same for every text."""
+        A text that is too long keeps its end token. Without it, encode_text would read the start token, whose
+        state is the same for every text."""
         texts = [texts] if isinstance(texts, str) else texts
         rows = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(rows, texts):
@@ -352,47 +343,48 @@ def load_clip(path):
 
 
 def read_clip(path):
-    """The same -> (CLIPConfig, {Hugging Face name: tensor}). The tensors map the file. Raises UserError.
-
-    Its sizes are those of the tensors; only how many heads they hold is not to be seen in them."""
-    if os.path.isdir(path):
-        heads = hf_heads(os.path.join(path, "config.json"))
-        tensors = {name: t for name, t in weightfile.read_tensors(path).items() if name not in HF_BUFFERS}
-    else:
-        heads, tensors = None, weightfile.read_file(path)
+    """The same -> (CLIPConfig, {Hugging Face name: tensor}). The tensors map the file. Raises UserError."""
+    folder = os.path.isdir(path)
+    stated = weightfile.read_json(os.path.join(path, "config.json")) if folder else {}
+    tensors = weightfile.read_tensors(path)
     try:
-        tensors = tensors if heads else from_openai(tensors)
-        config = sizes(tensors, heads)
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as e:
-        reason = weightfile.likely_reason((), tensors, ())
-        raise UserError(f"{path}: not a CLIP of OpenAI or Hugging Face with a vision transformer ({e}; "
-                        f"{reason}); give OpenAI's ViT-L-14.pt, or the folder of Hugging Face")
-    return config, tensors
+        if not folder:
+            tensors = from_openai(tensors)
+        tensors = {name: t for name, t in tensors.items() if not name.endswith(".embeddings.position_ids")}
+        return config_of(tensors, stated), tensors
+    except weightfile.DAMAGE as e:
+        reason = f"{type(e).__name__}: {weightfile.shown(e)}; {weightfile.likely_reason((), tensors, ())}"
+        raise UserError(f"{path}: not a CLIP that is read here ({reason}); needed is OpenAI's ViT-L-14.pt, or "
+                        "the folder of Hugging Face")
 
 
-def sizes(tensors, heads):
-    """{Hugging Face name: tensor}, heads of both towers or None -> CLIPConfig. Raises ValueError and such."""
+def config_of(tensors, stated):
+    """{Hugging Face name: tensor}, and what config.json states -> CLIPConfig. Raises one of DAMAGE.
+
+    Only the heads are not to be seen in the tensors. OpenAI's are 64 wide; config.json names what differs
+    from ViT-B/32, with its 12 and 8 heads. Files of 2022 have each section twice, and `_dict` counts."""
     def rows(name):
         return len(tensors[f"{name}.weight"])
-
-    def layers(tower):
-        return len({name.split(".")[3] for name in tensors if name.startswith(f"{tower}.encoder.layers.")})
-    vision_width, _, patch_size, _ = tensors["vision_model.embeddings.patch_embedding.weight"].shape
-    vocab_size, text_width = tensors["text_model.embeddings.token_embedding.weight"].shape
-    vision_heads, text_heads = heads or (vision_width // 64, text_width // 64)   # as in all of OpenAI's
-    config = CLIPConfig(
-        image_size=patch_size * math.isqrt(rows("vision_model.embeddings.position_embedding") - 1),
-        patch_size=patch_size, vision_width=vision_width, vision_layers=layers("vision_model"),
-        vision_heads=vision_heads, vision_mlp=rows("vision_model.encoder.layers.0.mlp.fc1"),
-        text_width=text_width, text_layers=layers("text_model"), text_heads=text_heads,
-        text_mlp=rows("text_model.encoder.layers.0.mlp.fc1"), vocab_size=vocab_size,
-        context_length=rows("text_model.embeddings.position_embedding"),
-        projection_dim=rows("text_projection"))
-    if not all(1 <= size < 1 << 20 for size in vars(config).values()):
-        raise ValueError("sizes that make no model")
-    if vision_width % vision_heads or text_width % text_heads:
-        raise ValueError(f"{heads} heads do not divide widths of {vision_width} and {text_width}")
-    return config
+    patch_size = tensors["vision_model.embeddings.patch_embedding.weight"].shape[2]
+    patches = rows("vision_model.embeddings.position_embedding") - 1
+    sizes = {"image_size": patch_size * math.isqrt(patches), "patch_size": patch_size,
+             "vocab_size": rows("text_model.embeddings.token_embedding"),
+             "context_length": rows("text_model.embeddings.position_embedding"),
+             "projection_dim": rows("text_projection")}
+    for tower, heads in (("vision", 12), ("text", 8)):
+        layers = f"{tower}_model.encoder.layers."
+        width = rows(layers + "0.layer_norm1")
+        section = {"hidden_act": "quick_gelu", "num_attention_heads": heads if stated else width // 64,
+                   **(stated.get(f"{tower}_config") or {}), **(stated.get(f"{tower}_config_dict") or {})}
+        heads = int(section["num_attention_heads"])
+        names = {name.split(".")[3] for name in tensors if name.startswith(layers)}
+        sizes |= {f"{tower}_width": width, f"{tower}_layers": len(names), f"{tower}_heads": heads,
+                  f"{tower}_mlp": rows(layers + "0.mlp.fc1")}
+        if not all(1 <= size < 1 << 20 for size in sizes.values()) or width % heads:
+            raise ValueError(f"no model has {heads} heads in a width of {width}, or such sizes")
+        if section["hidden_act"] != "quick_gelu":
+            raise ValueError(f"its hidden_act is {section['hidden_act']!r}, not 'quick_gelu'")
+    return CLIPConfig(**sizes)
 
 
 def build_clip(config, tensors, source):
@@ -406,55 +398,25 @@ def build_clip(config, tensors, source):
 
 def save_clip(folder, clip, tokenizer, dtype=torch.float16):
     """Writes a Hugging Face CLIP folder: config.json, model.safetensors, merges.txt, vocab.json."""
-    c = clip.config
-    vision = {"model_type": "clip_vision_model", **HF_FIXED, "image_size": c.image_size,
-              "patch_size": c.patch_size, "hidden_size": c.vision_width, "num_hidden_layers": c.vision_layers,
-              "num_attention_heads": c.vision_heads, "intermediate_size": c.vision_mlp,
-              "projection_dim": c.projection_dim}
-    text = {"model_type": "clip_text_model", **HF_FIXED, "vocab_size": c.vocab_size,
-            "max_position_embeddings": c.context_length, "hidden_size": c.text_width,
-            "num_hidden_layers": c.text_layers, "num_attention_heads": c.text_heads,
-            "intermediate_size": c.text_mlp, "projection_dim": c.projection_dim,
-            "bos_token_id": tokenizer.sot, "eos_token_id": tokenizer.eot}
-    config = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": c.projection_dim,
+    c = vars(clip.config)
+    vision, text = ({"model_type": f"clip_{tower}_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+                     "projection_dim": c["projection_dim"], "hidden_size": c[f"{tower}_width"],
+                     "num_hidden_layers": c[f"{tower}_layers"], "num_attention_heads": c[f"{tower}_heads"],
+                     "intermediate_size": c[f"{tower}_mlp"]} for tower in ("vision", "text"))
+    vision |= {"image_size": c["image_size"], "patch_size": c["patch_size"]}
+    text |= {"vocab_size": c["vocab_size"], "max_position_embeddings": c["context_length"],
+             "bos_token_id": tokenizer.sot, "eos_token_id": tokenizer.eot}
+    config = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": c["projection_dim"],
               "torch_dtype": str(dtype).removeprefix("torch."), "vision_config": vision, "text_config": text}
     merges = [f"{tokenizer.symbols[a]} {tokenizer.symbols[b]}" for a, b in tokenizer.merges]
-    vocabulary = {symbol: i for i, symbol in enumerate(tokenizer.symbols)}
     texts = {"config.json": json.dumps(config, indent=2) + "\n",
              "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
-             "vocab.json": json.dumps(vocabulary, ensure_ascii=False)}
+             "vocab.json": json.dumps({x: i for i, x in enumerate(tokenizer.symbols)}, ensure_ascii=False)}
     make_folder(folder)
     for name, content in texts.items():
         write_atomic(os.path.join(folder, name), lambda f: f.write(content.encode("utf-8")))
     tensors = {name: tensor.to(dtype) for name, tensor in clip.state_dict().items()}
     weightfile.write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
-
-
-HF_FIXED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}   # also where config.json leaves it out
-HF_BUFFERS = [f"{tower}_model.embeddings.position_ids" for tower in ("vision", "text")]   # in older files
-
-
-def hf_heads(path):
-    """config.json of a Hugging Face CLIP -> heads of the image tower, of the text tower. Raises UserError.
-
-    It names only what differs from ViT-B/32. Files of 2022 have each section twice, and `_dict` counts."""
-    config, heads = weightfile.read_json(path), []
-    if config.get("model_type") != "clip":
-        kind = weightfile.shown(repr(config.get("model_type")))
-        raise UserError(f"{path}: model_type is {kind}, not 'clip'; give the folder of a whole CLIP")
-    for name, default in (("vision_config", 12), ("text_config", 8)):
-        try:
-            section = {**HF_FIXED, **(config.get(name) or {}), **(config.get(name + "_dict") or {})}
-            heads.append(int(section.get("num_attention_heads", default)))
-        except (TypeError, ValueError) as e:
-            raise UserError(f"{path}: {name} is damaged ({weightfile.shown(e)})")
-        for key, value in HF_FIXED.items():
-            if section[key] != value:
-                found = weightfile.shown(repr(section[key]))
-                raise UserError(f"{path}: {name} asks for {key} {found}; only {value!r} is supported")
-    return heads
-
-
 OPENAI = {   # parts of OpenAI's names -> Hugging Face's, replaced in this order
     "visual.transformer.resblocks": "vision_model.encoder.layers",
     "transformer.resblocks": "text_model.encoder.layers",
@@ -463,14 +425,11 @@ OPENAI = {   # parts of OpenAI's names -> Hugging Face's, replaced in this order
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1": "vision_model.embeddings.patch_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre": "vision_model.pre_layrnorm",
-    "visual.ln_post": "vision_model.post_layernorm",
-    "visual.proj": "visual_projection.weight",         # transposed
+    "visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm",
     "token_embedding": "text_model.embeddings.token_embedding",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "ln_final": "text_model.final_layer_norm",
-    "text_projection": "text_projection.weight",       # transposed
-}
+    "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}   # transposed
 OPENAI_SCALARS = "input_resolution", "context_length", "vocab_size"   # which the tensors' shapes say as well
 
 

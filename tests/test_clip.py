@@ -243,9 +243,9 @@ def test_fewer_merges_give_a_smaller_vocabulary_with_the_same_first_ids(tokenize
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "empty"), (b"a b\n", "'#version: 0.2'"), (b"#version: 0.2\na b c\n", "two symbols"),
+    (b"", "empty"), (b"#version: 0.2\na b c\n", "too many"),
     (b"#version: 0.2\nab c\n", "merge 1"), (b"#version: 0.2\na b\na b\n", "merge 2"),
-    (b"\xff\xfe", "cannot read"), (b"\x1f\x8b\x08\x00", "cannot read")])
+    (b"\xff\xfe", "CLIP's vocabulary"), (b"\x1f\x8b\x08\x00", "CLIP's vocabulary")])
 def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, content, message):
     (tmp_path / "merges.txt").write_bytes(content)
     with pytest.raises(UserError, match=message) as e:
@@ -400,11 +400,10 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "llama"}, "'llama'"), ({"vision_config": [1]}, "vision_config is damaged"),
-    ({"text_config": {"hidden_act": "gelu"}}, "hidden_act 'gelu'"),
-    ({"text_config": {"num_attention_heads": "x"}}, "text_config is damaged"),
-    ({"vision_config": {"num_attention_heads": 7}}, r"\[7, \d\] heads do not divide"),
-    ({"vision_config": {"num_attention_heads": -1}}, "sizes that make no model")])
+    ({"vision_config": [1]}, "not a CLIP"), ({"text_config": {"hidden_act": "gelu"}}, "hidden_act is 'gelu'"),
+    ({"text_config": {"num_attention_heads": "x"}}, "not a CLIP .*'x'"),
+    ({"vision_config": {"num_attention_heads": 7}}, "no model has 7 heads in a width of 32"),
+    ({"vision_config": {"num_attention_heads": -1}}, "no model has -1 heads")])
 def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -415,9 +414,10 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("name, shape, message", [
-    ("vision_model.embeddings.patch_embedding.weight", (1 << 40, 3, 4, 0), "sizes that make no model"),
-    ("text_model.embeddings.token_embedding.weight", (1 << 40, 0), "sizes that make no model"),
-    ("vision_model.embeddings.position_embedding.weight", (0, 40), "isqrt|sizes that make no model"),
+    ("vision_model.embeddings.patch_embedding.weight", (1 << 40, 3, 4, 0), "does not fit"),
+    ("vision_model.embeddings.patch_embedding.weight", (1 << 40, 3, 0, 0), "no model has"),
+    ("text_model.embeddings.token_embedding.weight", (1 << 40, 0), "no model has"),
+    ("vision_model.embeddings.position_embedding.weight", (0, 40), "isqrt"),
     ("visual_projection.weight", (21, 40), "(?s)does not fit.*visual_projection.weight"),
     ("text_projection.weight", None, "text_projection.weight")])
 def test_tensors_of_sizes_that_make_no_model_are_refused(tmp_path, name, shape, message):
@@ -436,7 +436,7 @@ def test_a_small_model_without_its_merges_is_refused(tmp_path):
 
 
 def test_a_weight_file_without_its_config_is_refused():
-    refused(os.path.join(TINY, "model.safetensors"), "give .* the folder of Hugging Face")
+    refused(os.path.join(TINY, "model.safetensors"), "needed is .* the folder of Hugging Face")
 
 
 def test_an_openai_archive_with_a_tensor_missing_or_unknown_is_refused(openai_model, tmp_path):
@@ -447,7 +447,7 @@ def test_an_openai_archive_with_a_tensor_missing_or_unknown_is_refused(openai_mo
     torch.save({**tensors, "visual.attnpool.c_proj.bias": torch.zeros(3)}, path)
     refused(path, "(?s)1 unexpected.*visual.attnpool.c_proj.bias")
     torch.save({**tensors, "visual.conv1.weight": torch.zeros(3)}, path)
-    refused(path, "not a CLIP of OpenAI")
+    refused(path, "not a CLIP")
 
 
 def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(tmp_path):

@@ -3,8 +3,8 @@
     python -m weights list        # bytes, sha256, licence, source, and the memory that a chat's weights take
     python -m weights get clip    # fetches one release to --out; given again, it goes on or finds all there
 
-weights/released.json is the list, with sizes and hashes as the pages show them: OpenAI's CLIP, also as Hugging
-Face's folder; BT-Adapter's branches and projector; Video-ChatGPT's projector; whole LLaVAs and Vicuna.
+weights/released.json is the list, with sizes and hashes as the pages show them: OpenAI's CLIP, also from Hugging
+Face; BT-Adapter's branches and projector; Video-ChatGPT's projector; whole LLaVAs and Vicuna.
 
 A file gets its name when all of it is there and its hash, where one is known, is right. Until then it is
 NAME.part. A broken download goes on where it broke if its hash is known, else it begins anew.
@@ -88,8 +88,8 @@ def fetch(address, path, facts):
             if code == 416:   # all that the server has is here; its hash will tell
                 break
             if failures == TRIES or 300 <= code < 500 and code != 429:   # 429: too many requests for now
-                raise UserError(f"{address}: {problem}; give the same command again to go on, or log in with a "
-                                f"browser and put the file at {path}")
+                raise UserError(f"{address}: {problem}; give the same command again to go on, or log in with "
+                                f"a browser and put the file at {path}")
             say(f"{part}: {problem}")
             time.sleep(PAUSE * failures)
     if problem := wrong(part, facts):
@@ -121,7 +121,7 @@ HANDLERS = [   # nothing here opens http:, ftp: or file:, also where a server se
 
 
 def receive(address, part, facts):
-    """One try to get what is missing of a part. Raises OSError or HTTPException where another may do better."""
+    """One try to get what is missing of a part. Raises OSError or HTTPException where another may help."""
     opener = urllib.request.OpenerDirector()
     for handler in HANDLERS:
         opener.add_handler(handler())
@@ -133,9 +133,9 @@ def receive(address, part, facts):
         size = None if response.length is None else start + response.length   # None: it comes in chunks
         if (response.length or 0) > shutil.disk_usage(os.path.dirname(part)).free:
             raise UserError(f"{part}: {response.length:,} bytes are to come, for which this disk has no room")
-        with open(part, "ab" if start else "wb") as f, tqdm(
-                desc=os.path.basename(part), total=size, initial=start, unit="B", unit_scale=True, leave=False,
-                disable=None) as bar:   # None: off in a pipe
+        bar = tqdm(desc=os.path.basename(part), total=size, initial=start, unit="B", unit_scale=True,
+                   leave=False, disable=None)   # None: off in a pipe
+        with bar, open(part, "ab" if start else "wb") as f:
             while chunk := response.read1(1 << 20):
                 f.write(chunk)
                 bar.update(len(chunk))
