@@ -354,8 +354,8 @@ def read_clip(path):
         return config_of(tensors, stated), tensors
     except weightfile.DAMAGE as e:
         reason = f"{type(e).__name__}: {weightfile.shown(e)}; {weightfile.likely_reason((), tensors, ())}"
-        raise UserError(f"{path}: not a CLIP that is read here ({reason}); needed is OpenAI's ViT-L-14.pt, or "
-                        "the folder of Hugging Face")
+        raise UserError(f"{path}: not a CLIP that is read here ({reason}); needed is OpenAI's ViT-L-14.pt "
+                        "or the folder of Hugging Face")
 
 
 def config_of(tensors, stated):

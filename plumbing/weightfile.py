@@ -71,8 +71,8 @@ def read_file(path):
         return read_zip_pickle(path, buffer)
     if buffer[8:9] == b"{":
         return read_safetensors(path, buffer)
-    raise UserError(f"{path}: neither safetensors nor a torch.save file of torch 1.6 or later: it begins with "
-                    f"{bytes(buffer[:30])!r}; download it whole, from Git LFS with `git lfs pull`")
+    raise UserError(f"{path}: neither safetensors nor a torch.save file of torch 1.6 or later: it begins "
+                    f"with {bytes(buffer[:30])!r}; download it whole, from Git LFS with `git lfs pull`")
 
 
 def shown(text, longest=100):

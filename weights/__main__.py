@@ -3,8 +3,8 @@
     python -m weights list        # bytes, sha256, licence, source, and the memory that a chat's weights take
     python -m weights get clip    # fetches one release to --out; given again, it goes on or finds all there
 
-weights/released.json is the list, with sizes and hashes as the pages show them: OpenAI's CLIP, also from Hugging
-Face; BT-Adapter's branches and projector; Video-ChatGPT's projector; whole LLaVAs and Vicuna.
+weights/released.json is the list, with sizes and hashes as the pages show them: OpenAI's CLIP, and Hugging
+Face's; BT-Adapter's branches and projector; Video-ChatGPT's projector; whole LLaVAs and Vicuna.
 
 A file gets its name when all of it is there and its hash, where one is known, is right. Until then it is
 NAME.part. A broken download goes on where it broke if its hash is known, else it begins anew.
