@@ -5,13 +5,13 @@
     python -m bench line      # a chat about 5 seconds, a minute, ten minutes, an hour   -> a table, a picture
     python -m bench chat      # prompts and answers of a 7B, beside transformers   -> a table
     python -m bench pretrain  # a step of pretraining at the size of ViT-L/14, with and without masks -> table
-    python -m bench gpu       # what this card computes and how fast: 7 minutes at most   -> tables
+    python -m bench gpu       # what a GPU computes and how fast: 7 minutes at most   -> tables
 
-Each measurement but those of gpu is a process of its own, and those of a table take turns, after a round that
-is not counted; the tables have medians. The physical limits, what the machine reads and multiplies, are
-measured in the same run. The peers, decord and transformers, take part if they can be imported. Clips (2.7
-GB) and weights of the full size with random numbers (15 GB; `--layers 2` is a quick look) are made in
-out/bench when they are first wanted.
+Each measurement but those of gpu is a process of its own, on Linux. Those of a table take turns, after a
+round that is not counted; the tables have medians. The physical limits, what the machine reads and
+multiplies, are measured in the same run. The peers, decord and transformers, take part if they are installed.
+Clips (2.7 GB) and weights of the full size with random numbers (15 GB; `--layers 2` is a quick look) are made
+in out/bench when they are first wanted.
 """
 import dataclasses
 import importlib
@@ -21,15 +21,11 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: str                      # what to measure: frames, flat, line, chat, pretrain or gpu
-    data: str = "out/bench"         # where the clips and weights are, or will be
-    pictures: str = "docs"          # folder for the pictures
-    runs: int = 5                   # measurements of each; the medians are shown
-    layers: int = 32                # of the 7B; fewer for a quick look, the work of a layer stays the same
-    prompt: int = 300               # tokens of a prompt
-    tokens: int = 16                # tokens of an answer
-    weights: str | None = None      # of line: a folder for chat.py; None: random numbers, in the full size
-    num_frames: int = 101           # of line: frames of each video
+    stage: str                # what to measure: frames, flat, line, chat, pretrain or gpu
+    data: str = "out/bench"   # where the clips and weights are, or will be
+    pictures: str = "docs"    # folder for the pictures
+    runs: int = 5             # measurements of each; the medians are shown
+    layers: int = 32          # of the 7B; fewer for a quick look, the work of a layer stays the same
 
 
 STAGES = {"frames": "frames", "flat": "frames", "line": "chat", "chat": "chat",   # stage: its file
@@ -39,9 +35,8 @@ STAGES = {"frames": "frames", "flat": "frames", "line": "chat", "chat": "chat", 
 def main(cfg):
     if cfg.stage not in STAGES:
         raise cli.UserError(f"{cfg.stage}: no such stage; choose one of {', '.join(STAGES)}")
-    cli.at_least(cfg, runs=1, layers=1, prompt=20, tokens=1, num_frames=1)
-    module = importlib.import_module(f"bench.{STAGES[cfg.stage]}")   # gpu runs where others cannot
-    getattr(module, cfg.stage)(cfg)
+    cli.at_least(cfg, runs=1, layers=1)
+    getattr(importlib.import_module(f"bench.{STAGES[cfg.stage]}"), cfg.stage)(cfg)
 
 
 if __name__ == "__main__":

@@ -1,64 +1,72 @@
-"""A piece of work in a process of its own, and what it cost."""
+"""A piece of work in a process of its own, what it cost, and what the machine can do at most."""
+import concurrent.futures
 import importlib.util
-import inspect
-import json
+import multiprocessing
 import os
 import platform
-import subprocess
-import sys
+import re
+import time
 
 import torch
 
 from plumbing import cli
 
-# A new process inherits the peak memory of the one that started it, so a small one stands between.
-LAUNCHER = """
-import json, os, sys
-_, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0)
-print(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
-"""
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))   # so that they can import ours
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(HERE, "weights", "tiny")
-MEGABYTE = 2 ** 20 if sys.platform == "darwin" else 2 ** 10          # in units of ru_maxrss
 
 
-def say(text):
-    print(f"bench: {text}", file=sys.stderr, flush=True)
-
-
-def launch(command, what):
-    """Runs a command in a process of its own, in our folder -> (lines that it printed, CPU seconds, peak MB,
-    what it said on standard error). Raises UserError with its last words where it fails."""
-    launcher = [sys.executable, "-S", "-c", LAUNCHER, *command]
-    done = subprocess.run(launcher, capture_output=True, text=True, cwd=HERE)
-    *printed, last = done.stdout.splitlines()
-    code, cpu, peak = json.loads(last)
-    if code:
-        words = done.stderr.strip().splitlines()[-1:] or [f"exit code {code}"]
-        raise cli.UserError(f"{what} failed: {words[0]}")
-    return printed, cpu, peak / MEGABYTE, done.stderr
-
-
-def call(what, *functions, arguments):
-    """Runs the last of `functions` in a process of its own -> (what it returns, through JSON; CPU seconds;
-    peak MB).
-
-    All of them are sent there as text: they can use nothing but each other and what they import."""
-    source = [inspect.getsource(function) for function in functions]
-    last = f"print(json.dumps({functions[-1].__name__}(*json.loads(sys.argv[1]))))"
-    program = "\n".join(["import json, sys", *source, last])
-    printed, cpu, peak, _ = launch([sys.executable, "-c", program, json.dumps(arguments)], what)
-    return json.loads(printed[-1]), cpu, peak
-
-
-def present(cfg, module=None, package=None):
-    """Says on standard output where this is -> whether a peer, the module of a package, is installed."""
-    found = module is not None and importlib.util.find_spec(module) is not None
+def heading(cfg, peer=None):
+    """Says on standard output where this is, and whether a peer is missing."""
     print(f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}; medians of {cfg.runs}.")
-    if module is not None and not found:
-        print(f"{module} is not installed (pip install {package}); its rows are left out.")
+    if peer and not importlib.util.find_spec(peer):
+        print(f"{peer} is not installed (pip install {peer}); its rows are left out.")
     print(flush=True)
-    return found
+
+
+def peak():
+    """MB of memory that this process has had at most. (ru_maxrss counts what its parent had, too.)"""
+    with open("/proc/self/status") as f:
+        return int(re.search(r"VmHWM:\s*(\d+) kB", f.read())[1]) / 1024
+
+
+def charged(function, arguments):
+    memory, began = peak(), time.process_time()
+    return function(*arguments), time.process_time() - began, peak() - memory
+
+
+def call(function, *arguments):
+    """Runs a function in a process of its own -> (what it returns; CPU seconds of all its threads, MB of
+    memory at most, both without imports). Raises UserError where the process is killed."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(charged, function, arguments).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise cli.UserError(f"bench: {function.__name__} was killed; is there enough memory?")
+
+
+def best(work, device=torch.device("cpu"), count=5):
+    """Seconds: the best of a few runs, after one that is not counted."""
+    times = []
+    for _ in range(count + 1):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def reading(device=torch.device("cpu")):
+    """Bytes/s that are read from memory."""
+    memory = torch.ones(128 << 20, device=device)   # 0.5 GB: no cache holds it
+    return memory.nbytes / best(memory.sum, device)
+
+
+def multiplying(rows, K, N, dtype=torch.float32, device=torch.device("cpu")):
+    """Multiplications and additions/s of `rows` rows by a matrix (N, K)."""
+    x, w = (torch.ones(n, K, dtype=dtype, device=device) for n in (rows, N))
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    return 2 * rows * K * N / best(lambda: multiply(x, w.T), device)
 
 
 def filled(module, device="cpu", dtype=torch.bfloat16):

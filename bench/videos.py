@@ -6,11 +6,9 @@ import av
 from av.video.frame import PictureType
 from av.video.reformatter import Colorspace
 
-from bench.measure import say
 from plumbing import cli
 
 FPS = 30
-X264 = {"preset": "veryfast", "bf": "3", "sc_threshold": "0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,32 +27,28 @@ class Clip:
         length = f"{seconds} s" if seconds < 60 else f"{seconds / 60:g} min"
         return f"{length} of {self.height}p, keyframe every {self.gop}"
 
-    @property
-    def file(self):   # says all that it is, so that one made from another table is not taken for it
-        return "_".join(map(str, dataclasses.astuple(self))) + ".mp4"
-
 
 def make(folder, clip):
-    """-> the path of a clip, which is made if it is not there yet."""
-    cli.make_folder(folder)
-    path = os.path.abspath(os.path.join(folder, clip.file))
+    """-> the path of a clip, which is made if it is not there yet. The name says all that the clip is."""
+    path = os.path.abspath(os.path.join(folder, "_".join(map(str, dataclasses.astuple(clip))) + ".mp4"))
     if not os.path.exists(path):
+        cli.make_folder(folder)
         source = make(folder, dataclasses.replace(clip, copies=1)) if clip.copies > 1 else None
-        say(f"making {path}")
+        cli.say(f"making {path}")
         cli.write_atomic(path, lambda f: repeat(f, source, clip) if source else encode(f, clip))
     return path
 
 
 def encode(file, clip):
     """libav's moving test picture under film grain, so that any two frames differ and none is cheap."""
-    options = {**X264, "g": str(clip.gop), "keyint_min": str(clip.gop)}
+    options = {"preset": "veryfast", "bf": "3", "sc_threshold": "0", "g": str(clip.gop)}
     picture = f"testsrc2=size={clip.width}x{clip.height}:rate={FPS}:duration={clip.seconds}"
-    picture += ",noise=alls=12:allf=t+u"
-    with av.open(picture, format="lavfi") as source, av.open(file, "w", format="mp4") as out:
+    noisy = f"{picture},noise=alls=12:allf=t+u"
+    with av.open(noisy, format="lavfi") as source, av.open(file, "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = clip.width, clip.height, "yuv420p"
         stream.bit_rate = int(clip.mbit * 1e6)
-        stream.codec_context.colorspace = Colorspace.ITU601   # some peers know no other
+        stream.codec_context.colorspace = Colorspace.ITU601   # decord knows no other
         for frame in source.decode(video=0):
             frame = frame.reformat(format="yuv420p")
             frame.pict_type = PictureType.NONE   # the encoder decides

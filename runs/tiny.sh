@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The toy world from nothing on a 2-core CPU, in an hour: clips, a tiny CLIP, the branch, a tiny LLaVA, video
 # chat, and the tables; docs/numbers.md has what to expect. Every stage can be run alone and goes on where it
-# was stopped. PYTHON: another interpreter than `python`.
+# was stopped, but for clip and llama, which begin again. PYTHON: another interpreter than `python`.
 #
 #   bash runs/tiny.sh                      all of it, into weights/tiny
 #   bash runs/tiny.sh out/my_tiny          the same, into another folder
@@ -29,7 +29,7 @@ branch=$R/branch_seed0/branch.pth
 
 # A LLaVA that has only seen pictures, 11 minutes: a LLaMA that can read, then its projector, then both.
 # Three in four questions about held-out stills are answered word for word.
-[ -e $R/llama/tokenizer.model ] || $PYTHON -m toy llama --out $R
+[ -e $R/llama/config.json ] || $PYTHON -m toy llama --out $R
 train chat_tune.py --stage projector --tokens mean --num_frames 1 --llm $R/llama \
     --annotations $D/train_stills.jsonl --out $R/projector --batch_size 32 --steps 500 --lr 2e-3
 train chat_tune.py --stage language --tokens mean --num_frames 1 --llm $R/projector/llava \

@@ -26,23 +26,16 @@ class Config:
     data: str = "out/shapes"           # where the clips, captions and questions are
     out: str = "weights/tiny"          # where the trained models go
     branches: str = "weights/tiny/branch.pth"   # branch files to score, one a seed, with commas between
-    scratch: str = "out/shapes_runs"   # checkpoints to go on from
     pairs: int = 4000                  # training clips and their twins
-    steps: int = 0                     # training steps of clip or llama; 0 = that stage's own number
-    batch_size: int = 128              # pictures or texts a step
     seed: int = 0                      # everything random follows from it
     threads: int = 2                   # processes that render, or threads that train
-
-
-def render(cfg):
-    world.render(cfg.data, cfg.pairs, cfg.seed, cfg.threads)
 
 
 def sample(cfg):
     world.write_video(os.path.join(ASSETS, "sample.mp4"), world.film(world.SAMPLE, 256))
 
 
-STAGES = {"render": render, "sample": sample, "clip": tiny_models.train_clip,
+STAGES = {"render": world.render, "sample": sample, "clip": tiny_models.train_clip,
           "llama": tiny_models.train_llama, "score": score.score, "picture": score.picture}
 
 

@@ -14,16 +14,15 @@ from model import encode_pairs, encode_texts, load_encoder
 from plumbing import cli
 from toy.world import COLOURS, MOTIONS, SAMPLE, SHAPES, SIZE, TURNS, draw, read_clips
 
-STATIC = {"colour": list(COLOURS), "shape": SHAPES}
+STATIC, CPU = {"colour": list(COLOURS), "shape": SHAPES}, torch.device("cpu")
 
 
 def static_features(clips, encode_text):
     """Each clip's caption with every colour, and with every shape -> (Q, 2, 8, P) of encode_text(texts)."""
     texts = [dataclasses.replace(clip, **{field: value}).caption
              for clip in clips for field, values in STATIC.items() for value in values]
-    once = list(dict.fromkeys(texts))
-    place = {text: i for i, text in enumerate(once)}
-    return encode_text(once)[[place[text] for text in texts]].view(len(clips), 2, 8, -1)
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}   # each text once
+    return encode_text(list(place))[[place[text] for text in texts]].view(len(clips), 2, 8, -1)
 
 
 def static_accuracy(video, clips, features):
@@ -33,17 +32,19 @@ def static_accuracy(video, clips, features):
     return (nearest == torch.tensor(truth)).float().mean().item()
 
 
+def spread(values):
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
 def score(cfg):
     """Twins, statics and retrieval on held-out combinations: mean-pooled CLIP beside branches."""
-    annotations, device = os.path.join(cfg.data, "test_captions.jsonl"), torch.device("cpu")
-    dataset = data.RetrievalDataset(annotations, cfg.data, 8, SIZE)
-    clips = read_clips(annotations)
-    rows = {}        # {model: [metrics of a seed]}
-    by_motion = {}   # {pair of motions, how many: [twin accuracy of the branch, a seed each]}
+    annotations = os.path.join(cfg.data, "test_captions.jsonl")
+    dataset, clips = data.RetrievalDataset(annotations, cfg.data, 8, SIZE), read_clips(annotations)
+    rows, by_motion = {}, {}   # {model, or motions of twins and how many: [a seed's metrics, or accuracy]}
     for file in cfg.branches.split(","):
-        encoder, tokenizer = load_encoder(cfg.out, file, device)
-        features = static_features(clips, lambda texts: encode_texts(encoder, tokenizer, texts, 32, device))
-        branch, mean, text = encode_pairs(encoder, tokenizer, dataset, device, 64)
+        encoder, tokenizer = load_encoder(cfg.out, file)
+        features = static_features(clips, lambda texts: encode_texts(encoder, tokenizer, texts, 32, CPU))
+        branch, mean, text = encode_pairs(encoder, tokenizer, dataset, CPU, 64)
         for name, video in (("mean-pooled CLIP", mean), ("branch", branch)):
             metrics = {"twins": 100 * twin_accuracy(video, text).mean().item(),
                        "static": 100 * static_accuracy(video, clips, features),
@@ -58,8 +59,6 @@ def score(cfg):
             kind = f"{forwards} / {backwards} | {which.sum() // 2}"
             by_motion.setdefault(kind, []).append(100 * right[which].mean().item())
 
-    def spread(values):
-        return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
     columns = ["twins", "static", "R@1", "R@5", "R@10"]
     print(f"\n{len(clips) // 2} pairs of held-out twins, {len(rows['branch'])} seeds: "
           "mean (lowest to highest), in percent\n")
@@ -75,11 +74,11 @@ def score(cfg):
 @torch.no_grad()
 def picture(cfg):
     """A held-out clip, its twin, and which of the two captions each model finds nearer -> docs/twins.png."""
-    encoder, tokenizer = load_encoder(cfg.out, cfg.branches.split(",")[0], torch.device("cpu"))
+    encoder, tokenizer = load_encoder(cfg.out, cfg.branches.split(",")[0])
     clips, shares = (SAMPLE, SAMPLE.twin), [(2 * i + 1) / 16 for i in range(8)]
     pixels = torch.tensor(np.stack([[draw(clip, share) for share in shares] for clip in clips]))
     branch, mean = (F.normalize(feature, dim=-1) for feature in encoder(pixels.permute(0, 1, 4, 2, 3)))
-    text = encode_texts(encoder, tokenizer, [clip.caption for clip in clips], 32, torch.device("cpu"))
+    text = encode_texts(encoder, tokenizer, [clip.caption for clip in clips], 32, CPU)
     small, large = ImageFont.load_default(14), ImageFont.load_default(16)
     sheet = Image.new("RGB", (900, 2 * 176), "white")
     pen = ImageDraw.Draw(sheet)
@@ -95,5 +94,4 @@ def picture(cfg):
             for j, caption in enumerate(clip.caption for clip in clips):
                 colour = "#666666" if near[j] < max(near) else "#1a7f37" if j == row else "#d62728"
                 pen.text((556, y + 22 + 18 * j), f"{near[j]:.3f}  {caption}", colour, small)
-    path = os.path.join("docs", "twins.png")
-    cli.write_atomic(path, lambda f: sheet.save(f, "PNG"))
+    cli.write_atomic(os.path.join("docs", "twins.png"), lambda f: sheet.save(f, "PNG"))

@@ -17,24 +17,13 @@ from plumbing import cli, training
 from toy.world import FPS, FRAMES, SIZE, make_clips, static_questions, still_caption, temporal_questions
 
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
+BATCH = 128   # pictures a step, or answers
 
 
-def fit(name, cfg, model, loss_of, steps, warmup):
-    """The loop of both: AdamW, warm-up and cosine, a checkpoint now and then from which it goes on.
-
-    loss_of(step) -> (loss, a note for the progress bar)."""
+def fit(cfg, model, loss_of, steps, warmup):
+    """The loop of both: AdamW, warm-up and cosine. loss_of(step) -> (loss, a note for the progress bar)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    last, start = os.path.join(cfg.scratch, f"{name}.pth"), 0
-    settings = [cfg.seed, cfg.pairs, cfg.batch_size, steps]
-    cli.make_folder(cfg.scratch)
-    if os.path.exists(last):
-        saved = training.load_checkpoint(last)
-        if saved.get("settings") != settings:
-            raise cli.UserError(f"{last}: made with other settings; remove it, or choose another --scratch")
-        training.put_back(model.state_dict(), saved["model"], last)
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name)
+    bar = tqdm(range(steps), cfg.stage)
     for step in bar:
         training.seed_step(cfg.seed, step)
         for group in optimizer.param_groups:
@@ -45,9 +34,6 @@ def fit(name, cfg, model, loss_of, steps, warmup):
         optimizer.step()
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f} {note}")
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            training.save_checkpoint(last, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                            "step": step + 1, "settings": settings})
 
 
 def train_clip(cfg):
@@ -58,8 +44,8 @@ def train_clip(cfg):
     torch.manual_seed(cfg.seed)
     model = CLIP(CLIPConfig(
         image_size=SIZE, patch_size=16, vision_width=128, vision_layers=6, vision_heads=4, vision_mlp=512,
-        text_width=128, text_layers=4, text_heads=4, text_mlp=512,
-        vocab_size=tokenizer.vocab_size, projection_dim=128))
+        text_width=128, text_layers=4, text_heads=4, text_mlp=512, vocab_size=tokenizer.vocab_size,
+        projection_dim=128))
     clips, per_clip = make_clips(cfg.pairs, cfg.seed, False)[::2], 6
     shares = [(2 * i + 1) / (2 * per_clip) for i in range(per_clip)]
     paths = [os.path.join(cfg.data, "train", f"{i:05d}a.mp4") for i in range(len(clips))]
@@ -70,7 +56,7 @@ def train_clip(cfg):
     ids = tokenizer(captions, 32).view(len(clips), per_clip, 32)
 
     def loss_of(step):
-        clip, frame = torch.randint(len(clips), (cfg.batch_size,)), torch.randint(per_clip, (cfg.batch_size,))
+        clip, frame = torch.randint(len(clips), (BATCH,)), torch.randint(per_clip, (BATCH,))
         image = F.normalize(model.encode_image(frames[clip, frame]), dim=-1)   # (B, P)
         text = F.normalize(model.encode_text(ids[clip, frame]), dim=-1)        # (B, P)
         logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
@@ -78,7 +64,7 @@ def train_clip(cfg):
         target = same / same.sum(1, keepdim=True)
         right = same.gather(1, logits.argmax(1, keepdim=True)).mean()
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, f"right {right:.3f}"
-    fit("clip", cfg, model, loss_of, cfg.steps or 1000, 100)
+    fit(cfg, model, loss_of, steps=1000, warmup=100)
     save_clip(os.path.join(cfg.out, "clip"), model, tokenizer)
 
 
@@ -107,17 +93,18 @@ def train_llama(cfg):
     corpus, rng = [TEMPLATES["vicuna_v1"].system] * 100, np.random.default_rng([cfg.seed, 11])
     for caption, turns in (talk(rng) for _ in range(4000)):
         corpus += [caption] + [text for q, answer in turns for text in (f"USER: {q}", f"ASSISTANT: {answer}")]
-    cli.make_folder(cfg.scratch)
-    model_file = os.path.join(cfg.scratch, "tokenizer.model")
+    folder = os.path.join(cfg.out, "llama")
+    model_file = os.path.join(folder, "tokenizer.model")
+    cli.make_folder(folder)
     cli.write_atomic(model_file, lambda f: f.write(train_tokenizer(corpus, 560)))
     tokenizer = SentencePieceTokenizer(model_file)
     torch.manual_seed(cfg.seed)
-    sizes = dict(width=128, layers=4, heads=4, mlp=352, context_length=512)
-    model = LLaMA(LLaMAConfig(vocab_size=tokenizer.vocab_size, **sizes))
+    model = LLaMA(LLaMAConfig(vocab_size=tokenizer.vocab_size, width=128, layers=4, heads=4, mlp=352,
+                              context_length=512))
 
     def loss_of(step):
         rng, rows, targets = np.random.default_rng([cfg.seed, 12, step]), [], []
-        for caption, turns in (talk(rng) for _ in range(cfg.batch_size // 4)):
+        for caption, turns in (talk(rng) for _ in range(BATCH // 4)):
             ids, labels = prompt_ids(tokenizer, turns)
             at, words = ids.index(VIDEO_INDEX), tokenizer.encode(caption)
             rows.append(torch.tensor(ids[:at] + words + ids[at + 1:]))
@@ -126,5 +113,5 @@ def train_llama(cfg):
         target = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)   # (B, S)
         logits = model(ids)[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=IGNORE_INDEX), ""
-    fit("llama", cfg, model, loss_of, cfg.steps or 1500, 50)
-    save_llama(os.path.join(cfg.out, "llama"), model, model_file)
+    fit(cfg, model, loss_of, steps=1500, warmup=50)
+    save_llama(folder, model, model_file)

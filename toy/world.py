@@ -1,12 +1,11 @@
-"""The toy world: coloured shapes that move, as real video files, in which every claim of the method can be
-true or false.
+"""The toy world: coloured shapes that move, as real video files. Every claim of the method is true or false.
 
 A clip is 64x64, 2 s, H.264 in MP4. It shows one shape on a grey ground that does one thing, or two things in
 turn. Every clip has a *twin*: the same frames played backwards, with its own caption. An order-blind model
 gives both twins the same embedding, so it cannot choose between their captions: 50 % is a provable ceiling.
-Frames are coded one by one with a constant quantiser, so that twins hold the same pictures to the bit.
-Sampling the middle frames of equal stretches of time picks the same pictures forwards and backwards. A
-quarter of the colour-shape-motion combinations never occur in training: the test set has only those.
+Frames are coded one by one with a constant quantiser, so that twins hold the same pictures to the bit. Middle
+frames of equal stretches of time are the same ones forwards and backwards. A quarter of the combinations of
+colour, shape and motion never occur in training: the test set has only those.
 """
 import dataclasses
 import itertools
@@ -21,7 +20,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
-from plumbing import cli
+from plumbing import cli, pictures
 
 SIZE, FPS, FRAMES = 64, 12, 24
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 235), "yellow": (235, 220, 40),
@@ -57,8 +56,7 @@ class Clip:
 
     @property
     def caption(self):
-        words = ("a", self.size, self.colour, self.shape, self.motion, self.place)
-        return " ".join(word for word in words if word)
+        return " ".join(f"a {self.size} {self.colour} {self.shape} {self.motion} {self.place}".split())
 
     @property
     def twin(self):
@@ -228,10 +226,11 @@ def conversation(name, pairs, **source):
 
 # -------------------------------------------------------------------------------- files
 def splits(pairs, seed):
-    """-> [(split, its clips, at which share of each pair's first clip the still is taken)]."""
-    worlds = (("train", make_clips(pairs, seed, False)), ("test", make_clips(0, seed, True)))
-    draws = [np.random.default_rng([seed, 7]).integers(FRAMES, size=len(clips) // 2) for _, clips in worlds]
-    return [(split, clips, (frames + 0.5) / FRAMES) for (split, clips), frames in zip(worlds, draws)]
+    """Yields "train" or "test", its clips, at which share of each pair's first clip the still is taken."""
+    for split in ("train", "test"):
+        clips = make_clips(pairs, seed, split == "test")
+        frames = np.random.default_rng([seed, 7]).integers(FRAMES, size=len(clips) // 2)
+        yield split, clips, (frames + 0.5) / FRAMES
 
 
 def render_clip(job):
@@ -241,21 +240,20 @@ def render_clip(job):
     write_video(f"{stem}a.mp4", frames)
     write_video(f"{stem}b.mp4", frames[::-1])
     [(_, still)] = data.frames(f"{stem}a.mp4", [share * FRAMES / FPS])
-    image = Image.fromarray(still.permute(1, 2, 0).numpy())
-    cli.write_atomic(f"{stem}.png", lambda f: image.save(f, "PNG"))
+    cli.write_atomic(f"{stem}.png", lambda f: pictures.image_of(still).save(f, "PNG"))
 
 
-def render(folder, pairs, seed, processes):
-    """The training and the test world -> files in `folder`. Pairs that have their still are done."""
-    for split, clips, shares in splits(pairs, seed):
-        cli.make_folder(os.path.join(folder, split))
-        jobs = [(clip, os.path.join(folder, split, f"{i:05d}"), share)
+def render(cfg):
+    """The training and the test world -> files in cfg.data. Pairs that have their still are done."""
+    for split, clips, shares in splits(cfg.pairs, cfg.seed):
+        folder = os.path.join(cfg.data, split)
+        cli.make_folder(folder)
+        jobs = [(clip, os.path.join(folder, f"{i:05d}"), share)
                 for i, (clip, share) in enumerate(zip(clips[::2], shares))]
         jobs = [job for job in jobs if not os.path.exists(f"{job[1]}.png")]
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            for _ in tqdm(pool.imap_unordered(render_clip, jobs, chunksize=16), f"render {split}", len(jobs)):
-                pass
-    annotate(folder, pairs, seed)
+        with multiprocessing.get_context("spawn").Pool(cfg.threads) as pool:
+            list(tqdm(pool.imap_unordered(render_clip, jobs, chunksize=16), f"render {split}", len(jobs)))
+    annotate(cfg.data, cfg.pairs, cfg.seed)
 
 
 def annotate(folder, pairs, seed):
