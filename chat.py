@@ -36,7 +36,7 @@ try:
     import model
     from llm import KVCache, generate, stream_text
     from model import LONGEST, TEMPLATES, VIDEO_INDEX, VIDEO_TOKENS, open_chat, prompt_ids
-    from plumbing import cli, memory, pictures, terminal, training, video
+    from plumbing import cli, memory, pictures, quant, terminal, training, video
     from plumbing.cli import UserError, say
     from plumbing.store import Store, code_of, state_of
 except KeyboardInterrupt:   # no traceback for those who change their mind this early
@@ -104,6 +104,18 @@ class Seen:
 
 
 @contextlib.contextmanager
+def said_later():
+    """Collects the warnings of its block, of all threads, and gives them out at its end."""
+    try:
+        with warnings.catch_warnings(record=True) as noticed:
+            warnings.simplefilter("always")
+            yield noticed
+    finally:
+        for w in noticed:
+            warnings.warn(w.message)
+
+
+@contextlib.contextmanager
 def decoding(path, num_frames, rule, size):
     """Decodes a video in a thread, since libav lets others run meanwhile. Yields a future of its pixels (T,
     3, size, size) uint8, small pictures (T, 3, h, w) uint8, and T times; it may raise VideoError.
@@ -112,13 +124,16 @@ def decoding(path, num_frames, rule, size):
     left = threading.Event()
 
     def decode():
-        rows = []
+        pixels, times = torch.empty(num_frames, 3, size, size, dtype=torch.uint8), []
         for t, picture in data.sample_frames(path, num_frames, rule):
             if left.is_set():
                 return None
-            rows.append((data.squash(picture[None], size)[0], pictures.thumbnail(picture), t))
-        pixels, frames, times = zip(*rows)
-        return torch.stack(pixels), torch.stack(frames), list(times)
+            small = pictures.thumbnail(picture)
+            if not times:
+                frames = torch.empty(num_frames, *small.shape, dtype=torch.uint8)
+            frames[len(times)], pixels[len(times)] = small, data.squash(picture[None], size)[0]
+            times.append(t)
+        return pixels, frames, times
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
             yield pool.submit(decode)
@@ -134,15 +149,15 @@ class Viewer:
         kind, self.size = opened.chat.video_tokens, opened.chat.clip.config.image_size
         usual = kind.num_frames if self.size >= 224 else 8   # smaller pictures are the toy world's
         self.num_frames, self.rule = cfg.num_frames or usual, kind.rule
-        code = code_of(clip, model, data, video)
-        self.key = [self.num_frames, self.rule, opened.tokens, opened.words, code, *made_with]
+        code = code_of(clip, model, data, video, pictures, quant)
+        self.key = [self.num_frames, self.rule, opened.tokens, opened.description, code, *made_with]
         base = os.environ.get("XDG_CACHE_HOME", "")
         base = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
         folder = cfg.cache_dir or os.path.join(base, "nanobt")
         self.store = Store(folder, max_bytes=1 << 30) if cfg.cache else None
 
     @contextlib.contextmanager
-    def spared(self):
+    def going_on(self):
         """The cache saves time, and nothing else: an error of it is said, and all goes on without it."""
         try:
             yield
@@ -151,7 +166,7 @@ class Viewer:
 
     def recall(self, path, key):
         """-> Seen from an earlier chat, or None. A damaged video warns again."""
-        with self.spared():
+        with self.going_on():
             if self.store and (entry := self.store.get(key)):
                 tensors, about = entry
                 for message in json.loads(about["damage"]):
@@ -169,9 +184,7 @@ class Viewer:
             yield lambda chat: seen
             return
         duration = data.probe(path).duration
-        with warnings.catch_warnings(record=True) as noticed, decoding(
-                path, self.num_frames, self.rule, self.size) as decoded:
-            warnings.simplefilter("always")
+        with said_later() as noticed, decoding(path, self.num_frames, self.rule, self.size) as decoded:
 
             @torch.inference_mode()
             def see(chat):
@@ -181,13 +194,11 @@ class Viewer:
                 damage = [str(w.message) for w in noticed if w.category is video.DamagedVideo]
                 tensors = {"times": torch.tensor(times, dtype=torch.float64), "frames": frames, "rows": rows}
                 about = {"duration": repr(duration), "damage": json.dumps(damage)}
-                with self.spared():
+                with self.going_on():
                     if self.store:
                         self.store.put(key, tensors, about)
                 return Seen(path, duration, times, frames, rows)
             yield see
-        for w in noticed:   # of whatever kind: they were only held back
-            warnings.warn(w.message)
 
 
 # --------------------------------------------------------------------------------------------- a conversation
@@ -206,8 +217,8 @@ class Session:
     """A conversation about a video.
 
     video_tokens (K, D_llm): what stands in the prompt. turns: [(question, answer)], of which the first
-    `forgotten` had to go. kv_cache, heard: what the LLaMA has worked through, and its ids, VIDEO_INDEX for
-    each row of the video. A prompt that begins alike is worked through only from where it differs, so a
+    `forgotten` had to go. kv_cache, cached_ids: what the LLaMA has worked through, and its ids, VIDEO_INDEX
+    for each row of the video. A prompt that begins alike is worked through only from where it differs, so a
     second question costs its own words. cost: of the last answer, None before it."""
     def __init__(self, cfg, chat, viewer):
         self.cfg, self.chat, self.viewer, self.cost = cfg, chat, viewer, None
@@ -228,13 +239,18 @@ class Session:
 
     def forget(self):
         """Begins a new conversation."""
-        self.turns, self.forgotten, self.heard = [], 0, []
+        self.turns, self.forgotten, self.cached_ids = [], 0, []
         self.kv_cache.truncate(0)
 
-    def describe(self):
+    def introduce(self, more=""):
+        """Says what is looked at."""
         seen = self.seen
-        return (f"{seen.path} ({seen.duration:.1f} s, {len(seen.times)} frames, "
+        line = (f"video {near(seen.path)} ({seen.duration:.1f} s, {len(seen.times)} frames, "
                 f"{len(self.video_tokens)} video tokens{', seen before' * seen.before})")
+        say(line + more)
+        own_weights = self.cfg.branch or self.cfg.chat or self.cfg.weights != Config.weights
+        if not own_weights and os.path.realpath(seen.path) != Config.video:
+            say("(the shipped weights know coloured shapes and nothing else; README.md says how to get more)")
 
     def stats(self):
         """/stats: what the video and the last answer took."""
@@ -265,9 +281,8 @@ class Session:
                 break
             forgotten += 1
         if room < 1:
-            advice = "ask more briefly" if K < context // 2 else f"{K} are the video's; try --num_frames 8"
-            raise UserError(f"no room for an answer: the prompt has {context - room} tokens, and this model "
-                            f"reads {context}; {advice}")
+            raise UserError(f"no room for an answer: the prompt has {context - room} tokens, {K} of them the "
+                            f"video's, and a conversation {context}")
         if forgotten > self.forgotten:
             gone = ", ".join(question for question, _ in self.turns[self.forgotten:forgotten])
             say(f"(forgotten, for lack of room: {gone})")
@@ -284,11 +299,11 @@ class Session:
         with torch.inference_mode():
             embeds = chat.splice(ids, self.video_tokens)[None]   # (1, S, D_llm)
         at, rows = ids.index(VIDEO_INDEX), len(self.video_tokens) + len(chat.start_end)
-        heard = ids[:at] + [VIDEO_INDEX] * rows + ids[at + 1:]   # S ids
-        same = min(len(os.path.commonprefix([heard, self.heard])), len(heard) - 1)
-        self.heard = heard[:same]   # first: a Ctrl-C must not leave more here than in the cache
+        prompt = ids[:at] + [VIDEO_INDEX] * rows + ids[at + 1:]   # S ids
+        same = min(len(os.path.commonprefix([prompt, self.cached_ids])), len(prompt) - 1)
+        self.cached_ids = prompt[:same]   # first: a Ctrl-C must not leave more here than in the cache
         self.kv_cache.truncate(same)
-        cost = self.cost = Cost(same, len(heard) - same)
+        cost = self.cost = Cost(same, len(prompt) - same)
 
         def counted(new):
             for token in new:
@@ -304,13 +319,13 @@ class Session:
                 said += piece
                 show(CONTROL.sub("\ufffd", piece))
         finally:
-            self.heard = (heard + tokens)[:self.kv_cache.length]   # however far it came
+            self.cached_ids = (prompt + tokens)[:self.kv_cache.length]   # however far it came
             if said.strip():
                 self.turns.append((question, said.strip()))
             show("\n")
         if len(tokens) == room:
             cost.cut = "context"
-            say(f"(cut: question and answer fill the {self.kv_cache.max_len} tokens that this model reads)")
+            say(f"(cut: question and answer fill the {self.kv_cache.max_len} tokens of a conversation)")
         elif len(tokens) == cfg.max_new_tokens:
             cost.cut = "max_new_tokens"
             say(f"(cut after {cfg.max_new_tokens} tokens, see --max_new_tokens)")
@@ -318,9 +333,13 @@ class Session:
             say(self.stats())
 
 
+def near(path):
+    """A path as it is shown: relative if it lies in the folder where one is."""
+    return path.removeprefix(os.getcwd() + os.sep)
+
+
 def write_out(text):
-    """Part of an answer -> standard output, at once. Raises UserError; of a reader who left, cli.run
-    knows."""
+    """Part of an answer -> standard output, at once. Raises UserError, but not for a reader who has left."""
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
@@ -350,22 +369,23 @@ def save_conversation(session, path):
     first = json.dumps({"kind": CONVERSATION})[:-1]   # where a file of its own begins
     cli.replaceable(path, "saved conversation", lambda start: start.startswith(first.encode()))
     cfg, seen = session.cfg, session.seen
-    names = "tokens", "tuned", "template", "dtype", "quantize", *SETTINGS
     turns = [{"question": question, "answer": answer, "forgotten": i < session.forgotten}
              for i, (question, answer) in enumerate(session.turns)]
     conversation = {"kind": CONVERSATION, "video": os.path.abspath(seen.path), "duration": seen.duration,
                     "times": seen.times, "weights": os.path.abspath(cfg.weights),
-                    "settings": {name: getattr(cfg, name) for name in names}, "turns": turns}
+                    "settings": dataclasses.asdict(cfg), "turns": turns}
     cli.write_atomic(path, lambda f: f.write(json.dumps(conversation).encode() + b"\n"))
     say(f"wrote {path}")
 
 
 def check_settings(cfg):
-    """Raises UserError for what /set may change and nothing can be sampled with."""
-    if not (0 <= cfg.temperature < math.inf and 0 < cfg.top_p <= 1 and cfg.max_new_tokens >= 1
-            and 0 <= cfg.seed < 2 ** 63):
-        given = ", ".join(f"--{name} {getattr(cfg, name)}" for name in SETTINGS)
-        raise UserError(f"{given}: needed are 0 or more, more than 0 and at most 1, 1 or more, 0 to 2^63 - 1")
+    """Raises UserError for a value with which nothing can be sampled."""
+    for name, good, needed in (("temperature", 0 <= cfg.temperature < math.inf, "0 or more"),
+                               ("top_p", 0 < cfg.top_p <= 1, "more than 0 and at most 1"),
+                               ("max_new_tokens", cfg.max_new_tokens >= 1, "1 or more"),
+                               ("seed", 0 <= cfg.seed < 2 ** 63, "0 to 2^63 - 1")):
+        if not good:
+            raise UserError(f"--{name} {getattr(cfg, name)}: needed is {needed}")
 
 
 def change(session, name, value):
@@ -381,7 +401,7 @@ def change(session, name, value):
     session.cfg = cfg
 
 
-def obey(session, line):
+def run_command(session, line):
     """A line that begins with "/". -> False where it asks to leave. Raises UserError."""
     command, _, rest = line.partition(" ")
     words, path = rest.split(), os.path.expanduser(rest.strip())
@@ -400,7 +420,7 @@ def obey(session, line):
             say(f"wrote {path}")
         case "/video", n if n:
             session.open(path)
-            say(session.describe())
+            session.introduce()
         case "/set", 0:
             say("\n".join(f"{name} {getattr(session.cfg, name)}" for name in SETTINGS))
         case "/set", 2:
@@ -429,7 +449,7 @@ def converse(session):
             continue
         try:
             if line.startswith("/"):
-                if not obey(session, line):
+                if not run_command(session, line):
                     return
             elif question:
                 session.ask(question, write_out)
@@ -471,9 +491,7 @@ def begin(cfg):
         seen = see(chat)
     session = Session(dataclasses.replace(cfg, tokens=opened.tokens), chat, viewer)
     session.show(seen)
-    say(f"video {session.describe()}; weights {cfg.weights} ({opened.words}), {precision}")
-    if cfg.weights == Config.weights and cfg.video != Config.video:
-        say("(the shipped weights know coloured shapes and nothing else; README.md says how to get others)")
+    session.introduce(f"; weights {near(cfg.weights)} ({opened.description}), {precision}")
     if cfg.verbose:
         say(f"(import {IMPORT_SECONDS:.2f} s, weights {loaded - began:.2f} s, then waited for the video "
             f"{time.perf_counter() - loaded:.2f} s)")

@@ -11,6 +11,7 @@ length. A video is (B, T, 3, H, W) uint8. The branch holds (B, 1 + n*T, D): one 
 then the patches, position by position, each position's T frames side by side.
 """
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -87,6 +88,11 @@ class SpatialLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+def divided_attention(x, temporal, spatial, T):
+    """x (B, 1 + n*T, D) -> same shape: first along time, then within frames."""
+    return spatial(temporal(x, T), T)
+
+
 class Branch(nn.Module):
     """K temporal + spatial layers that read the outputs of K consecutive CLIP layers. Parameter names are as
     released.
@@ -132,6 +138,9 @@ class Branch(nn.Module):
         if kept is not None:
             places = places[kept][:, None]                                          # (B, 1, n, D)
         group = -(-states[0].shape[1] // len(times))
+        layer = divided_attention
+        if self.checkpointed and self.training:
+            layer = functools.partial(checkpoint, divided_attention, use_reentrant=False)
         outputs, layers = [], zip(states, self.btadapter_T_layers, self.btadapter_S_layers, strict=True)
         for j, (state, temporal, spatial) in enumerate(layers):
             state = average_frames(state, group)   # (B, T', 1+n, D)
@@ -142,11 +151,7 @@ class Branch(nn.Module):
                 x = to_branch((state[:, :, 0].mean(1) + start) / 2, patches)
             else:
                 x = mix(x, to_branch(state[:, :, 0].mean(1), state[:, :, 1:]), self.balance2, MIDDLE_GATE)
-            if self.checkpointed and self.training:
-                x = checkpoint(lambda x, temporal=temporal, spatial=spatial: spatial(temporal(x, T), T), x,
-                               use_reentrant=False)
-            else:
-                x = spatial(temporal(x, T), T)      # (B, 1 + n*T, D)
+            x = layer(x, temporal, spatial, T)      # (B, 1 + n*T, D)
             outputs.append(x)
         return outputs
 
@@ -402,7 +407,7 @@ class VideoTokens(nn.Module):
 
     def see(self, clip, video):
         """video (B, T, 3, H, W) uint8 -> (B, K, D)."""
-        raise AssertionError(f"{type(self).__name__} does not say what it sees")
+        return self.frozen(clip, video)
 
     def forward(self, seen, question=None, mask=None):
         """seen (B, K, D) -> (B, K, D_llm). question (B, S, D_llm), mask (B, S) bool: for kinds that depend on
@@ -655,10 +660,10 @@ class OpenChat:
     """A folder of weights that has been opened: its tensors are mapped from the files and take no memory
     yet."""
     chat: VideoChat
-    tokens: str    # its kind of video tokens
-    words: str     # what else it is
-    llava: str     # the folder of its LLaMA
-    state: list    # of that folder, from before it was read
+    tokens: str         # its kind of video tokens
+    description: str    # what it was tuned for
+    llava: str          # the folder of its LLaMA
+    llava_state: list   # store.state_of that folder, from before it was read
 
     def need(self, dtype, scheme, device, num_frames):
         """{part: bytes} of a chat about `num_frames` frames, with the arguments of load: the sizes of its
@@ -667,15 +672,15 @@ class OpenChat:
         chat, c, number = self.chat, self.chat.clip.config, dtype.itemsize
         frame = (1 + c.patch_tokens) * c.vision_width   # numbers that a layer says about a frame
         # as measured: within CLIP 36 numbers for each of them, in the branch 70 bytes
-        looking = min(num_frames, frames_at_once(c, device)) * frame * 36 * number
-        branch = num_frames / -(-num_frames // 64) * frame * 70 * chat.video_tokens.reads_branch
+        in_clip = min(num_frames, frames_at_once(c, device)) * frame * 36 * number
+        in_branch = num_frames / -(-num_frames // 64) * frame * 70 * chat.video_tokens.reads_branch
         kept = 2 * chat.video_tokens.depth * frame * number + 3 * c.image_size ** 2 + 3 * THUMBNAIL ** 2
         longest = min(chat.llm.config.context_length, LONGEST)
         kv_cache = llm.KVCache(chat.llm.config, 1, longest, "meta", dtype)
         return {"LLaMA": quant.nbytes(chat.llm, scheme, dtype),
                 "CLIP": quant.nbytes(chat.clip, "int8" if clip_in_int8(scheme, device) else None, dtype),
                 "video tokens": quant.nbytes(chat.video_tokens, None, dtype),
-                "video": int(looking + branch + num_frames * kept),
+                "video": int(in_clip + in_branch + num_frames * kept),
                 "KV cache": sum(t.nbytes for t in (*kv_cache.k, *kv_cache.v))}
 
     def load(self, dtype=torch.float32, scheme=None, device=torch.device("cpu")):
@@ -683,14 +688,15 @@ class OpenChat:
         LLaMA, or None; dtype is that of all else."""
         chat = self.chat
         if scheme:
-            chat.llm = quant.quantized(chat.llm, scheme, self.llava, self.state)
+            chat.llm = quant.quantized(chat.llm, scheme, self.llava, self.llava_state)
         if clip_in_int8(scheme, device):
             quant.quantize(chat.clip.vision_model, "int8")
         return chat.to(device=device, dtype=dtype).eval()
 
 
 def clip_in_int8(scheme, device):
-    """Beside a rounded LLaMA on a CPU, CLIP is int8: 100 frames cost four times as much as a prompt."""
+    """Whether CLIP becomes int8: beside a rounded LLaMA on a CPU, as 100 frames cost four times what a prompt
+    costs."""
     return scheme in ("int8", "int4") and device.type == "cpu"
 
 
@@ -704,25 +710,27 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     chat.bin          optional: what chat tuning learned for one kind of tokens; it counts before all of these
 
     tokens: a key of VIDEO_TOKENS; None: what chat.bin was tuned for, else `branch`. branch_file, chat_file:
-    in the place of branch.pth and chat.bin; chat_file=False passes chat.bin by, the zero-shot setting."""
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder of weights; it needs clip, llava and branch.pth")
+    in the place of branch.pth and chat.bin. chat_file=False, or a branch_file alone, passes chat.bin by: the
+    zero-shot setting."""
     names = "clip", "llava", "branch.pth", "mm_projector.bin", "chat.bin"
-    clip_path, llava, untuned, projector_file, tuned = (os.path.join(folder, name) for name in names)
-    chat_file = tuned if chat_file is None and os.path.exists(tuned) else chat_file
+    clip_path, llava, pretrained, projector_file, tuned = (os.path.join(folder, name) for name in names)
+    if chat_file is None and not branch_file and os.path.exists(tuned):
+        chat_file = tuned
     learned = weightfile.read_file(chat_file) if chat_file else {}
     given = weightfile.read_file(projector_file) if os.path.exists(projector_file) else {}
     with_branch = any("btadapter" in name for name in learned)
-    learned_for = "branch" if with_branch else None   # older files do not say it
-    learned_for = weightfile.read_metadata(chat_file).get("tokens", learned_for) if learned else None
+    if with_branch and branch_file:
+        raise UserError(f"{chat_file}: has a branch of its own, tuned with its projector, not {branch_file}")
+    learned_for = learned and weightfile.read_metadata(chat_file).get(
+        "tokens", "branch" if with_branch else None)   # older files do not say it
     tokens = tokens or learned_for or "branch"
     if tokens not in VIDEO_TOKENS:
         raise UserError(f"{chat_file}: tuned for {weightfile.shown(tokens)}, no kind of video tokens here")
     kind, needed = VIDEO_TOKENS[tokens], {"clip": clip_path, "llava": llava}
     if kind.reads_branch and not branch_file:
-        branch_file = needed["branch"] = chat_file if with_branch else untuned
-    missing = [f"{os.path.basename(path)} (python -m weights get {name})" for name, path in needed.items()
-               if not os.path.exists(path)]
+        branch_file = needed["branch"] = chat_file if with_branch else pretrained
+    missing = [f"{os.path.basename(path)} (python -m weights get {name} --out {folder})"
+               for name, path in needed.items() if not os.path.exists(path)]
     if missing:
         raise UserError(f"{folder}: lacks {', '.join(missing)}")
     state, clip = state_of(llava), build_clip(*read_clip(clip_path), clip_path).image_only()
@@ -741,9 +749,10 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
             if rows.shape not in ((2, width), (0, width)):
                 raise UserError(f"{file}: start and end rows of {tuple(rows.shape)}, needed are (2, {width})")
             chat.start_end.data = rows
-    words = f"tuned for {learned_for or 'video'}" if learned else "without chat.bin"
-    words += f", used with {tokens}" * (learned_for not in (None, tokens))
-    return OpenChat(chat.requires_grad_(False), tokens, words, llava, state)
+    description = f"tuned for {learned_for or 'video'}" if learned else "without chat.bin"
+    if learned_for and learned_for != tokens:
+        description += f", used with {tokens}"
+    return OpenChat(chat.requires_grad_(False), tokens, description, llava, state)
 
 
 def save_chat(path, chat, dtype=torch.float16):

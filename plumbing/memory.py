@@ -44,16 +44,17 @@ def available(device):
         group = read("/proc/self/cgroup").rpartition("0::")[2].strip()
     except (OSError, KeyError):   # not Linux
         return None
-    while group:   # the control groups around this process, version 2: containers have a limit
-        folder = "/sys/fs/cgroup" + group
+    while True:   # the control groups around this process, version 2: containers have a limit
+        folder = "/sys/fs/cgroup" + group.rstrip("/")
         try:
             held = dict(line.split() for line in read(f"{folder}/memory.stat").splitlines())
             free = min(free, int(read(f"{folder}/memory.max")) - int(read(f"{folder}/memory.current"))
                        + int(held["active_file"]) + int(held["inactive_file"]))   # makes room
         except (OSError, ValueError, KeyError):   # not to be seen from inside; or "max", which is no limit
             pass
+        if not group:
+            return free
         group = group.rpartition("/")[0]
-    return free
 
 
 def resident(device):

@@ -3,8 +3,10 @@
 An entry is one safetensors file. Its name is a hash of its key, and the key is all that the tensors follow
 from. Nothing is ever invalidated: when a file, a flag or the code changes, the old entry is not found again.
 """
+import ast
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -81,16 +83,10 @@ def state_of(path):
         status = os.stat(real)
     except (OSError, ValueError) as e:   # ValueError: a NUL in the name
         raise UserError(f"{path}: {getattr(e, 'strerror', e)}")
-    return [os.fsencode(real).decode(errors="backslashreplace"), status.st_size, status.st_mtime_ns]
+    return [real, status.st_size, status.st_mtime_ns]
 
 
 def code_of(*modules):
-    """A digest of the bytecode of modules: it changes with the code, but not with comments."""
-    digest, codes = hashlib.sha256(), [module.__spec__.loader.get_code(module.__name__) for module in modules]
-    while codes:
-        code = codes.pop()
-        codes += [const for const in code.co_consts if hasattr(const, "co_code")]
-        plain = [sorted(map(repr, const)) if isinstance(const, frozenset) else repr(const)
-                 for const in code.co_consts if not hasattr(const, "co_code")]   # a set has no order
-        digest.update(code.co_code + repr((code.co_names, plain)).encode())
-    return digest.hexdigest()
+    """A digest of the code of modules: it changes with them, but not with comments and line breaks."""
+    trees = [ast.dump(ast.parse(inspect.getsource(module))) for module in modules]
+    return hashlib.sha256("".join(trees).encode()).hexdigest()

@@ -22,7 +22,7 @@ import data
 import model
 import plumbing.video
 from model import Branch, branch_tensors
-from plumbing import cli
+from plumbing import cli, pictures, quant
 from plumbing.cli import UserError
 from plumbing.training import save_checkpoint
 from small import write_branch, write_clip, write_llava, write_video
@@ -147,7 +147,7 @@ def test_a_video_that_alone_fills_the_context_is_told_by_its_frames(weights, vid
     folder = shutil.copytree(weights, tmp_path / "w")
     write_llava(folder / "llava", tokenizer_model, context=40)
     session = chat.begin(chat.Config(video, weights=str(folder), tokens="st_pool", num_frames=60))
-    with pytest.raises(UserError, match=r"no room for an answer: .* are the video's; try --num_frames 8"):
+    with pytest.raises(UserError, match=r"no room for an answer: .* of them the video's, and a conversation 40"):
         session.ask("what?", silent)
 
 
@@ -327,7 +327,7 @@ def test_the_oldest_turns_are_forgotten_one_by_one_and_the_next_answer_is_as_if_
 def test_what_was_forgotten_is_saved_too(short, tmp_path):
     for i in range(8):
         short.ask(f"question {i}?", silent)
-    chat.obey(short, f"/save {tmp_path / 'talk.json'}")
+    chat.run_command(short, f"/save {tmp_path / 'talk.json'}")
     turns = json.loads((tmp_path / "talk.json").read_text())["turns"]
     assert [(turn["question"], turn["answer"]) for turn in turns] == short.turns
     assert [turn["forgotten"] for turn in turns] == [True] * short.forgotten + [False] * (8 - short.forgotten)
@@ -367,12 +367,12 @@ def test_what_is_remembered_after_ctrl_c_is_true(session, pieces):
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         session.ask("What is this?", stop)
-    assert len(session.heard) == session.kv_cache.length
+    assert len(session.cached_ids) == session.kv_cache.length
     answers, turns = [], list(session.turns)
     for kept in (True, False):
         session.turns = list(turns)
         if not kept:
-            session.heard = []
+            session.cached_ids = []
         session.ask("And that?", answers.append)
         answers.append(None)
     half = answers.index(None)
@@ -392,12 +392,12 @@ def test_ctrl_c_before_the_first_word_leaves_the_conversation_as_it_was(session,
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(owner, name, interrupted)
         session.ask("Never mind?", silent)
-    assert session.turns == turns and len(session.heard) <= session.kv_cache.length
+    assert session.turns == turns and len(session.cached_ids) <= session.kv_cache.length
     answers = []
     for remembered in (True, False):
         session.turns = list(turns)
         if not remembered:
-            session.heard = []
+            session.cached_ids = []
         answers.append([])
         session.ask("And that?", answers[-1].append)
     assert answers[0] == answers[1]
@@ -425,9 +425,9 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(session, monk
 
 
 def test_stats_of_an_answer_of_one_token(session, capsys):
-    chat.obey(session, "/set max_new_tokens 1")
+    chat.run_command(session, "/set max_new_tokens 1")
     session.ask("what?", silent)
-    chat.obey(session, "/stats")
+    chat.run_command(session, "/stats")
     assert re.search(r"answer: 1 token, the first after \d\.\d\d s\n", capsys.readouterr().err)
 
 
@@ -440,24 +440,24 @@ def test_large_frames_are_kept_small(weights, tmp_path):
 def test_frames_are_saved_and_replace_a_png_but_nothing_else(session, tmp_path):
     path = tmp_path / "frames.png"
     for _ in range(2):
-        assert chat.obey(session, f"/frames {path}")
+        assert chat.run_command(session, f"/frames {path}")
         assert Image.open(path).format == "PNG"
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "notes.png").write_text("my thesis")
     (tmp_path / "empty.png").touch()
     for name in ("notes.png", "empty.png", "fifo", ""):
         with pytest.raises(UserError, match="not a PNG"):
-            chat.obey(session, f"/frames {tmp_path / name}")
+            chat.run_command(session, f"/frames {tmp_path / name}")
     assert (tmp_path / "notes.png").read_text() == "my thesis"
     with pytest.raises(UserError, match="No such file"):
-        chat.obey(session, f"/frames {tmp_path}/nowhere/frames.png")
+        chat.run_command(session, f"/frames {tmp_path}/nowhere/frames.png")
 
 
 def test_a_conversation_is_saved_as_json_and_replaces_only_such_a_file(session, tmp_path):
     path = tmp_path / "talk.json"
     for turns in (1, 2):
         session.ask("what moves?", silent)
-        assert chat.obey(session, f"/save {path}")
+        assert chat.run_command(session, f"/save {path}")
         saved = json.loads(path.read_text())
         assert [(turn["question"], turn["answer"]) for turn in saved["turns"]] == session.turns and len(saved["turns"]) == turns
     assert (saved["video"], saved["times"], saved["settings"]["max_new_tokens"]) == (session.seen.path, session.seen.times, 12)
@@ -465,12 +465,12 @@ def test_a_conversation_is_saved_as_json_and_replaces_only_such_a_file(session, 
     (tmp_path / "empty.json").touch()
     for name in ("thesis.json", "empty.json", ""):
         with pytest.raises(UserError, match="not a saved conversation"):
-            chat.obey(session, f"/save {tmp_path / name}")
+            chat.run_command(session, f"/save {tmp_path / name}")
     assert (tmp_path / "thesis.json").read_text() == '{"title": "On chat"}'
 
 
 def test_set_changes_the_next_answer(session):
-    assert chat.obey(session, "/set max_new_tokens 3")
+    assert chat.run_command(session, "/set max_new_tokens 3")
     session.ask("what?", silent)
     assert session.cost.tokens == 3 and session.cost.cut == "max_new_tokens"
 
@@ -481,12 +481,12 @@ def test_set_changes_the_next_answer(session):
 def test_a_setting_that_cannot_be_is_refused_and_changes_nothing(session, words, complaint):
     before = session.cfg
     with pytest.raises(UserError, match=complaint):
-        chat.obey(session, f"/set {words}")
+        chat.run_command(session, f"/set {words}")
     assert session.cfg == before
 
 
 def test_stats_before_a_question_tell_of_the_video_alone(session, capsys):
-    chat.obey(session, "/stats")
+    chat.run_command(session, "/stats")
     assert re.fullmatch(r"video: 5 tokens from 8 frames\nmemory: .* GB, of it 0.000 GB KV cache\n", capsys.readouterr().err)
 
 
@@ -495,18 +495,18 @@ def test_stats_count_a_stopped_answer_too(session, capsys):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         session.ask("what?", stop)
-    chat.obey(session, "/stats")
+    chat.run_command(session, "/stats")
     assert "prompt: 0 tokens known" in capsys.readouterr().err
 
 
 def test_quit_leaves(session):
-    assert chat.obey(session, "/quit") is False
+    assert chat.run_command(session, "/quit") is False
 
 
 @pytest.mark.parametrize("line", ["/", "/dance", "/frame", "/quit now", "/video", "/reset all"])
 def test_what_is_no_command_is_said_in_one_line(session, line):
     with pytest.raises(UserError, match=f"^{line}: not a command; /help lists them$"):
-        chat.obey(session, line)
+        chat.run_command(session, line)
 
 
 def test_a_new_video_begins_a_new_conversation_and_a_bad_one_changes_nothing(session, tmp_path):
@@ -514,9 +514,9 @@ def test_a_new_video_begins_a_new_conversation_and_a_bad_one_changes_nothing(ses
     before = dict(vars(session))
     (tmp_path / "bad.mp4").write_text("not a video")
     with pytest.raises(UserError):
-        chat.obey(session, f"/video {tmp_path}/bad.mp4")
+        chat.run_command(session, f"/video {tmp_path}/bad.mp4")
     assert vars(session) == before and session.turns
-    chat.obey(session, f"/video {write_video(tmp_path / 'other video.mp4')}")
+    chat.run_command(session, f"/video {write_video(tmp_path / 'other video.mp4')}")
     assert session.turns == [] and session.seen.path.endswith("other video.mp4")
 
 
@@ -635,7 +635,7 @@ def test_a_second_chat_neither_decodes_the_video_nor_runs_clip_and_says_the_same
     second = start()
     assert torch.equal(first.video_tokens, second.video_tokens) and torch.equal(first.seen.frames, second.seen.frames)
     assert (first.seen.times, answer) == (second.seen.times, said(second))
-    assert "seen before" in second.describe() and "seen before" not in first.describe()
+    assert second.seen.before and not first.seen.before
 
 
 @pytest.mark.parametrize("flags", [dict(num_frames=3), dict(tokens="mean"), dict(dtype="bf16")], ids=str)
@@ -649,22 +649,22 @@ def test_who_edits_how_a_video_is_seen_sees_the_effect(start, monkeypatch):
     start()
     code_of = chat.code_of
     monkeypatch.setattr(chat, "code_of", lambda *modules: code_of(*modules) + "edited")   # see test_store
-    assert "seen before" not in start().describe()
-    assert {clip, data, model, plumbing.video} == set(inspect.getclosurevars(chat.Viewer.__init__).globals.values()) & {
-        clip, data, model, plumbing.video}
+    assert not start().seen.before
+    named = inspect.getclosurevars(chat.Viewer.__init__).globals.values()
+    assert all(module in named for module in (clip, data, model, plumbing.video, pictures, quant))
 
 
 @pytest.mark.parametrize("name", ["branch.pth", "clip/model.safetensors", "llava/model.safetensors", "chat.bin"])
 def test_other_weights_look_at_the_video_again(start, weights, tmp_path, name):
     folder = shutil.copytree(weights, tmp_path / "w")
     start(weights=str(folder))
-    assert "seen before" in start(weights=str(folder)).describe()
+    assert start(weights=str(folder)).seen.before
     shutil.copy(folder / "branch.pth", tmp_path / "tuned")
     if name == "chat.bin":
         save_checkpoint(folder / name, {"model.mm_projector.weight": torch.randn(32, 32),
                                         "model.mm_projector.bias": torch.zeros(32)})
     os.utime(folder / name, ns=(1, 1))
-    assert "seen before" not in start(weights=str(folder)).describe()
+    assert not start(weights=str(folder)).seen.before
 
 
 def test_weights_replaced_while_a_chat_is_open_do_not_get_its_rows(start, weights, tmp_path):
@@ -673,7 +673,7 @@ def test_weights_replaced_while_a_chat_is_open_do_not_get_its_rows(start, weight
     write_branch(folder / "branch.pth")
     other = write_video(tmp_path / "other.mp4", seconds=1)
     session.open(other)
-    assert "seen before" not in start(weights=str(folder)).describe()
+    assert not start(weights=str(folder)).seen.before
 
 
 def test_without_a_cache_nothing_is_written(start, tmp_path):
@@ -706,9 +706,9 @@ def test_a_damaged_video_warns_again_when_it_is_not_decoded_again(start, tmp_pat
         yield from decode(*given)
         warnings.warn(plumbing.video.DamagedVideo("v.mp4: damaged"))
     monkeypatch.setattr(data, "sample_frames", damaged)
-    for seen in ("", "seen before"):
+    for before in (False, True):
         with pytest.warns(plumbing.video.DamagedVideo, match="v.mp4: damaged") as told:
-            assert seen in start().describe()
+            assert start().seen.before is before
         assert len(told) == 1
 
 
@@ -764,7 +764,7 @@ def edit(name, change):
 BAD_WEIGHTS = {   # name: (what is done to a good folder, words of the complaint)
     "no clip": (lambda folder, _: shutil.rmtree(folder / "clip"), ["clip"]),
     "no llava": (lambda folder, _: shutil.rmtree(folder / "llava"), ["llava"]),
-    "no branch": (lambda folder, _: (folder / "branch.pth").unlink(), ["lacks branch.pth (python -m weights get branch)"]),
+    "no branch": (lambda folder, _: (folder / "branch.pth").unlink(), ["lacks branch.pth (python -m weights get branch --out "]),
     "no tokenizer": (lambda folder, _: (folder / "llava/tokenizer.model").unlink(), ["tokenizer.model", "No such file"]),
     "clip of another width": (lambda folder, _: write_clip(folder / "clip", width=48), ["llava", "does not fit", "48"]),
     "llava of another clip": (lambda folder, model: write_llava(folder / "llava", model, visual=48), ["llava", "does not fit", "48"]),
@@ -800,9 +800,17 @@ def test_the_code_in_that_branch_would_run_elsewhere(tmp_path):
     assert (tmp_path / "it-ran").exists()
 
 
-def test_missing_weights_are_one_line_and_exit_code_2(call, video, tmp_path):
-    assert refused(call(video, "--weights", tmp_path / "none", "-q", "what?"), tmp_path / "none", "no such folder")
-    assert refused(call(video, "--weights", video, "-q", "what?"), video)
+def test_missing_weights_are_one_line_that_names_all_and_how_to_get_them(call, video, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert refused(call(video, "--weights", tmp_path / "empty", "-q", "what?"), "lacks clip (python -m weights get clip), "
-                   "llava (python -m weights get llava), branch.pth (python -m weights get branch)")   # all at once
+    for folder in (tmp_path / "none", tmp_path / "empty"):
+        lines = [f"{part} (python -m weights get {name} --out {folder})"
+                 for part, name in (("clip", "clip"), ("llava", "llava"), ("branch.pth", "branch"))]
+        assert refused(call(video, "--weights", folder, "-q", "what?"), f"{folder}: lacks {', '.join(lines)}")
+    assert refused(call(video, "--weights", video, "-q", "what?"), video)
+
+
+def test_a_branch_beside_one_that_was_tuned_is_refused_and_alone_it_is_the_zero_shot_setting(call):
+    tiny = os.path.join(os.path.dirname(chat.__file__), "weights", "tiny")
+    branch, tuned = os.path.join(tiny, "branch.pth"), os.path.join(tiny, "chat.bin")
+    assert refused(call("--branch", branch, "--chat", tuned, "-q", "what?"), tuned, "a branch of its own")
+    assert "without chat.bin" in call("--branch", branch, "-q", "what?")[2]

@@ -98,13 +98,14 @@ def test_a_chat_that_does_not_fit_ends_before_weights_are_loaded(weights, video,
 # ---------------------------------------------------------------------------------------------------- what there is
 FREE = "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n"
 STAT = "active_file 100\ninactive_file 200\nanon 400\n"
-A, AB = "/sys/fs/cgroup/a/", "/sys/fs/cgroup/a/b/"
+ROOT, A, AB = "/sys/fs/cgroup/", "/sys/fs/cgroup/a/", "/sys/fs/cgroup/a/b/"
 
 
 @pytest.mark.parametrize("files, free", [
     ({}, 5_120_000), ({A + "memory.max": "max\n", A + "memory.current": "7", A + "memory.stat": STAT}, 5_120_000),
     ({A + "memory.max": "1000\n", A + "memory.current": "700\n", A + "memory.stat": STAT,   # the tightest counts
-      AB + "memory.max": "5000\n", AB + "memory.current": "700\n", AB + "memory.stat": STAT}, 600)])
+      AB + "memory.max": "5000\n", AB + "memory.current": "700\n", AB + "memory.stat": STAT}, 600),
+    ({ROOT + "memory.max": "900\n", ROOT + "memory.current": "700\n", ROOT + "memory.stat": STAT}, 500)])
 def test_limits_of_the_control_groups_count_and_cached_files_do_not(monkeypatch, files, free):
     files = {"/proc/meminfo": FREE, "/proc/self/cgroup": "0::/a/b\n", **files}
 
