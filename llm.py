@@ -8,7 +8,6 @@ Nothing here knows about video. It comes as `embeds`, rows that stand where word
 Shapes: B batch, S new tokens, P tokens in the KV cache, D width, H heads, h KV heads, d head width, V words.
 """
 import base64
-import contextlib
 import glob
 import json
 import math
@@ -23,18 +22,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing.cli import UserError, make_folder, write_atomic
-from plumbing.weightfile import (likely_reason, load_into, map_file, read_file, read_json, read_tensors,
-                                 shown, write_safetensors)
+from plumbing.weightfile import (
+    DAMAGE, likely_reason, load_into, map_file, read_file, read_json, read_tensors, shown, write_safetensors)
 
 ROPE_SCALING = {   # kinds of rotary positions, and what each of them has to state
     "default": (), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+SIZES = "vocab_size", "width", "layers", "heads", "kv_heads", "mlp", "head_dim", "context_length"
 MAX_SIZE = 1 << 24   # beyond any model: a file that claims more is damaged
 
 
 @dataclass
 class LLaMAConfig:
-    """Sizes of a decoder; the defaults are LLaMA-7B. Raises UserError for sizes that cannot be."""
+    """Sizes of a decoder; the defaults are LLaMA-7B. Raises ValueError for sizes that cannot be."""
     vocab_size: int = 32000            # V, rows of embed_tokens and lm_head
     width: int = 4096                  # D
     layers: int = 32
@@ -51,20 +51,15 @@ class LLaMAConfig:
     def __post_init__(self):
         self.kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         self.head_dim = self.width // (self.heads or 1) if self.head_dim is None else self.head_dim
-        for name in "vocab_size width layers heads kv_heads mlp head_dim context_length".split():
-            size = getattr(self, name)
-            if type(size) is not int or not 1 <= size <= MAX_SIZE:
-                raise UserError(f"{name} is {shown(size)}: no such model; it is a number of at least 1")
-        if self.heads % self.kv_heads:
-            raise UserError(f"{self.heads} heads cannot share {self.kv_heads} KV heads evenly")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim is {self.head_dim}; rotary positions turn pairs, so it must be even")
         if self.rope_kind not in ROPE_SCALING:
-            raise UserError(f"rope_scaling is {shown(self.rope_kind)}; known are {', '.join(ROPE_SCALING)}")
-        numbers = vars(self) | (self.rope_scaling or {})
-        for name in ("rope_theta", "norm_eps", *ROPE_SCALING[self.rope_kind]):
-            if not isinstance(number := numbers.get(name), (int, float)) or not 0 < number < math.inf:
-                raise UserError(f"{name} is {shown(number)}; needed is a number above 0")
+            raise ValueError(f"rope_scaling is {shown(self.rope_kind)}; known are {', '.join(ROPE_SCALING)}")
+        values = vars(self) | (self.rope_scaling or {})
+        for name in (*SIZES, "rope_theta", "norm_eps", *ROPE_SCALING[self.rope_kind]):
+            kinds, limit = (int, MAX_SIZE) if name in SIZES else ((int, float), math.inf)
+            if not isinstance(values.get(name), kinds) or not 0 < values[name] < limit:
+                raise ValueError(f"{name} is {shown(values.get(name))}: no such model")
+        if self.heads % self.kv_heads or self.head_dim % 2:   # rotary positions turn pairs
+            raise ValueError(f"{self.heads} heads of {self.head_dim}, {self.kv_heads} KV heads: no such model")
 
     @property
     def rope_kind(self):
@@ -101,8 +96,7 @@ def rope_tables(config, start, S, device):
 
 
 def rotate(x, cos, sin):
-    """Turns pair i = (x_i, x_{i+d/2}), Hugging Face's pairing, by its angle. x (B, H, S, d); cos, sin (S,
-    d/2)."""
+    """Turns each pair (x_i, x_{i+d/2}) by its angle, as Hugging Face does. x (B, H, S, d); cos, sin (S, d/2)."""
     a, b = x.chunk(2, dim=-1)   # (B, H, S, d/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -119,8 +113,7 @@ class KVCache:
         self.length, self.max_len = 0, max_len
 
     def append(self, layer, k, v):
-        """k, v of S new tokens, (B, h, S, d) -> of all, (B, h, P+S, d). `length` moves when all layers are
-        done."""
+        """k, v of S new tokens (B, h, S, d) -> of all (B, h, P+S, d). `length` moves after the last layer."""
         end = self.length + k.shape[2]
         self.k[layer][:, :, self.length:end] = k
         self.v[layer][:, :, self.length:end] = v
@@ -216,8 +209,7 @@ class LLaMA(nn.Module):
         """ids (B, S) int64, or embeds (B, S, D) -> logits (B, S, V) fp32, or (B, 1, V) if last_only.
 
         Positions go on from kv_cache.length, and the cache takes in the S tokens. A batch padded on the right
-        needs no mask: attention is causal, so only padding sees padding. Raises UserError if P + S is more
-        than the context holds."""
+        needs no mask: only padding sees padding. Raises UserError if the context holds less than P + S."""
         assert (ids is None) != (embeds is None), "give exactly one of ids and embeds"
         weight, P = self.model.embed_tokens.weight, 0 if kv_cache is None else kv_cache.length
         x = self.model.embed_tokens(ids) if embeds is None else embeds.to(weight.dtype)   # (B, S, D)
@@ -253,8 +245,7 @@ def sample(logits, temperature, top_p, generator):
     """One token from logits (V,) -> int. Temperature 0 takes the likeliest.
 
     top_p (Holtzman et al. 2019, arXiv 1904.09751): draws from the fewest likeliest tokens that together have
-    at least that probability. On the CPU, with a CPU generator, so that a seed means the same on every
-    device."""
+    at least that probability. On the CPU, so that a seed means the same on every device."""
     assert temperature >= 0 and 0 < top_p <= 1, f"temperature {temperature}, top_p {top_p}"
     if temperature == 0:
         return int(logits.argmax())
@@ -270,17 +261,13 @@ def generate(model, ids=None, embeds=None, *, max_new_tokens, temperature=0.0, t
              kv_cache=None):
     """Continues one prompt, ids (1, S) int64 or embeds (1, S, D), and yields token ids (int) as they come.
 
-    Ends at a token of stop_ids, which is not yielded, after max_new_tokens, or when the context or the
-    kv_cache is full. If kv_cache holds the start of the prompt, `ids` or `embeds` is its rest. Afterwards it
-    holds the prompt and what was yielded, but for the last token if no stop id followed. Raises UserError for
-    a prompt too long."""
-    S, limit = (ids if embeds is None else embeds).shape[1], model.config.context_length
-    weight = model.model.embed_tokens.weight
+    Ends at a token of stop_ids, which is not yielded, at max_new_tokens, or where context or kv_cache is full.
+    If kv_cache holds the start of the prompt, `ids` or `embeds` is its rest. Afterwards it holds all but the
+    last token, or all if a stop id followed. Raises UserError for a prompt too long."""
+    S, weight = (ids if embeds is None else embeds).shape[1], model.model.embed_tokens.weight
     if kv_cache is None:
-        kv_cache = KVCache(model.config, 1, min(limit, S + max_new_tokens), weight.device, weight.dtype)
-    else:
-        limit = min(limit, kv_cache.max_len)
-    used = kv_cache.length + S
+        kv_cache = KVCache(model.config, 1, S + max_new_tokens, weight.device, weight.dtype)
+    used, limit = kv_cache.length + S, min(model.config.context_length, kv_cache.max_len)
     if used >= limit:
         raise UserError(f"the prompt has {used} tokens, which leaves no room for an answer in {limit}")
     generator = torch.Generator().manual_seed(seed)
@@ -296,8 +283,8 @@ def generate(model, ids=None, embeds=None, *, max_new_tokens, temperature=0.0, t
 def stream_text(tokenizer, ids):
     """Token ids as they come -> pieces of text (str, never empty) as early as they are certain.
 
-    Joined, the pieces are tokenizer.decode(all ids). Until the last token of a character is there it decodes
-    to U+FFFD, so these are held back at the end of the text, and given out as they are once the ids end."""
+    Joined, the pieces are tokenizer.decode(all ids). A character decodes to U+FFFD until its last token is
+    there. So these are held back at the end of the text, until the ids end."""
     seen, text, sent = [], "", 0
     for token in ids:
         seen.append(token)
@@ -325,16 +312,13 @@ class SentencePieceTokenizer:
             raise UserError(f"{path}: not a whole sentencepiece model; download it again")
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         self.stop_ids, self.vocab_size = {self.eos_id}, self.model.vocab_size()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise UserError(f"{path}: has no tokens that begin and end a text; it is not a LLaMA's")
 
     def encode(self, text):
         """str -> list of int, without BOS and EOS; control tokens written out in the text are only text."""
         return self.model.encode(text)
 
     def decode(self, ids):
-        """ids -> str, without that first space. Control tokens and tokens that LLaVA adds have no text; bytes
-        that are not UTF-8 become U+FFFD."""
+        """ids -> str, without that space. Control and added tokens have no text, bad UTF-8 is U+FFFD."""
         return self.model.decode([int(i) for i in ids if i < self.vocab_size])
 
 
@@ -359,11 +343,11 @@ class TiktokenTokenizer:
         try:
             lines = (line.split() for line in bytes(map_file(path)).splitlines())
             ranks = {base64.b64decode(word, validate=True): int(rank) for word, rank in lines}
+            self.words = n = len(ranks)
+            if set(ranks.values()) != set(range(n)) or not all(bytes([b]) in ranks for b in range(256)):
+                raise ValueError(f"they are not 0 to {n - 1}, with all 256 bytes among them")
         except ValueError as e:
             raise UserError(f"{path}: damaged list of byte-pair ranks ({e}); download it again")
-        self.words = n = len(ranks)
-        if set(ranks.values()) != set(range(n)) or not all(bytes([b]) in ranks for b in range(256)):
-            raise UserError(f"{path}: its ranks are not 0..{n - 1} with all 256 bytes; download it again")
         self.model = tiktoken.Encoding("", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
         self.bos_id, self.eos_id, self.vocab_size = n, n + 1, n + 256   # <|begin_of_text|>, <|end_of_text|>
         self.stop_ids = {self.eos_id, n + 9}                            # <|eot_id|>, the end of a turn
@@ -397,33 +381,36 @@ def tokenizer_path(folder):
 
 
 # ---------------------------------------------------------------------------------------- weights
-EXTRA = ("model.mm_projector.", "mm_projector.", "model.vision_tower.")   # what LLaVA stores beside its LLaMA
-NOT_LLAMA = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",
-             "no_rope_layers", "partial_rotary_factor")   # of models with a LLaMA's names, not its arithmetic
+EXTRA = "model.mm_projector.", "mm_projector.", "model.vision_tower."   # what LLaVA stores beside its LLaMA
+OLD = ".rotary_emb.inv_freq"                                            # in older files; recomputed
 HF_CONFIG = {   # field of LLaMAConfig: key of config.json
     "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "mlp": "intermediate_size", "norm_eps": "rms_norm_eps", "kv_heads": "num_key_value_heads",
     "head_dim": "head_dim", "rope_theta": "rope_theta", "rope_scaling": "rope_scaling",
     "context_length": "max_position_embeddings", "tied": "tie_word_embeddings"}
-ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")   # in older files; recomputed
 
 
 def load_llama(folder):
     """A LLaMA, Vicuna or LLaVA, in Hugging Face's layout or Meta's -> (LLaMA, tokenizer, extra).
 
-    The LLaMA adopts the tensors of the files as they are, mapped. extra: {name: tensor} of what is LLaVA's
-    and not LLaMA's. embed_tokens says how large the vocabulary is, for it grows when tokens are added; all
-    else is as described. Raises UserError for a missing, additional or ill-sized tensor."""
-    if is_meta(folder):
-        config, tensors, extra = *read_meta(folder), {}
-    else:
-        tensors = {name: t for name, t in read_tensors(folder).items() if not ROTARY.fullmatch(name)}
-        extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith(EXTRA)}
-        V = rows_of(folder, tensors, "model.embed_tokens.weight")
-        config = read_config(os.path.join(folder, "config.json"), V, "lm_head.weight" in tensors)
-    dtypes = {t.dtype for t in tensors.values()}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
-        raise UserError(f"{folder}: holds {', '.join(sorted(map(str, dtypes)))}; needed: fp32, bf16 or fp16")
+    The LLaMA adopts the tensors of the files as they are, mapped. extra: {name: tensor} of what LLaVA stores
+    beside it. Raises UserError for a missing, additional or ill-sized tensor."""
+    meta = is_meta(folder)
+    description, tensors, extra = os.path.join(folder, "params.json" if meta else "config.json"), {}, {}
+    stated = read_json(description)
+    try:
+        if meta:
+            tensors = read_meta(folder, stated)
+            config = meta_config(stated, tensors)
+        else:
+            tensors = {name: t for name, t in read_tensors(folder).items() if not name.endswith(OLD)}
+            extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith(EXTRA)}
+            config = hf_config(stated, tensors)
+    except KeyError as e:
+        strange = [name for name in tensors if not name.startswith(("model.", "lm_head."))]
+        raise UserError(f"{description}: not a LLaMA (no {shown(e)}); {likely_reason((), strange, ())}")
+    except DAMAGE as e:
+        raise UserError(f"{description}: {shown(e, longest=300)}")
     layers = len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")})
     if layers != config.layers:   # before anything is built: a description can claim a million
         raise UserError(f"{folder}: described as {config.layers:,} layers, but its weights have {layers:,}; "
@@ -441,44 +428,25 @@ def load_llama(folder):
     return model, tokenizer, extra
 
 
-def rows_of(folder, tensors, name):
-    """Rows of a matrix that every LLaMA has. Raises UserError, with a guess of what this is instead."""
-    if name not in tensors or tensors[name].ndim != 2:
-        strange = [other for other in tensors if not other.startswith(("model.", "lm_head."))]
-        raise UserError(f"{folder}: not a LLaMA (no matrix {name}); {likely_reason([name], strange, [])}")
-    return len(tensors[name])
+def hf_config(stated, tensors):
+    """config.json -> LLaMAConfig. Raises ValueError for what would change the arithmetic, or one of DAMAGE.
 
-
-@contextlib.contextmanager
-def one_line(path):
-    """Turns what goes wrong while the description of a model is read into one line that names its file."""
-    try:
-        yield
-    except KeyError as e:
-        raise UserError(f"{path}: states no {shown(e)}; is this the folder of a LLaMA?")
-    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError, UserError) as e:
-        raise UserError(f"{path}: {shown(e, longest=300)}")
-
-
-def read_config(path, vocab_size, has_head):
-    """config.json -> LLaMAConfig. Raises UserError for what is missing, or would change the arithmetic."""
-    c = read_json(path)
-    with one_line(path):
-        for key in ("hidden_act", *NOT_LLAMA):
-            if c.get(key) not in (None, 1, [], "silu"):
-                raise UserError(f"its {key} is {shown(c[key])}; no LLaMA's is")
-        if c.get("sliding_window") and c.get("use_sliding_window", True):   # as a Mistral's
-            raise UserError(f"its attention sees {shown(c['sliding_window'])} tokens back, a LLaMA's all")
-        rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})   # transformers 5, or older
-        c |= {"rope_theta": rope.pop("rope_theta", c.get("rope_theta", 1e4)), "rope_scaling": rope or None}
-        needed = ("width", "layers", "heads", "mlp", "norm_eps")
-        fields = {field: c[key] for field, key in HF_CONFIG.items() if key in c or field in needed}
-        return LLaMAConfig(vocab_size, **fields | {"tied": bool(fields.get("tied")) and not has_head})
+    embed_tokens says how large the vocabulary is: it grows when tokens are added."""
+    if stated.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"its hidden_act is {stated['hidden_act']!r}, not 'silu'")
+    if stated.get("sliding_window") and stated.get("use_sliding_window", True):   # as a Mistral's
+        raise ValueError(f"its attention sees {stated['sliding_window']} tokens back, a LLaMA's all")
+    rope = dict(stated.get("rope_parameters") or stated.get("rope_scaling") or {})   # transformers 5 or older
+    theta = rope.pop("rope_theta", stated.get("rope_theta", 1e4))
+    stated = {"rms_norm_eps": 1e-6, **stated, "rope_theta": theta, "rope_scaling": rope or None}
+    fields = {field: stated[key] for field, key in HF_CONFIG.items() if key in stated}
+    fields["tied"] = bool(fields.get("tied")) and "lm_head.weight" not in tensors
+    return LLaMAConfig(len(tensors["model.embed_tokens.weight"]), **fields)
 
 
 # Meta's folder: params.json and consolidated.00.pth, .01, ...: every file holds a slice of every matrix
 META = {   # name in Meta's files: Hugging Face's, and the dimension that is sliced (None: each has the whole)
-    "tok_embeddings": ("model.embed_tokens", 1), "norm": ("model.norm", None), "output": ("lm_head", 0),
+    "tok_embeddings": ("embed_tokens", 1), "norm": ("norm", None), "output": ("lm_head", 0),
     "attention.wq": ("self_attn.q_proj", 0), "attention.wk": ("self_attn.k_proj", 0),
     "attention.wv": ("self_attn.v_proj", 0), "attention.wo": ("self_attn.o_proj", 1),
     "feed_forward.w1": ("mlp.gate_proj", 0), "feed_forward.w2": ("mlp.down_proj", 1),
@@ -491,30 +459,25 @@ def is_meta(folder):
         not os.path.exists(os.path.join(folder, "config.json"))   # some of Hugging Face's have both
 
 
-def read_meta(folder):
-    """Meta's folder of a LLaMA 1, 2 or 3 -> (LLaMAConfig, {Hugging Face name: tensor}). Raises UserError.
+def read_meta(folder, params):
+    """Meta's folder of a LLaMA 1, 2 or 3 -> {Hugging Face name: tensor}. Raises UserError, or one of DAMAGE.
 
     A single shard stays a memory map but for queries and keys, 2 GB of a 7B. Several are joined, a copy."""
-    path = os.path.join(folder, "params.json")
-    shards = glob.glob(os.path.join(glob.escape(folder), "consolidated.??.pth"))
-    shards = [read_file(file) for file in sorted(shards) or [os.path.join(folder, "consolidated.00.pth")]]
-    params, tensors = read_json(path), {}
-    with one_line(path):
-        D, head_dim = params["dim"], params["dim"] // params["n_heads"]
-        for name in {name: None for shard in shards for name in shard if name != "rope.freqs"}:   # recomputed
-            layer, part = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name, re.S).groups()
-            new, dim = META.get(part, (None, None))
-            slices = [shard[name] for shard in shards]
-            if part == "tok_embeddings" and slices[0].shape[1] == D:
-                dim = 0   # LLaMA 3 slices its words, not their width
-            t = slices[0] if len(slices) == 1 or dim is None else torch.cat(slices, dim)
-            if part in ("attention.wq", "attention.wk"):
-                t = halves_from_pairs(t, head_dim)
-            tensors[f"{'model.' + layer if layer else ''}{new}.weight" if new else name] = t
-    V = rows_of(folder, tensors, "model.embed_tokens.weight")
-    mlp = rows_of(folder, tensors, "model.layers.0.mlp.gate_proj.weight")
-    with one_line(path):
-        return meta_config(params, V, mlp), tensors
+    files = sorted(glob.glob(os.path.join(glob.escape(folder), "consolidated.??.pth")))
+    shards = [read_file(file) for file in files or [os.path.join(folder, "consolidated.00.pth")]]
+    D, head_dim, tensors = params["dim"], params["dim"] // params["n_heads"], {}
+    for name in shards[0]:
+        part = re.sub(r"^layers\.\d+\.|\.weight$", "", name)
+        new, dim = META.get(part, (part, None))
+        slices = [shard[name] for shard in shards]
+        if part == "tok_embeddings" and slices[0].shape[1] == D:
+            dim = 0   # LLaMA 3 slices its words, not their width
+        t = slices[0] if len(slices) == 1 or dim is None else torch.cat(slices, dim)
+        if part in ("attention.wq", "attention.wk"):
+            t = halves_from_pairs(t, head_dim)
+        tensors["model." * (part != "output") + name.replace(part, new)] = t
+    tensors.pop("model.rope.freqs", None)   # recomputed
+    return tensors
 
 
 def halves_from_pairs(weight, d):
@@ -524,19 +487,19 @@ def halves_from_pairs(weight, d):
     return weight.view(-1, d // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def meta_config(params, vocab_size, mlp):
-    """params.json, and the two sizes that only the tensors know -> LLaMAConfig.
+def meta_config(params, tensors):
+    """params.json -> LLaMAConfig. Raises one of DAMAGE. The length of the context stands nowhere.
 
-    The length of the context stands nowhere. LLaMA 1 reads 2048 tokens, 2 reads 4096, 3 (larger rope_theta)
-    8192, 3.1 (use_scaled_rope) 131072, CodeLlama (rope_theta 1e6) 16384. Between 1 and 2 nothing differs but
-    norm_eps, 1e-6 and 1e-5; the 65B of LLaMA 1 has 1e-5 as well, and is known by its width without shared KV
+    LLaMA 1 reads 2048 tokens, 2 reads 4096, 3 (larger rope_theta) 8192, 3.1 (use_scaled_rope) 131072, and
+    CodeLlama (rope_theta 1e6) 16384. 1 has a norm_eps of 1e-6; only its 65B is 8192 wide without shared KV
     heads. Positions are stretched by 8 in 3.1 and, as unstated, by 32 in the 1B and 3B of 3.2."""
     D, kv_heads, scaled = params["dim"], params.get("n_kv_heads"), params.get("use_scaled_rope")
     theta, eps = params.get("rope_theta", 1e4), params["norm_eps"]
     stretch = dict(zip(ROPE_SCALING["llama3"], (32.0 if D in (2048, 3072) else 8.0, 1.0, 4.0, 8192)))
     first = eps < 5e-6 or (D == 8192 and kv_heads is None)
     return LLaMAConfig(
-        vocab_size, D, params["n_layers"], params["n_heads"], kv_heads, mlp, rope_theta=theta, norm_eps=eps,
+        len(tensors["model.embed_tokens.weight"]), D, params["n_layers"], params["n_heads"], kv_heads,
+        len(tensors["model.layers.0.mlp.gate_proj.weight"]), rope_theta=theta, norm_eps=eps,
         rope_scaling={"rope_type": "llama3", **stretch} if scaled else None,
         context_length=(131072 if scaled else 16384 if theta == 1e6 else 8192 if theta > 1e4 else
                         2048 if first else 4096))
@@ -545,24 +508,21 @@ def meta_config(params, vocab_size, mlp):
 def save_llama(folder, model, tokenizer_model_path, extra={}, dtype=torch.float16, config_extra={}):
     """Writes what load_llama reads: config.json, model.safetensors, tokenizer.model, each atomically.
 
-    extra: {name: tensor}, names as in EXTRA; with an mm_projector among them the folder says that it is a
-    LLaVA. config_extra: more entries of config.json (mm_hidden_size, ...). Raises UserError."""
-    shards = os.path.join(folder, "model.safetensors.index.json")
-    if os.path.exists(shards):
-        raise UserError(f"{shards}: here are shards, which would be read instead; choose another folder")
+    extra: {name: tensor}, names as in EXTRA; with an mm_projector in it the folder says that it is a LLaVA.
+    config_extra: more entries of config.json (mm_hidden_size, ...). Raises UserError."""
     c, tokenizer = model.config, load_tokenizer(tokenizer_model_path)
-    words = bytes(map_file(tokenizer_model_path))
+    words = bytes(map_file(tokenizer_model_path))   # before the folder is written: it may lie there
     is_llava = any("mm_projector." in name for name in extra)
     settings = {
         "architectures": ["LlavaLlamaForCausalLM" if is_llava else "LlamaForCausalLM"],
         "model_type": "llava" if is_llava else "llama", "hidden_act": "silu", "vocab_size": c.vocab_size,
         "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id, **{key: getattr(c, field) for field, key in HF_CONFIG.items()},
-        **config_extra}
+        "eos_token_id": tokenizer.eos_id,
+        **{key: getattr(c, field) for field, key in HF_CONFIG.items()}, **config_extra}
     tensors = {name: t for name, t in model.state_dict().items() if not (c.tied and name == "lm_head.weight")}
     tensors = {name: t.to(dtype) for name, t in (tensors | extra).items()}
+    text = json.dumps(settings, indent=2) + "\n"
     make_folder(folder)
     write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
     write_atomic(os.path.join(folder, "tokenizer.model"), lambda f: f.write(words))
-    text = json.dumps(settings, indent=2) + "\n"
     write_atomic(os.path.join(folder, "config.json"), lambda f: f.write(text.encode()))
