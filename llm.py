@@ -59,7 +59,7 @@ class LLaMAConfig:
             if not isinstance(values.get(name), kinds) or not 0 < values[name] < limit:
                 raise ValueError(f"{name} is {shown(values.get(name))}: no such model")
         if self.heads % self.kv_heads or self.head_dim % 2:   # rotary positions turn pairs
-            raise ValueError(f"{self.heads} heads of {self.head_dim}, {self.kv_heads} KV heads: no such model")
+            raise ValueError(f"{self.heads} heads of {self.head_dim}, {self.kv_heads} KV heads: no model")
 
     @property
     def rope_kind(self):
@@ -96,7 +96,7 @@ def rope_tables(config, start, S, device):
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x_i, x_{i+d/2}) by its angle, as Hugging Face does. x (B, H, S, d); cos, sin (S, d/2)."""
+    """Turns each pair (x_i, x_{i+d/2}), Hugging Face's, by its angle. x (B, H, S, d); cos, sin (S, d/2)."""
     a, b = x.chunk(2, dim=-1)   # (B, H, S, d/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -261,7 +261,7 @@ def generate(model, ids=None, embeds=None, *, max_new_tokens, temperature=0.0, t
              kv_cache=None):
     """Continues one prompt, ids (1, S) int64 or embeds (1, S, D), and yields token ids (int) as they come.
 
-    Ends at a token of stop_ids, which is not yielded, at max_new_tokens, or where context or kv_cache is full.
+    Ends at a token of stop_ids, which is not yielded, after max_new_tokens, or at the end of context or cache.
     If kv_cache holds the start of the prompt, `ids` or `embeds` is its rest. Afterwards it holds all but the
     last token, or all if a stop id followed. Raises UserError for a prompt too long."""
     S, weight = (ids if embeds is None else embeds).shape[1], model.model.embed_tokens.weight

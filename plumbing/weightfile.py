@@ -49,28 +49,27 @@ def read_tensors(path):
         if os.path.exists(file := os.path.join(path, name)):
             return read_file(file)
         if os.path.exists(index := file + ".index.json"):
-            return read_shards(path, index)
+            weight_map, tensors = read_json(index).get("weight_map"), {}
+            shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+            if not all(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard) for shard in shards):
+                raise UserError(f"{index}: its weight_map names no file, or one outside its own folder")
+            for shard in sorted(set(shards)):
+                tensors |= read_file(os.path.join(path, shard))
+            return tensors
     raise UserError(f"{path}: no model.safetensors or pytorch_model.bin (nor an index of shards) in it")
-
-
-def read_shards(folder, index):
-    """The files that an index names, all in its own folder -> {name: tensor}. Raises UserError."""
-    weight_map, tensors = read_json(index).get("weight_map"), {}
-    shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard) for shard in shards):
-        raise UserError(f"{index}: its weight_map names no files, or some outside its own folder; refused")
-    for shard in sorted(set(shards)):
-        tensors |= read_file(os.path.join(folder, shard))
-    return tensors
 
 
 def read_file(path):
     """One weight file -> {name: tensor}; TorchScript's modules get dotted names. Raises UserError."""
     buffer = map_file(path)
-    if buffer[:4] == b"PK\x03\x04":
-        return read_zip_pickle(path, buffer)
-    if buffer[8:9] == b"{":
-        return read_safetensors(path, buffer)
+    try:
+        if buffer[:4] == b"PK\x03\x04":
+            return read_zip_pickle(buffer)
+        if buffer[8:9] == b"{":
+            return read_safetensors(buffer)
+    except DAMAGE as e:
+        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "   # the former are our own
+        raise UserError(f"{path}: damaged, or no weight data ({kind}{shown(e, 250)}); refused")
     raise UserError(f"{path}: neither safetensors nor a torch.save file of torch 1.6 or later: it begins "
                     f"with {bytes(buffer[:30])!r}; download it whole, from Git LFS with `git lfs pull`")
 
@@ -118,29 +117,24 @@ def map_file(path):
 
 
 # ---------------------------------------------------------------------------------------- safetensors
-def read_safetensors(path, buffer):
+def read_safetensors(buffer):
     """https://huggingface.co/docs/safetensors: u64 header length, JSON {name: dtype, shape, place}, bytes.
 
-    The tensors must fill the rest of the file from end to end, in whatever order: no hole, no overlap."""
-    data = 8 + int.from_bytes(buffer[:8], "little")
-    if data > min(8 + MAX_HEADER, len(buffer)):
-        raise UserError(f"{path}: its header claims {data - 8:,} bytes of {len(buffer):,}; cut or damaged")
-    found, end = [], 0
-    try:
-        header = json.loads(buffer[8:data], object_pairs_hook=list)   # a dict would lose a name's double
-        entries = [(name, dict(entry)) for name, entry in header if name != "__metadata__"]
-        for name, entry in sorted(entries, key=lambda entry: entry[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], sizes(entry["shape"])
-            begin, stop = sizes(entry["data_offsets"])
-            if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{shown(name)} has shape {shown(shape)} at bytes {begin}..{stop}")
-            found.append((name, dtype, data + begin, shape))
-            end = stop
-    except DAMAGE as e:
-        raise UserError(f"{path}: damaged header, or one that is not read ({type(e).__name__}: {shown(e)})")
-    if len(buffer) != data + end:
-        raise UserError(f"{path}: cut or damaged: {len(buffer):,} bytes where {data + end:,} are expected; "
-                        "download it again")
+    The tensors must fill the rest of the file from end to end, in whatever order. Raises one of DAMAGE."""
+    at, found = 8 + int.from_bytes(buffer[:8], "little"), []
+    if at > min(8 + MAX_HEADER, len(buffer)):
+        raise ValueError(f"cut: a header that claims {at - 8:,} bytes of {len(buffer):,}")
+    header = json.loads(buffer[8:at], object_pairs_hook=list)   # a dict would lose a name's double
+    entries, start = [(name, dict(entry)) for name, entry in header if name != "__metadata__"], at
+    for name, entry in sorted(entries, key=lambda entry: entry[1]["data_offsets"]):
+        dtype, shape = DTYPES[entry["dtype"]], sizes(entry["shape"])
+        begin, end = sizes(entry["data_offsets"])
+        if begin != at - start or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{shown(name)} has shape {shown(shape)} at bytes {begin}..{end}")
+        found.append((name, dtype, at, shape))
+        at = start + end
+    if len(buffer) != at:
+        raise ValueError(f"cut or damaged: {len(buffer):,} bytes where {at:,} are expected; get it again")
     return {name: view(buffer, dtype, at, math.prod(shape)).view(shape) for name, dtype, at, shape in found}
 
 
@@ -181,12 +175,10 @@ def write_safetensors(path, tensors, metadata=None, values=None):
 
 def read_metadata(path):
     """{name: text} beside the tensors of a file that read_file has accepted. Raises UserError."""
-    buffer, metadata = map_file(path), {}
-    if buffer[8:9] == b"{":   # no other layout has any
-        metadata = json.loads(buffer[8:8 + int.from_bytes(buffer[:8], "little")]).get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise UserError(f"{path}: damaged safetensors header (its metadata is not text)")
-    return metadata
+    buffer = map_file(path)
+    header = json.loads(buffer[8:8 + int.from_bytes(buffer[:8], "little")]) if buffer[8:9] == b"{" else {}
+    metadata = header.get("__metadata__")   # no other layout has any
+    return {key: str(text) for key, text in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------- zip + pickle
@@ -264,36 +256,30 @@ class DataPickle(pickle._Unpickler):
                  0x81: dispatch[ord("R")]}       # NEWOBJ: an object is made by a call of its class
 
 
-def read_zip_pickle(path, buffer):
-    """{name: tensor} of a torch.save or TorchScript archive, mapped from `buffer`. Raises UserError."""
-    tensors = {}
-    try:
-        if buffer.rfind(b"PK\x05\x06", max(0, len(buffer) - 22 - 0xFFFF)) < 0:   # where the directory ends
-            raise UserError(f"{path}: cut: {len(buffer):,} bytes where about {expected_length(buffer):,} are "
-                            "expected; download it again")
-        entries = zip_entries(buffer)
-        start, size = entries["data.pkl"]
-        if not 0 < size <= MAX_HEADER:
-            raise ValueError(f"data.pkl is packed, empty or too large: {size:,} bytes")
-        content = DataPickle(buffer[start:start + size]).load()
-        if isinstance(content, Record) and isinstance(content.get("state_dict"), Record):
-            content = content["state_dict"]   # a checkpoint has more beside it
-        for visits, (name, value) in enumerate(named_values(content)):
-            if visits > MAX_NAMES or len(name) > 1000:   # a dict that holds another twice, which holds ...
-                raise ValueError("it is nested too deeply")
-            if isinstance(value, Described):
-                tensors[name] = make_tensor(value, buffer, entries)
-    except DAMAGE as e:
-        raise UserError(f"{path}: damaged, or no weight data ({type(e).__name__}: {shown(e, 250)}); refused")
+def read_zip_pickle(buffer):
+    """{name: tensor} of a torch.save or TorchScript archive, mapped from `buffer`. Raises one of DAMAGE."""
+    if buffer.rfind(b"PK\x05\x06", max(0, len(buffer) - 22 - 0xFFFF)) < 0:   # where the directory ends
+        raise ValueError(f"cut: {len(buffer):,} bytes where about {expected_length(buffer):,} are expected; "
+                         "get it again")
+    entries, tensors = zip_entries(buffer), {}
+    start, size = entries["data.pkl"]
+    if not 0 < size <= MAX_HEADER:
+        raise ValueError(f"data.pkl is packed, empty or too large: {size:,} bytes")
+    content = DataPickle(buffer[start:start + size]).load()
+    if isinstance(content, Record) and isinstance(content.get("state_dict"), Record):
+        content = content["state_dict"]   # a checkpoint has more beside it
+    for visits, (name, value) in enumerate(named_values(content)):
+        if visits > MAX_NAMES or len(name) > 1000:   # a dict that holds another twice, which holds ...
+            raise ValueError("it is nested too deeply")
+        if isinstance(value, Described):
+            tensors[name] = make_tensor(value, buffer, entries)
     if not tensors:
-        raise UserError(f"{path}: holds no tensors")
+        raise ValueError("it holds no tensors")
     return tensors
 
 
 def zip_entries(buffer):
-    """{name without its first folder: (where its bytes begin, how many)}; what is packed counts as 0 bytes.
-
-    Raises one of DAMAGE where the directory at the end of the file does not describe it."""
+    """{name without its first folder: (where its bytes begin, how many)}; what is packed counts as none."""
     entries, end = {}, 0
     for info in sorted(zipfile.ZipFile(buffer).infolist(), key=lambda info: info.header_offset):
         at, name = info.header_offset, info.filename.split("/", 1)[-1]
@@ -308,7 +294,7 @@ def zip_entries(buffer):
 
 
 def expected_length(buffer):
-    """About how many bytes a torch.save file had before it lost its end. Raises one of DAMAGE if unknown.
+    """About how many bytes a torch.save file had before it lost its end.
 
     The pickle comes first and names every storage. Around these and six small files stand their names."""
     name_length, padding = struct.unpack_from("<26xHH", buffer)
@@ -330,7 +316,7 @@ def named_values(value, name=""):
 
 
 def make_tensor(described, buffer, entries):
-    """The numbers that a pickle describes, as a view of the mapped file. Raises one of DAMAGE."""
+    """The numbers that a pickle describes, as a view of the mapped file."""
     storage, offset, shape, stride, *_ = described
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")

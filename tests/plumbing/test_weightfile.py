@@ -146,7 +146,7 @@ def test_a_cut_torch_file_says_how_long_it_must_have_been(tmp_path, rows, column
     torch.save({"projector.weight": torch.zeros(rows, columns), "b": torch.zeros(rows)}, tmp_path / "w.bin")
     whole, cut = os.path.getsize(tmp_path / "w.bin"), rows * columns * 4
     os.truncate(tmp_path / "w.bin", cut)
-    with pytest.raises(UserError, match=f"cut: {cut:,} bytes where about .* are expected; download") as e:
+    with pytest.raises(UserError, match=f"cut: {cut:,} bytes where about .* are expected; get it again") as e:
         weightfile.read_file(tmp_path / "w.bin")
     about = int(str(e.value).split("about ")[1].split()[0].replace(",", ""))
     assert abs(about - whole) < 100
