@@ -152,22 +152,18 @@ class ImageTower(nn.Module):
         yield from self.encoder.states(self.pre_layrnorm(x))
 
 
-class TextEmbeddings(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.token_embedding = table(config.vocab_size, config.text_width)
-        self.position_embedding = table(config.context_length, config.text_width)
-
-    def forward(self, ids):
-        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]   # (B, S, D)
-
-
 class TextTower(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config.text_width, config.text_heads, config.text_mlp, config.text_layers)
-        self.final_layer_norm = nn.LayerNorm(config.text_width, eps=1e-5)
+        width = config.text_width
+        self.embeddings = nn.ModuleDict({"token_embedding": table(config.vocab_size, width),
+                                         "position_embedding": table(config.context_length, width)})
+        self.encoder = Encoder(width, config.text_heads, config.text_mlp, config.text_layers)
+        self.final_layer_norm = nn.LayerNorm(width, eps=1e-5)
+
+    def states(self, ids):
+        words, places = self.embeddings.values()
+        return self.encoder.states(words(ids) + places.weight[:ids.shape[1]], causal=True)   # (B, S, D) each
 
 
 class CLIP(nn.Module):
@@ -220,7 +216,7 @@ class CLIP(nn.Module):
         """ids: (B, S) int64. Yields text_layers + 1 states (B, S, D), none through final_layer_norm yet."""
         assert ids.ndim == 2 and ids.shape[1] <= self.config.context_length, \
             f"ids of shape {tuple(ids.shape)}, but this CLIP reads (B, up to {self.config.context_length})"
-        yield from self.text_model.encoder.states(self.text_model.embeddings(ids), causal=True)
+        yield from self.text_model.states(ids)
 
     def project_image(self, tokens):
         """Tokens of the last image state (..., D) -> the shared space (..., P), not normalised.
@@ -353,7 +349,7 @@ def read_clip(path):
         tensors = {name: t for name, t in tensors.items() if not name.endswith(".embeddings.position_ids")}
         return config_of(tensors, stated), tensors
     except weightfile.DAMAGE as e:
-        reason = f"{type(e).__name__}: {weightfile.shown(e)}; {weightfile.likely_reason((), tensors, ())}"
+        reason = f"{type(e).__name__}: {weightfile.shown(e)}; {weightfile.likely_reason(tensors)}"
         raise UserError(f"{path}: not a CLIP that is read here ({reason}); needed is OpenAI's ViT-L-14.pt "
                         "or the folder of Hugging Face")
 

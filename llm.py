@@ -25,16 +25,10 @@ from plumbing.cli import UserError, make_folder, write_atomic
 from plumbing.weightfile import (
     DAMAGE, likely_reason, load_into, map_file, read_file, read_json, read_tensors, shown, write_safetensors)
 
-ROPE_SCALING = {   # kinds of rotary positions, and what each of them has to state
-    "default": (), "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-SIZES = "vocab_size", "width", "layers", "heads", "kv_heads", "mlp", "head_dim", "context_length"
-MAX_SIZE = 1 << 24   # beyond any model: a file that claims more is damaged
-
 
 @dataclass
 class LLaMAConfig:
-    """Sizes of a decoder; the defaults are LLaMA-7B. Raises ValueError for sizes that cannot be."""
+    """Sizes of a decoder; the defaults are LLaMA-7B. Raises ValueError and such if they cannot be."""
     vocab_size: int = 32000            # V, rows of embed_tokens and lm_head
     width: int = 4096                  # D
     layers: int = 32
@@ -43,7 +37,7 @@ class LLaMAConfig:
     mlp: int = 11008                   # hidden width of SwiGLU
     head_dim: int | None = None        # d; None: D / H
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None   # Hugging Face's: {"rope_type": a key of ROPE_SCALING, "factor": ...}
+    rope_scaling: dict | None = None   # Hugging Face's {"rope_type": ..., "factor": ...}, see below
     norm_eps: float = 1e-5
     context_length: int = 2048         # most tokens that it was trained to read at once, P + S
     tied: bool = False                 # lm_head is embed_tokens
@@ -51,20 +45,15 @@ class LLaMAConfig:
     def __post_init__(self):
         self.kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         self.head_dim = self.width // (self.heads or 1) if self.head_dim is None else self.head_dim
-        if self.rope_kind not in ROPE_SCALING:
-            raise ValueError(f"rope_scaling is {shown(self.rope_kind)}; known are {', '.join(ROPE_SCALING)}")
-        values = vars(self) | (self.rope_scaling or {})
-        for name in (*SIZES, "rope_theta", "norm_eps", *ROPE_SCALING[self.rope_kind]):
-            kinds, limit = (int, MAX_SIZE) if name in SIZES else ((int, float), math.inf)
-            if not isinstance(values.get(name), kinds) or not 0 < values[name] < limit:
-                raise ValueError(f"{name} is {shown(values.get(name))}: no such model")
+        for name in "vocab_size width layers heads kv_heads mlp head_dim context_length".split():
+            if type(size := getattr(self, name)) is not int or not 0 < size < 1 << 24:   # beyond any model
+                raise ValueError(f"{name} is {shown(size)}: no such model")
         if self.heads % self.kv_heads or self.head_dim % 2:   # rotary positions turn pairs
             raise ValueError(f"{self.heads} heads of {self.head_dim}, {self.kv_heads} KV heads: no model")
-
-    @property
-    def rope_kind(self):
-        scaling = self.rope_scaling or {}
-        return scaling.get("rope_type", scaling.get("type", "default"))
+        frequencies = rope_frequencies(self, "cpu")
+        if not (0 < self.norm_eps < 1 and 0 < frequencies.min() and frequencies.max() < math.inf):
+            raise ValueError(f"no model: norm_eps {self.norm_eps}, rope_theta {self.rope_theta}, rope_scaling "
+                             f"{shown(self.rope_scaling)}")
 
 
 # ---------------------------------------------------------------------------------------- rotary positions
@@ -74,15 +63,18 @@ def rope_frequencies(config, device):
     Su et al. 2021, arXiv 2104.09864: f_i = theta^(-2i/d). "linear" (Chen et al. 2023, arXiv 2306.15595) slows
     all pairs by `factor`. "llama3" slows only pairs that turn less than low_freq_factor times within the
     original context, leaves those that turn more than high_freq_factor times, and blends in between."""
-    d, scaling = config.head_dim, config.rope_scaling
+    d, scaling = config.head_dim, config.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
     freq = 1 / config.rope_theta ** (torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)   # (d/2,)
-    if config.rope_kind == "linear":
+    if kind == "linear":
         return freq / scaling["factor"]
-    if config.rope_kind == "llama3":
+    if kind == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * freq / (2 * torch.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * freq + (1 - keep) * freq / scaling["factor"]
+    if kind != "default":
+        raise ValueError(f"rope_scaling is {shown(kind)}; known are default, linear and llama3")
     return freq
 
 
@@ -261,7 +253,7 @@ def generate(model, ids=None, embeds=None, *, max_new_tokens, temperature=0.0, t
              kv_cache=None):
     """Continues one prompt, ids (1, S) int64 or embeds (1, S, D), and yields token ids (int) as they come.
 
-    Ends at a token of stop_ids, which is not yielded, after max_new_tokens, or at the end of context or cache.
+    Ends at a token of stop_ids, which is not yielded, after max_new_tokens, or with context or cache full.
     If kv_cache holds the start of the prompt, `ids` or `embeds` is its rest. Afterwards it holds all but the
     last token, or all if a stop id followed. Raises UserError for a prompt too long."""
     S, weight = (ids if embeds is None else embeds).shape[1], model.model.embed_tokens.weight
@@ -408,7 +400,7 @@ def load_llama(folder):
             config = hf_config(stated, tensors)
     except KeyError as e:
         strange = [name for name in tensors if not name.startswith(("model.", "lm_head."))]
-        raise UserError(f"{description}: not a LLaMA (no {shown(e)}); {likely_reason((), strange, ())}")
+        raise UserError(f"{description}: not a LLaMA (no {shown(e)}); {likely_reason(strange)}")
     except DAMAGE as e:
         raise UserError(f"{description}: {shown(e, longest=300)}")
     layers = len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")})
@@ -495,12 +487,13 @@ def meta_config(params, tensors):
     heads. Positions are stretched by 8 in 3.1 and, as unstated, by 32 in the 1B and 3B of 3.2."""
     D, kv_heads, scaled = params["dim"], params.get("n_kv_heads"), params.get("use_scaled_rope")
     theta, eps = params.get("rope_theta", 1e4), params["norm_eps"]
-    stretch = dict(zip(ROPE_SCALING["llama3"], (32.0 if D in (2048, 3072) else 8.0, 1.0, 4.0, 8192)))
+    stretch = {"rope_type": "llama3", "factor": 32.0 if D in (2048, 3072) else 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     first = eps < 5e-6 or (D == 8192 and kv_heads is None)
     return LLaMAConfig(
         len(tensors["model.embed_tokens.weight"]), D, params["n_layers"], params["n_heads"], kv_heads,
         len(tensors["model.layers.0.mlp.gate_proj.weight"]), rope_theta=theta, norm_eps=eps,
-        rope_scaling={"rope_type": "llama3", **stretch} if scaled else None,
+        rope_scaling=stretch if scaled else None,
         context_length=(131072 if scaled else 16384 if theta == 1e6 else 8192 if theta > 1e4 else
                         2048 if first else 4096))
 

@@ -738,7 +738,7 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     width, sources = language_model.config.width, {chat_file: learned, projector_file: given, llava: extra}
     for file in (chat_file, projector_file):
         if sources[file] and not projector_part(sources[file]):
-            reason = weightfile.likely_reason([], sources[file], [])
+            reason = weightfile.likely_reason(sources[file])
             raise UserError(f"{file}: holds no mm_projector; {reason}")
     source = next((file for file, tensors in sources.items() if projector_part(tensors)), llava)
     mm_projector = make_projector(projector_part(sources[source]), clip.config.vision_width, width, source)

@@ -335,15 +335,13 @@ LIKELY = {   # what a name that is left over says about the file that it comes f
     r"\.(qweight|qzeros|absmax|g_idx)$": "quantised by another program: take the release in fp16 or bf16",
     r"^(model\.)?language_model\.|^multi_modal_projector":
         "a LLaVA rewritten for transformers: take the original release",
-    r"^model\.layers\.\d+\.(self_attn\.([qkv]_proj\.bias|[qk]_norm)|\w+_feedforward_layernorm)|\.experts\.":
-        "a model such as Qwen, Gemma or Mixtral, whose layers have parts that a LLaMA's do not",
-    r"^model\.embed_tokens|^model\.layers\.\d|^tok_embeddings": "a LLaMA",
+    r"^model\.embed_tokens|^model\.layers\.\d|^tok_embeddings": "a LLaMA, or a relative such as Qwen",
     r"^(vision_model|text_model)\.|^visual\.": "a CLIP",
     r"[bB][tT][aA]dapter|timesFPN": "a BT-Adapter branch", r"mm_projector": "a projector of LLaVA"}
 
 
-def likely_reason(missing, unexpected, misfits):
-    """In words, why the names and shapes of a file are not those of the model."""
+def likely_reason(unexpected, misfits=()):
+    """In words, why the names of a file, or the shapes of what goes by these, are not those of the model."""
     for pattern, reason in LIKELY.items():
         if any(re.search(pattern, name) for name in unexpected):
             return f"it looks like {reason}"
@@ -367,7 +365,7 @@ def load_into(module, tensors, source):
     if rows:
         counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items() if names)
         table = [("", "name", "in the file", "in the model"), *rows[:SHOWN_ROWS]]
-        lines = [f"{source}: does not fit this model: {counts}; {likely_reason(*kinds.values())}",
+        lines = [f"{source}: does not fit this model: {counts}; {likely_reason(unexpected, misfits)}",
                  *("  {:24}  {:56}  {:20}  {}".format(*row) for row in table)]
         lines += [f"  ... and {len(rows) - SHOWN_ROWS:,} more"] * (len(rows) > SHOWN_ROWS)
         raise UserError("\n".join(lines))

@@ -48,12 +48,7 @@ def list_released(cfg):
         for file, facts in release["files"].items():
             size = f"{facts['size']:,}" if "size" in facts else f"about {facts['about']:,}"
             digest = facts.get("sha256", "unknown")
-            print(f"    {file} -> {target(release, file)}  {size} bytes  sha256 {digest}")
-
-
-def target(release, file):
-    """Where a file of a release goes in a folder of weights: under a name, or into a folder."""
-    return release["to"] + file if release["to"].endswith("/") else release["to"]
+            print(f"    {file} -> {facts['to']}  {size} bytes  sha256 {digest}")
 
 
 def get(cfg):
@@ -63,7 +58,7 @@ def get(cfg):
     release = RELEASED[cfg.what]
     say(f"{cfg.what}: {release['what']}; licence: {release['licence']}; {release['page']}")
     for file, facts in release["files"].items():
-        path = os.path.join(cfg.out, target(release, file))
+        path = os.path.join(cfg.out, facts["to"])
         if not os.path.lexists(path):
             fetch(release["address"] + urllib.parse.quote(file), path, facts)
             print(path)
@@ -76,7 +71,7 @@ def get(cfg):
 
 
 def fetch(address, path, facts):
-    """One file, whole and right, at `path`. facts: its size and sha256, where known. Raises UserError."""
+    """One file, whole and right, at `path`. facts: size and sha256, where known. Raises UserError."""
     part = path + ".part"
     cli.make_folder(os.path.dirname(path))
     for failures in range(1, TRIES + 1):

@@ -125,7 +125,7 @@ def test_a_table_ends_after_ten_rows_and_says_how_many_more_there_are():
 
 @pytest.mark.parametrize("name, reason", [
     ("model.layers.0.self_attn.q_proj.bias", "Qwen"), ("model.layers.0.self_attn.q_norm.weight", "Qwen"),
-    ("model.layers.0.mlp.experts.0.w1.weight", "Mixtral"),
+    ("model.layers.0.mlp.experts.0.w1.weight", "Qwen"),
     ("model.layers.0.mlp.up_proj.qweight", "quantised"),
     ("language_model.model.norm.weight", "original release"),
     ("vision_model.post_layernorm.bias", "a CLIP"),
