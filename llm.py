@@ -52,8 +52,8 @@ class LLaMAConfig:
             raise ValueError(f"{self.heads} heads of {self.head_dim}, {self.kv_heads} KV heads: no model")
         frequencies = rope_frequencies(self, "cpu")
         if not (0 < self.norm_eps < 1 and 0 < frequencies.min() and frequencies.max() < math.inf):
-            raise ValueError(f"no model: norm_eps {self.norm_eps}, rope_theta {self.rope_theta}, rope_scaling "
-                             f"{shown(self.rope_scaling)}")
+            raise ValueError(f"no model has norm_eps {self.norm_eps}, rope_theta {self.rope_theta}, "
+                             f"rope_scaling {shown(self.rope_scaling)}")
 
 
 # ---------------------------------------------------------------------------------------- rotary positions
