@@ -17,9 +17,8 @@ import time
 
 import torch
 
-from bench.frames import FLAT, SHORT_GOP
+from bench.frames import FLAT, SHORT_GOP, make
 from bench.measure import HERE, TINY, call, filled, heading, multiplying, reading, table
-from bench.videos import make
 from clip import CLIP, CLIPConfig, load_clip, save_clip
 from llm import KVCache, LLaMA, LLaMAConfig, load_llama, save_llama
 from model import Branch, branch_tensors
@@ -62,8 +61,7 @@ def rounds(begin):
     return seconds[0], statistics.median(seconds[1:])
 
 
-def ours(path, scheme, threads):
-    torch.set_num_threads(threads)
+def ours(path, scheme):
     model = quant.quantized(load_llama(path)[0], scheme, path, store.state_of(path)).eval()
 
     def begin():
@@ -73,9 +71,8 @@ def ours(path, scheme, threads):
     return rounds(begin)
 
 
-def with_transformers(path, scheme, threads):
+def with_transformers(path, scheme):
     import transformers
-    torch.set_num_threads(threads)
     model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
 
     def begin():
@@ -89,40 +86,37 @@ WHO = {THEIRS: (with_transformers, "bf16")} if importlib.util.find_spec("transfo
 WHO |= {f"ours, {scheme}": (ours, scheme) for scheme in quant.SCHEMES}
 
 
-def limits(threads, K, N):
+def limits(K, N):
     """Bytes/s read from memory; operations/s of a prompt by a matrix (N, K), in floats and in int8."""
-    torch.set_num_threads(threads)
     fp32, bf16, int8 = (multiplying(PROMPT, K, N, t) for t in (torch.float32, torch.bfloat16, torch.int8))
     return reading(), max(fp32, bf16), int8
 
 
-def chat(cfg, config=LLaMAConfig(), clip_config=CLIPConfig(), threads=(1, 2)):
-    """A prompt and an answer, ours and transformers', with one thread and with two."""
+def chat(cfg, config=LLaMAConfig(), clip_config=CLIPConfig()):
+    """A prompt and an answer, ours and transformers', with as many threads as torch takes by itself."""
     heading(cfg, "transformers")
     llava = os.path.join(make_weights(cfg, config, clip_config), "llava")
     with torch.device("meta"):
         llama = LLaMA(dataclasses.replace(config, layers=cfg.layers))
-    words, rows = llama.model.embed_tokens.weight, []   # of which one row is read
-    work = 2 * PROMPT * (sum(p.numel() for p in llama.parameters()) - 2 * words.numel())
-    for n in threads:
-        found, bounds = {name: [] for name in WHO}, []
-        for run in range(cfg.runs + 1):   # the first is not counted: it writes the quantised files
-            for name, (function, scheme) in WHO.items():
-                (prompt, token), _, peak = call(function, llava, scheme, n)
-                cli.say(f"{name}, {n} threads, round {run} of {cfg.runs}: prompt {prompt:.2f} s")
-                found[name] += [[prompt, token, peak]] * (run > 0)
-            bounds.append(call(limits, n, config.width, config.mlp)[0])
-        read, floats, whole = map(statistics.median, zip(*bounds))
-        medians = {name: [*map(statistics.median, zip(*measured))] for name, measured in found.items()}
-        theirs = medians.get(THEIRS, [math.nan] * 2)
-        for name, (prompt, token, peak) in medians.items():
-            scheme = WHO[name][1]
-            matrices = quant.nbytes(llama, scheme, torch.bfloat16) - 2 * words.numel()
-            product = whole if scheme in ("int8", "int4") else floats
-            rows.append([name, str(n), prompt, prompt / theirs[0], work / prompt / product, 1 / token,
-                         theirs[1] / token, matrices / token / read, peak])
-    table(["who", "threads", "s for the prompt", "to transformers", "share of the machine's product",
-           "tokens/s", "to transformers", "share of reading memory", "MB without imports"], rows)
+    words, found, bounds = llama.model.embed_tokens.weight.numel(), {name: [] for name in WHO}, []
+    for run in range(cfg.runs + 1):   # the first is not counted: it writes the quantised files
+        for name, (function, scheme) in WHO.items():
+            times, _, memory = call(function, llava, scheme)
+            cli.say(f"{name}, round {run} of {cfg.runs}: prompt {times[0]:.2f} s")
+            found[name] += [[*times, memory]] * (run > 0)
+        bounds.append(call(limits, config.width, config.mlp)[0])
+    read, floats, whole = map(statistics.median, zip(*bounds))
+    medians = {name: [*map(statistics.median, zip(*measured))] for name, measured in found.items()}
+    theirs, rows = medians.get(THEIRS, [math.nan] * 2), []
+    work = 2 * PROMPT * (sum(p.numel() for p in llama.parameters()) - 2 * words)   # one row of words is read
+    for name, (prompt, token, memory) in medians.items():
+        scheme = WHO[name][1]
+        matrices = quant.nbytes(llama, scheme, torch.bfloat16) - 2 * words
+        product = whole if scheme in ("int8", "int4") else floats
+        rows.append([name, prompt, prompt / theirs[0], work / prompt / product, 1 / token, theirs[1] / token,
+                     matrices / token / read, memory])
+    table(["who", "s for the prompt", "to transformers", "share of the machine's product", "tokens/s",
+           "to transformers", "share of reading memory", "MB without imports"], rows)
 
 
 # -------------------------------------------------------------------------------- a chat about an hour

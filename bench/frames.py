@@ -9,17 +9,80 @@ import importlib.util
 import os
 import statistics
 
+import av
 import numpy as np
+from av.video.frame import PictureType
+from av.video.reformatter import Colorspace
 
 import data
 from bench.measure import call, heading, table
-from bench.videos import Clip, make
 from plumbing import cli, pictures
 
 if importlib.util.find_spec("decord"):   # here: to import it is not its work
     import decord
 
+FPS = 30
 
+
+# -------------------------------------------------------------------------------- clips
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A video file: moving and noisy on purpose, made when it is first wanted."""
+    width: int
+    height: int
+    seconds: int      # of what is encoded
+    gop: int          # frames from one keyframe to the next
+    mbit: float       # Mbit/s
+    copies: int = 1   # so many times the same, one after the other, without encoding it again
+
+    @property
+    def title(self):
+        return f"{self.seconds * self.copies} s of {self.height}p, keyframe every {self.gop}"
+
+
+def make(folder, clip):
+    """-> the path of a clip, which is made if it is not there yet. The name says all that the clip is."""
+    path = os.path.abspath(os.path.join(folder, "_".join(map(str, dataclasses.astuple(clip))) + ".mp4"))
+    if not os.path.exists(path):
+        cli.make_folder(folder)
+        source = make(folder, dataclasses.replace(clip, copies=1)) if clip.copies > 1 else None
+        cli.say(f"making {path}")
+        cli.write_atomic(path, lambda f: repeat(f, source, clip) if source else encode(f, clip))
+    return path
+
+
+def encode(file, clip):
+    """libav's moving test picture under film grain, so that any two frames differ and none is cheap."""
+    options = {"preset": "veryfast", "bf": "3", "sc_threshold": "0", "g": str(clip.gop)}
+    picture = f"testsrc2=size={clip.width}x{clip.height}:rate={FPS}:duration={clip.seconds}"
+    grain = ",noise=alls=12:allf=t+u"
+    with av.open(picture + grain, format="lavfi") as source, av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = clip.width, clip.height, "yuv420p"
+        stream.bit_rate = int(clip.mbit * 1e6)
+        stream.codec_context.colorspace = Colorspace.ITU601   # decord knows no other
+        for frame in source.decode(video=0):
+            frame = frame.reformat(format="yuv420p")
+            frame.pict_type = PictureType.NONE   # the encoder decides
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+
+
+def repeat(file, source, clip):
+    """The packets of `source`, clip.copies times, each time later by its length."""
+    with av.open(file, "w", format="mp4") as out:
+        stream = None
+        for copy in range(clip.copies):
+            with av.open(source) as container:
+                stream = stream or out.add_stream_from_template(container.streams.video[0])
+                for packet in container.demux(video=0):
+                    if packet.size:
+                        later = round(copy * clip.seconds / packet.time_base)
+                        packet.pts, packet.dts, packet.stream = packet.pts + later, packet.dts + later, stream
+                        out.mux(packet)
+
+
+# -------------------------------------------------------------------------------- who takes part
 # Each returns RGB pictures, uint8 (T, H, W, 3): the frames on the screen at the middles of `count` equal
 # stretches of time; with `size`, scaled to that short side.
 def ours(path, count, size):
@@ -43,6 +106,7 @@ SAME = 2.0   # grey levels of mean difference up to which two pictures are one f
 COST = ["CPU s without imports", "MB without imports", "our frames"]
 
 
+# -------------------------------------------------------------------------------- measuring
 def thinned(function, *arguments):
     return function(*arguments)[:, 8::16, 8::16].astype(np.int16)   # enough to tell frames apart
 

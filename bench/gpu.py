@@ -2,10 +2,8 @@
 
 Seven minutes at most. Nothing is decoded.
 """
-import dataclasses
+import copy
 import os
-import statistics
-import tempfile
 import time
 
 import torch
@@ -21,8 +19,8 @@ from plumbing import cli, quant, training
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def random_pixels(*shape):
-    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def random_pixels(device, *shape):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 # -------------------------------------------------------------------------------- errors
@@ -34,7 +32,7 @@ def answers(kind, device):
         quant.quantize(chat.clip.vision_model, kind)
         quant.quantize(chat.llm, kind)
     chat.to(device, HALVES.get("fp16" if rounded and device.type == "cuda" else kind, torch.float32))
-    rows = chat.embed_video(random_pixels(2, 8, 3, 64, 64).to(device))
+    rows = chat.embed_video(random_pixels(device, 2, 8, 3, 64, 64))
     ids, _ = prompt_ids(chat.tokenizer, [("What does the shape do last?", None)])
     logits = chat.llm(embeds=torch.stack([chat.splice(ids, tokens) for tokens in rows]))
     return {"video tokens": rows.float().cpu(), "logits": logits.float().cpu()}
@@ -57,7 +55,7 @@ def pretraining(device, dtype):
     clip.vision_model.post_layernorm.float()   # through these two goes the branch's gradient
     clip.visual_projection.float()
     model = Pretraining(VideoEncoder(clip, Branch.beside(clip, drop_path=0.1))).to(device)
-    video, ids = random_pixels(8, 8, 3, 64, 64).to(device), torch.arange(8 * 32).view(8, 32).to(device)
+    video, ids = random_pixels(device, 8, 8, 3, 64, 64), torch.arange(8 * 32, device=device).view(8, 32)
 
     def loss():
         kept = tube_mask(8, clip.config.patch_tokens, 0.7).to(device)
@@ -72,9 +70,8 @@ def chat_tuning(device, dtype):
     """-> (model, loss of a step): the video tokens of two conversations, beside a frozen LLaMA."""
     chat = open_chat(TINY).load().to(device)
     chat.video_tokens.requires_grad_(True)
-    prompts = [prompt_ids(chat.tokenizer, [("What does the shape do?", f"It moves {way}.")])
-               for way in ("left", "up")]
-    video = random_pixels(2, 8, 3, 64, 64).to(device)
+    turns = [[("What does the shape do?", f"It moves {way}.")] for way in ("left", "up")]
+    prompts, video = [prompt_ids(chat.tokenizer, t) for t in turns], random_pixels(device, 2, 8, 3, 64, 64)
 
     def loss():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -82,47 +79,42 @@ def chat_tuning(device, dtype):
     return chat, loss
 
 
-@dataclasses.dataclass
-class Run:
-    out: str   # folder of its checkpoint
-
-
-def train(make, device, dtype, steps, folder):
-    """Goes on from the checkpoint in a folder, if there is one, and leaves one -> losses, s a step."""
+def train(make, device, dtype, count):
+    """Some steps; then the second half of them again, from what was kept in the middle -> the losses of both
+    ways, s a step."""
     torch.manual_seed(0)
-    (model, loss_of), losses, seconds = make(device, dtype), [], []
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4)
+    model, loss_of = make(device, dtype)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start, _ = training.resume(Run(folder), training.World(0, 1, device), trained, optimizer, scaler)
-    for step in range(start, steps):
-        began = time.perf_counter()
+    parts, losses = (model, optimizer, scaler), []
+    for step in [*range(count), *range(count // 2, count)]:
+        if len(losses) == count // 2:
+            middle = copy.deepcopy([part.state_dict() for part in parts])
+        elif len(losses) == count:
+            for part, state in zip(parts, middle):
+                part.load_state_dict(state)
+            began = time.perf_counter()   # now, since the first steps warm up
         training.seed_step(0, step)
         loss = loss_of()
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(trained.values(), 5.0)
+        nn.utils.clip_grad_norm_(trained, 5.0)
         scaler.step(optimizer)
         scaler.update()
         losses.append(loss.item())
-        seconds.append(time.perf_counter() - began)
-    training.save_run(Run(folder), trained, optimizer, scaler, steps, 0)
-    return losses, statistics.median(seconds)
+    return losses[:count], losses[count:], (time.perf_counter() - began) / (count - count // 2)
 
 
 def steps(device, count=20):
-    """These steps in one go, and the same with a checkpoint in the middle."""
     rows = []
     for make in (pretraining, chat_tuning):
         for name, dtype in {"fp32": torch.float32, **HALVES}.items():
-            with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as parts:
-                losses, seconds = train(make, device, dtype, count, whole)
-                first, second = (train(make, device, dtype, end, parts)[0] for end in (count // 2, count))
-            apart = max(abs(a - b) for a, b in zip(losses, first + second))
-            rows.append([make.__name__, name, losses[0], losses[-1], apart, 1000 * seconds])
-    table([f"{count} steps", "autocast", "first loss", "last loss", "after resuming, at most apart",
-           "ms a step"], rows)
+            once, again, seconds = train(make, device, dtype, count)
+            apart = max(abs(a - b) for a, b in zip(once[count // 2:], again))
+            rows.append([make.__name__, name, once[0], once[-1], apart, 1000 * seconds])
+    table([f"{count} steps", "autocast", "first loss", "last loss", "resumed, apart", "ms a step"], rows)
 
 
 # -------------------------------------------------------------------------------- speed
@@ -134,7 +126,7 @@ def speed(device, c, config, frames=100, prompt=300):
         clip, branch, llama = CLIP(c), Branch(c.vision_width, c.vision_heads, c.vision_mlp), LLaMA(config)
     tokens, cache = BranchTokens(nn.Identity(), branch), KVCache(config, 1, prompt + 1, device, dtype)
     clip, tokens, llama = (filled(module, device, dtype) for module in (clip, tokens, llama))
-    pixels = random_pixels(1, frames, 3, c.image_size, c.image_size).to(device)
+    pixels = random_pixels(device, 1, frames, 3, c.image_size, c.image_size)
     ids = torch.ones(1, prompt, dtype=torch.long, device=device)
 
     def read(start, n):

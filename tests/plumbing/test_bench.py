@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from bench import __main__ as bench
-from bench import chat, frames, gpu, measure, pretrain, videos
+from bench import chat, frames, gpu, measure, pretrain
 from bench.__main__ import Config
-from bench.videos import Clip
+from bench.frames import Clip
 from clip import CLIPConfig, load_clip
 from llm import LLaMAConfig, load_llama
 from plumbing.cli import UserError
@@ -42,8 +42,7 @@ def here(monkeypatch):
         return function(*arguments), len(calls), 50.0
     for module in (frames, chat, pretrain):
         monkeypatch.setattr(module, "call", call)
-    yield calls
-    torch.set_num_threads(1)
+    return calls
 
 
 def cells(capsys):
@@ -55,21 +54,21 @@ def cells(capsys):
 # ---------------------------------------------------------------------------------------- clips
 @pytest.mark.parametrize("clip", [LONG, SHORT, dataclasses.replace(SHORT, copies=3)])
 def test_a_clip_is_what_the_table_says(cfg, clip):
-    path, count = videos.make(cfg.data, clip), clip.seconds * clip.copies * videos.FPS
+    path, count = frames.make(cfg.data, clip), clip.seconds * clip.copies * frames.FPS
     with av.open(path) as container:
         stream = container.streams.video[0]
-        assert (stream.width, stream.height, stream.average_rate) == (clip.width, clip.height, videos.FPS)
-        decoded = [(frame.key_frame, round(frame.time * videos.FPS, 1)) for frame in container.decode(stream)]
+        assert (stream.width, stream.height, stream.average_rate) == (clip.width, clip.height, frames.FPS)
+        decoded = [(frame.key_frame, round(frame.time * frames.FPS, 1)) for frame in container.decode(stream)]
     assert [time for _, time in decoded] == list(range(count))
-    period = clip.seconds * videos.FPS   # a copy begins anew
+    period = clip.seconds * frames.FPS   # a copy begins anew
     assert [key for key, _ in decoded] == [i % period % clip.gop == 0 for i in range(count)]
 
 
 def test_a_clip_is_made_once_and_nothing_else_is_left_behind(tmp_path):
     clip = dataclasses.replace(SHORT, seconds=1, copies=2)
-    path = videos.make(str(tmp_path), clip)
+    path = frames.make(str(tmp_path), clip)
     before = os.stat(path).st_mtime_ns
-    assert videos.make(str(tmp_path), clip) == path and os.stat(path).st_mtime_ns == before
+    assert frames.make(str(tmp_path), clip) == path and os.stat(path).st_mtime_ns == before
     assert len(os.listdir(tmp_path)) == 2   # and the one that is copied
 
 
@@ -138,9 +137,9 @@ def test_chat_measures_every_scheme(cfg, capsys, monkeypatch, here):
     monkeypatch.setattr(chat, "TOKENS", 2)
     monkeypatch.setattr(chat, "reading", lambda: 1e10)
     monkeypatch.setattr(chat, "multiplying", lambda *_: 1e11)
-    chat.chat(cfg, LLAMA, CLIP, threads=(1,))
+    chat.chat(cfg, LLAMA, CLIP)
     columns, _, *rows = cells(capsys)
-    assert [row[:2] for row in rows][-3:] == [[f"ours, {scheme}", "1"] for scheme in ("bf16", "int8", "int4")]
+    assert [row[0] for row in rows][-3:] == [f"ours, {scheme}" for scheme in ("bf16", "int8", "int4")]
     assert all(float(row[columns.index("tokens/s")]) > 0 for row in rows)
 
 
@@ -155,14 +154,14 @@ def test_line_asks_about_longer_and_longer_videos(cfg, capsys, monkeypatch):
     clips = [dataclasses.replace(SHORT, copies=copies) for copies in (1, 3)]
     chat.line(cfg, clips)
     _, _, *rows = cells(capsys)
-    assert made == [videos.make(cfg.data, clip) for clip in clips for _ in range(2)]   # one is not counted
+    assert made == [frames.make(cfg.data, clip) for clip in clips for _ in range(2)]   # one is not counted
     assert [row[1:] for row in rows] == [["17", "2", "2", "1", "3", "1"], ["17", "4", "2", "1", "3", "2"]]
     with Image.open(os.path.join(cfg.pictures, "chat_flat.png")) as picture:
         assert picture.size == (900, 660)
 
 
 def test_two_questions_are_a_chat_with_random_weights(cfg):
-    weights, path = chat.make_weights(cfg, LLAMA, CLIP), videos.make(cfg.data, SHORT)
+    weights, path = chat.make_weights(cfg, LLAMA, CLIP), frames.make(cfg.data, SHORT)
     tokens, seconds, seeing, second, memory = chat.two_questions(weights, path, 3)
     assert tokens == 5 and 0 <= seeing < seconds < 60 and 0 < second < seconds and memory > 0.05
     with pytest.raises(UserError, match="chat.py failed: .*no such folder of weights"):
