@@ -29,7 +29,7 @@ from model import (Branch, Pretraining, VideoEncoder, backbone_states, encode_te
 from plumbing import cli, pictures, training
 from plumbing.store import Store, state_of
 from toy.score import spread, static_accuracy, static_features
-from toy.world import read_clips
+from toy.world import QUIET, read_clips
 
 
 @dataclasses.dataclass
@@ -223,7 +223,7 @@ def main(cfg):
     mean = evaluate(cfg, 1, lambda states: project(states[0][:, :, 0]).mean(1))
     jobs = [(cfg, name, seed) for seed in range(cfg.seeds) for name in variants]
     if cfg.processes > 1:
-        with torch.multiprocessing.get_context("spawn").Pool(cfg.processes) as pool:
+        with torch.multiprocessing.get_context("spawn").Pool(cfg.processes, *QUIET) as pool:
             found = pool.starmap(run, jobs, chunksize=1)
     else:
         found = [run(*job) for job in jobs]

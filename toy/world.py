@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 
 import av
 import numpy as np
@@ -243,6 +244,9 @@ def render_clip(job):
     cli.write_atomic(f"{stem}.png", lambda f: pictures.image_of(still).save(f, "PNG"))
 
 
+QUIET = signal.signal, (signal.SIGINT, signal.SIG_IGN)   # Ctrl-C: the parent ends the processes of a pool
+
+
 def render(cfg):
     """The training and the test world -> files in cfg.data. Pairs that have their still are done."""
     for split, clips, shares in splits(cfg.pairs, cfg.seed):
@@ -251,7 +255,7 @@ def render(cfg):
         jobs = [(clip, os.path.join(folder, f"{i:05d}"), share)
                 for i, (clip, share) in enumerate(zip(clips[::2], shares))]
         jobs = [job for job in jobs if not os.path.exists(f"{job[1]}.png")]
-        with multiprocessing.get_context("spawn").Pool(cfg.threads) as pool:
+        with multiprocessing.get_context("spawn").Pool(cfg.threads, *QUIET) as pool:
             list(tqdm(pool.imap_unordered(render_clip, jobs, chunksize=16), f"render {split}", len(jobs)))
     annotate(cfg.data, cfg.pairs, cfg.seed)
 
