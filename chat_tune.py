@@ -76,61 +76,41 @@ TOY = {   # the stage video without --annotations
 
 def complete(cfg):
     """A Config with its stage's settings in the place of None. Raises UserError."""
-    if cfg.stage not in STAGES:
-        raise UserError(f"--stage {cfg.stage}: choose one of {', '.join(STAGES)}")
+    cli.one_of(cfg, stage=STAGES)
     toy = cfg.stage == "video" and not cfg.annotations
     cfg = cli.fill(cfg, STAGES[cfg.stage] | (TOY if toy else {}))
     if toy and not os.path.exists(cfg.annotations):
         raise UserError(f"{cfg.annotations}: not there; `python -m toy render` makes it")
-    if cfg.tokens not in VIDEO_TOKENS:
-        raise UserError(f"--tokens {cfg.tokens}: choose one of {', '.join(VIDEO_TOKENS)}")
+    cli.one_of(cfg, tokens=VIDEO_TOKENS)
     if VIDEO_TOKENS[cfg.tokens].reads_branch and not cfg.branch:
         raise UserError(f"--tokens {cfg.tokens} needs --branch FILE")
     if cfg.eval_only and not cfg.eval_annotations:
         raise UserError("--eval_only needs --eval_annotations")
-    cli.at_least(cfg, batch_size=1, num_frames=1, seed=0, steps=0, epochs=1, save_every=1, log_every=1)
+    cli.at_least(cfg, batch_size=1, save_every=1, log_every=1)
     return cfg
 
 
-def collate(items):
-    """-> {"pixels" (B, T, 3, H, W) uint8, "conversations", "index": B each; "skipped": what is wrong with the
-    videos that are left out}."""
-    good = [item for item in items if not isinstance(item, data.Skipped)]
-    clips, conversations, index = zip(*good) if good else ((), (), ())
-    if len({pixels.shape for pixels in clips}) > 1:
-        raise UserError("pictures and videos in one batch; put them into annotation files of their own")
-    return {"pixels": torch.stack(clips) if clips else torch.empty(0), "conversations": conversations,
-            "index": index, "skipped": [item.message for item in items if isinstance(item, data.Skipped)]}
-
-
 @torch.no_grad()
-def exact_answers(chat, dataset, template, device, batch_size=32, workers=0):
-    """Questions -> {kind: (right, asked)}. An answer is right if greedy decoding would give it word for word:
-    that is so exactly when, with the right answer fed in, every next token has the highest logit. An answer
-    beyond the context is wrong."""
-    counts = collections.defaultdict(lambda: [0, 0])
+def exact_answers(cfg, chat, questions, device):
+    """Prints and returns the share of questions that are answered exactly, {kind: percent}. An answer is
+    right if greedy decoding would give it word for word: that is so exactly when, with the right answer fed
+    in, every next token has the highest logit. An answer beyond the context is wrong."""
+    answers = collections.defaultdict(list)   # {kind: [right or not]}
     chat.eval()
-    loader = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers,
+    loader = DataLoader(questions, 32, collate_fn=data.collate_skip, num_workers=cfg.workers,
                         worker_init_fn=training.leave_signals_to_the_parent)
     for batch in tqdm(loader, desc="ask", leave=False):
-        prompts = [prompt_ids(chat.tokenizer, turns, template) for turns in batch["conversations"]]
+        prompts = [prompt_ids(chat.tokenizer, turns, cfg.template) for turns in batch["text"]]
         logits, target = chat.logits(batch["pixels"].to(device), prompts)
         learned = [sum(label != IGNORE_INDEX for label in labels) for _, labels in prompts]
         right = ((logits.argmax(-1) == target) & (target != IGNORE_INDEX)).sum(1)   # (B,): tokens
         for i, found, wanted in zip(batch["index"], right.tolist(), learned):
-            count = counts[dataset.rows[i].get("kind", "all")]
-            count[0] += found == wanted
-            count[1] += 1
-    return {kind: tuple(count) for kind, count in sorted(counts.items())}
-
-
-def report(cfg, chat, questions, device):
-    """Prints how many questions are answered exactly -> {kind: percent}."""
-    found = exact_answers(chat, questions, cfg.template, device, workers=cfg.workers)
-    for kind, (right, asked) in found.items():
-        print(f"{cfg.stage}, {cfg.tokens} tokens: {kind} questions {100 * right / asked:.1f} % exactly right "
-              f"({right} of {asked})", flush=True)
-    return {kind: 100 * right / asked for kind, (right, asked) in found.items()}
+            answers[questions.rows[i].get("kind", "all")].append(found == wanted)
+    shares = {kind: 100 * sum(right) / len(right) for kind, right in sorted(answers.items())}
+    for kind, share in shares.items():
+        print(f"{cfg.stage}, {cfg.tokens} tokens: {kind} questions {share:.1f} % exactly right "
+              f"({sum(answers[kind])} of {len(answers[kind])})", flush=True)
+    return shares
 
 
 def build(cfg):
@@ -138,16 +118,15 @@ def build(cfg):
     clip, _ = load_clip(cfg.clip)
     llm, tokenizer, extra = load_llama(cfg.llm)
     words = llm.model.embed_tokens.weight.shape[0]
-    if words - tokenizer.vocab_size not in (0, 3):
-        raise UserError(f"{cfg.llm}: {words} word embeddings for {tokenizer.vocab_size} tokens; needed are "
-                        "as many, or LLaVA's 3 more")
+    if words - tokenizer.vocab_size not in (0, 3):   # 3: LLaVA's <im_patch>, <im_start>, <im_end>
+        raise UserError(f"{cfg.llm}: {words} word embeddings for {tokenizer.vocab_size} tokens; must be as "
+                        "many, or 3 more")
     visual, width = clip.config.vision_width, llm.config.width
     if cfg.stage == "projector":   # begins anew; the others go on with the one that the weights hold
         mm_projector = nn.Linear(visual, width)
     else:
         mm_projector = make_projector(projector_part(extra), visual, width, cfg.llm)
-    kind = VIDEO_TOKENS[cfg.tokens]
-    branch = None
+    kind, branch = VIDEO_TOKENS[cfg.tokens], None
     if kind.reads_branch:
         branch = load_branch(cfg.branch, clip, skip_last=1, drop_path=cfg.drop_path)
         if branch.balance2 is None:   # the layout of a tuned file cannot say so; it would come back with some
@@ -159,7 +138,7 @@ def build(cfg):
 def save_result(cfg, chat):
     if cfg.stage == "video":
         return save_chat(os.path.join(cfg.out, "chat.bin"), chat)
-    chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)   # LLaVA's <im_patch>, <im_start>, <im_end>
+    chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)
     chat.llm.model.embed_tokens.weight.data[-2:] = chat.start_end.data
     projector = chat.video_tokens.mm_projector.state_dict()
     save_llama(os.path.join(cfg.out, "llava"), chat.llm, tokenizer_path(cfg.llm),
@@ -168,71 +147,60 @@ def save_result(cfg, chat):
                              "mm_vision_select_layer": -2})
 
 
-def save(cfg, trained, optimizer, scaler, step, skipped, log):
-    """The curve, and the checkpoint."""
-    pictures.plot(os.path.join(cfg.out, "curve.png"),
-                  [(f"chat_tune, {cfg.stage}: loss", {"loss": log.column("loss")})])
-    training.save_run(cfg, trained, optimizer, scaler, step, skipped)
-
-
 def main(cfg):
-    # ---------------------------------------------------------------------------------------- setup
+    # ----------------------------------------------------------------------------------------------- setup
     cfg = complete(cfg)
     here = training.start_distributed(cfg.device)
-    device = here.device
+    device, first = here.device, here.rank == 0
     if cfg.batch_size % here.size:
         raise UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes")
     torch.manual_seed(cfg.seed)
-    # ---------------------------------------------------------------------------------------- model
+    # ----------------------------------------------------------------------------------------------- model
     chat = build(cfg).to(device)
     for name, p in chat.named_parameters():
         p.requires_grad_(name.startswith(STAGES[cfg.stage]["learned"]))
     trained = {name: p for name, p in chat.named_parameters() if p.requires_grad}
-    # ---------------------------------------------------------------------------------------- data
+    # ------------------------------------------------------------------------------------------------ data
     size = chat.clip.config.image_size
     questions = cfg.eval_annotations and data.ConversationDataset(cfg.eval_annotations, cfg.root,
                                                                   cfg.num_frames, size)
     if cfg.eval_only:
-        if here.first:
-            report(cfg, chat, questions, device)
+        if first:
+            exact_answers(cfg, chat, questions, device)
         return
     cli.make_folder(cfg.out)
     dataset = data.ConversationDataset(cfg.annotations, cfg.root, cfg.num_frames, size, skip=True)
     if len(dataset) < cfg.batch_size:
-        raise UserError(f"--batch_size {cfg.batch_size}: more than the {len(dataset)} conversations of "
-                        f"{cfg.annotations}")
+        raise UserError(f"--batch_size {cfg.batch_size}: {cfg.annotations} has only {len(dataset)} rows")
     steps = cfg.steps or cfg.epochs * (len(dataset) // cfg.batch_size)
-    # ---------------------------------------------------------------------------------------- optimizer
+    # ------------------------------------------------------------------------------------------- optimizer
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0)
     half = cfg.amp and device.type == "cuda"
     scaler = torch.amp.GradScaler(enabled=half)
     step, skipped = training.resume(cfg, here, trained, optimizer, scaler)
-    if here.first:
+    if first:
         log = training.Log(cfg.out, step)
     ddp = nn.parallel.DistributedDataParallel(chat) if here.size > 1 else chat
-    # ---------------------------------------------------------------------------------------- loop
+    # ------------------------------------------------------------------------------------------------ loop
     order = training.batches(len(dataset), cfg.batch_size, 1, cfg.seed, step, here)
     order = ([i for _, i in rows] for rows in order)
-    loader = iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=cfg.workers,
+    loader = iter(DataLoader(dataset, batch_sampler=order, num_workers=cfg.workers,
+                             collate_fn=data.collate_skip,
                              worker_init_fn=training.leave_signals_to_the_parent))
-    asked_to_stop = training.on_sigterm()
+    sigterm = training.on_sigterm()
     chat.train()
     bar = tqdm(range(step, steps), desc=f"chat_tune {cfg.stage}", initial=step, total=steps,
-               disable=not here.first)
+               disable=not first)
     for step in bar:
-        batch, stopped = training.next_batch(loader, here, asked_to_stop)
-        if stopped:
-            if here.first:
-                save(cfg, trained, optimizer, scaler, step, skipped, log)
-            raise SystemExit(143)
+        batch = training.next_batch(loader, here)
         count = len(batch["index"])   # conversations of this process, and of each other
         skipped += cfg.batch_size - count * here.size
         if count:   # else the step passes by
-            prompts = [prompt_ids(chat.tokenizer, turns, cfg.template) for turns in batch["conversations"]]
+            prompts = [prompt_ids(chat.tokenizer, turns, cfg.template) for turns in batch["text"]]
             training.seed_step(cfg.seed, step, here.rank)
             with torch.autocast(device.type, torch.float16, enabled=half):
                 loss = ddp(batch["pixels"].to(device), prompts)
-            shown, = training.means(here, loss)   # of the joined batch: all processes stop where one must
+            shown = training.gather_numbers(here, loss.item()).mean().item()   # all stop where one must
             if not math.isfinite(shown):
                 raise UserError(f"step {step}: the loss is {shown}; {cfg.out}/last.pth is as it was")
             optimizer.zero_grad()
@@ -246,15 +214,20 @@ def main(cfg):
             scaler.update()
         step += 1
         # ------------------------------------------------------------------------------------ log and save
-        if here.first and count and (step % cfg.log_every == 0 or step == steps):
+        if first and count and (step % cfg.log_every == 0 or step == steps):
             log.add(step=step, loss=shown, grad_norm=norm.item(), skipped=skipped, lr=lr)
             bar.set_postfix_str(f"loss {shown:.3f} skipped {skipped}")
-        if here.first and (step % cfg.save_every == 0 or step == steps):
-            save(cfg, trained, optimizer, scaler, step, skipped, log)
-    if here.first:
+        stop = training.gather_numbers(here, int(sigterm.is_set())).any()
+        if first and (stop or step % cfg.save_every == 0 or step == steps):
+            pictures.plot(os.path.join(cfg.out, "curve.png"),
+                          [(f"chat_tune, {cfg.stage}: loss", {"loss": log.column("loss")})])
+            training.save_run(cfg, trained, optimizer, scaler, step, skipped)
+        if stop:
+            raise SystemExit(143)
+    if first:
         save_result(cfg, chat)
         if questions:
-            log.add(step=step, **report(cfg, chat, questions, device))
+            log.add(step=step, **exact_answers(cfg, chat, questions, device))
         if cfg.stage == "video":
             path = os.path.join(cfg.out, "chat.bin")
             print(f"{path}: talk with it by `python chat.py --weights {os.path.dirname(cfg.clip)} "

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from plumbing.cli import UserError, run
 from plumbing.pictures import contact_sheet, thumbnail
@@ -304,30 +304,30 @@ class CaptionDataset(Dataset):
 
 
 def collate_skip(items):
-    """Items of one of these data sets, tuples of tensors that end with an index -> dict(pixels (B, T, 3, H,
-    W) uint8, index (B,), ids (B, S) where there are some, skipped: messages of broken videos).
-
-    B is what is left: where nothing is, all are empty and len(batch["index"]) is 0."""
+    """Items of one of these data sets -> {"pixels" (B, T, 3, H, W) uint8, "index": a list of B, "text", where
+    there is some: ids (B, S) or B conversations, "skipped": messages of broken videos}. B is what is left."""
     good = [item for item in items if not isinstance(item, Skipped)]
+    if len({pixels.shape for pixels, *_ in good}) > 1:
+        raise UserError("pictures and videos in one batch; put them into annotation files of their own")
+    columns = [torch.stack(c) if isinstance(c[0], torch.Tensor) else c for c in zip(*good)]
+    pixels, *text, index = columns or (torch.empty(0), ())
     skipped = [item.message for item in items if isinstance(item, Skipped)]
-    nothing = torch.empty(0), torch.empty(0).long(), torch.empty(0).long()
-    pixels, *ids, index = default_collate(good) if good else nothing
-    return {"pixels": pixels, "index": index, "skipped": skipped, **({"ids": ids[0]} if ids else {})}
+    return {"pixels": pixels, "index": index, "skipped": skipped, **({"text": text[0]} if text else {})}
 
 
 class RetrievalDataset(Dataset):
     """Pairs of video and caption, as an evaluation sees them. Item i -> (pixels (T, 3, H, W) uint8, i).
 
-    annotations: JSON lines {"video", "caption"}. Raises UserError; VideoError for a broken video."""
+    annotations: JSON lines {"video", "caption"}. Raises UserError, also for missing videos: now, not after an
+    epoch. A broken one raises VideoError."""
     def __init__(self, annotations, root, num_frames, image_size):
         rows = read_rows(annotations)
         self.videos = [field(row, where, "video") for where, row in rows]
         self.captions = [field(row, where, "caption") for where, row in rows]
         self.root, self.num_frames, self.image_size = root, num_frames, image_size
-
-    def missing(self):
-        """Names of the videos that are not there."""
-        return [v for v in dict.fromkeys(self.videos) if not os.path.isfile(locate(self.root, v))]
+        if missing := [v for v in dict.fromkeys(self.videos) if not os.path.isfile(locate(root, v))]:
+            raise UserError(f"{annotations}: {len(missing)} of its videos are not under {root}, the first is "
+                            f"{missing[0]}")
 
     def __len__(self):
         return len(self.videos)

@@ -10,6 +10,7 @@ goes to stdout; where the paper has numbers, they stand below ours. Runs under t
 """
 import dataclasses
 import os
+import pathlib
 import sys
 
 import torch
@@ -35,7 +36,6 @@ class Config:
     root: str = ""                   # folder that the names in it are relative to
     dataset: str = "own"             # own, msrvtt, didemo, lsmdc, activitynet; actions: k400, hmdb51, ucf101
     classes: str = ""                # to recognise actions: the names of the classes, one a line
-    num_file: str = ""               # videos kept as folders of JPEG frames: a JSON {name: number of frames}
     skip_broken: bool = False        # leave out videos that cannot be read; else the first is an error
     save: str = ""                   # write the features there (safetensors)
     from_: str = ""                  # score what --save wrote, without model and videos
@@ -68,15 +68,14 @@ SETTINGS = {   # all numbers of the paper are of ViT-L/14; msrvtt is its 1k-A sp
 
 
 def main(cfg):
-    # -------------------------------------------------------------------------------- setup
-    cli.at_least(cfg, batch_size=1, workers=0)
+    # ----------------------------------------------------------------------------------------------- setup
+    cli.at_least(cfg, batch_size=1)
+    cli.one_of(cfg, dataset=SETTINGS)
     if cfg.from_:
-        features, about = weightfile.read_file(cfg.from_), weightfile.read_metadata(cfg.from_)
-        if about.get("dataset") not in SETTINGS or not {"mean", "branch", "text", "right"} <= features.keys():
+        about = weightfile.read_metadata(cfg.from_)
+        if about.get("dataset") not in SETTINGS:
             raise UserError(f"{cfg.from_}: not a file that --save wrote")
-        return report(features, about)
-    if cfg.dataset not in SETTINGS:
-        raise UserError(f"--dataset {cfg.dataset}: choose one of {', '.join(SETTINGS)}")
+        return report(weightfile.read_file(cfg.from_), about)
     if not cfg.annotations:
         root = cfg.root or "out/shapes"
         cfg = dataclasses.replace(cfg, root=root, annotations=os.path.join(root, "test_captions.jsonl"))
@@ -86,10 +85,10 @@ def main(cfg):
     if cfg.save:
         cli.make_folder(os.path.dirname(os.path.abspath(cfg.save)))   # not to fail after hours of encoding
         cli.replaceable(cfg.save, "file that --save wrote", lambda start: b'"right": {"dtype"' in start)
-    # -------------------------------------------------------------------------------- model and data
+    # -------------------------------------------------------------------------------------- model and data
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, here.device)
     dataset = EvaluationSet(cfg, setting, encoder.clip.config.image_size)
-    # -------------------------------------------------------------------------------- evaluation
+    # ------------------------------------------------------------------------------------------ evaluation
     row, branch, mean, broken = encode_videos(encoder, dataset, here.device, cfg.batch_size, cfg.workers,
                                               cfg.amp)
     items = [i for i, video in enumerate(dataset.videos) if video in row]
@@ -103,7 +102,7 @@ def main(cfg):
     features = {"mean": mean, "branch": branch, "text": text, "right": torch.tensor(right)}
     about = {"task": "recognition" if cfg.classes else "retrieval", "dataset": cfg.dataset,
              "annotations": cfg.annotations, "total": str(len(dataset))}
-    if here.first:
+    if here.rank == 0:
         for message in broken:
             print(f"skipped: {message}", file=sys.stderr)
         if cfg.save:
@@ -138,10 +137,11 @@ def report(features, about):
         print(f"{name:36}" + "".join(f"{number:8.1f}" for number in numbers))
 
 
-# ------------------------------------------------------------------------------------ test sets, as released
+# ------------------------------------------------------------------------------------- test sets, as released
 class EvaluationSet(Dataset):
     """A data set as its released evaluation sees it. Item i -> (pixels (T, 3, H, W) uint8, i). A broken video
-    raises VideoError, or gives data.Skipped with --skip_broken.
+    raises VideoError, or gives data.Skipped with --skip_broken. A folder named as the video, without
+    extension, holds its frames as JPEG files, in the order of their names.
 
     videos: the name of each item's video. texts: the caption of each item or, to recognise, the names of the
     classes; then labels has the class of each item. Raises UserError for files that do not fit, for a set of
@@ -159,41 +159,35 @@ class EvaluationSet(Dataset):
         if setting.size and len(self) not in setting.size:
             sizes = " or ".join(map(str, setting.size))
             raise UserError(f"{cfg.annotations}: {cfg.dataset} has {sizes} items, found {len(self)}")
-        counts, self.folders = read_counts(cfg.num_file) if cfg.num_file else {}, {}
-        for video in self.videos:   # kept as pictures: where, and how many
-            name = os.path.splitext(video)[0]
-            if name in counts and os.path.isdir(os.path.join(cfg.root, name)):
-                self.folders[video] = os.path.join(cfg.root, name), counts[name]
-        missing = [v for v in dict.fromkeys(self.videos)
-                   if v not in self.folders and not os.path.isfile(data.locate(cfg.root, v))]
+        missing = [v for v in dict.fromkeys(self.videos) if not os.path.exists(self.locate(v))]
         if missing and not self.skip:   # said now, not after an hour
-            raise UserError(f"--root {cfg.root}: lacks {len(missing)} of {len(set(self.videos))} videos, "
-                            f"the first is {missing[0]}; --skip_broken goes on without them")
+            raise UserError(f"--root {cfg.root}: lacks {len(missing)} of {len(set(self.videos))} videos, the "
+                            f"first is {missing[0]}; --skip_broken goes on without them")
+
+    def locate(self, video):
+        """-> the file of a video, or the folder of its frames."""
+        path = data.locate(self.root, video)
+        folder = os.path.splitext(path)[0]
+        return folder if os.path.isdir(folder) and not os.path.exists(path) else path
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, i):
-        video, s = self.videos[i], self.setting
-        if video in self.folders:
-            frames = sample_folder(*self.folders[video], s.num_frames, s.rule)
+        path, s = self.locate(self.videos[i]), self.setting
+        if os.path.isdir(path):
+            files = sorted(pathlib.Path(path).glob("*.jpg"))
+            numbers = data.INDEX_RULES[s.rule](len(files), s.num_frames)
+            pictures = (data.read_picture(files[k]) for k in numbers)
         else:
-            frames = data.sample_frames(data.locate(self.root, video), s.num_frames, s.rule)
+            pictures = (picture for _, picture in data.sample_frames(path, s.num_frames, s.rule))
         short = s.short * self.image_size // 224
         try:   # one by one: sixty-four pictures as filmed take hundreds of megabytes
-            return torch.cat([data.eval_pixels(f[None], self.image_size, short) for _, f in frames]), i
+            return torch.cat([data.eval_pixels(p[None], self.image_size, short) for p in pictures]), i
         except data.VideoError as e:
             if self.skip:
                 return data.Skipped(str(e))
             raise
-
-
-def sample_folder(folder, count, num_frames, rule):
-    """`num_frames` of `count` pictures 000001.jpg, 000002.jpg, ..., by a rule of data.INDEX_RULES. Yields
-    (number, picture). In the place of one that is missing comes the next one. Raises VideoError."""
-    for i in data.INDEX_RULES[rule](count, num_frames):
-        pair = [os.path.join(folder, f"{i + k:06d}.jpg") for k in (1, 2)]
-        yield i, data.read_picture(next(filter(os.path.isfile, pair), pair[0]))
 
 
 def read_pairs(path, joined=False):
@@ -212,14 +206,6 @@ def read_pairs(path, joined=False):
         videos += [video] * len(texts)
         captions += texts
     return videos, captions
-
-
-def read_counts(path):
-    """ActivityNet's num_file: a JSON dict {name: number of frames} -> the same dict. Raises UserError."""
-    counts = data.read_rows(path)[0][1]
-    if not isinstance(counts, dict) or not all(type(n) is int and n > 0 for n in counts.values()):
-        raise UserError(f"{path}: needs one JSON dict of names and whole numbers of frames above 0")
-    return counts
 
 
 def read_classes(path, count):

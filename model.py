@@ -273,7 +273,7 @@ def encode_videos(encoder, dataset, device, batch_size=16, workers=0, amp=False)
             broken += batch["skipped"]
             if len(batch["index"]):
                 branch, mean = encoder(batch["pixels"].to(device))   # (B, P) each
-                rows.append((batch["index"], branch.float().cpu(), mean.float().cpu()))
+                rows.append((torch.tensor(batch["index"]), branch.float().cpu(), mean.float().cpu()))
     encoder.train(was_training)
     if size > 1:
         shares = [None] * size

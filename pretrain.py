@@ -12,7 +12,6 @@ Whatever stops a run, the same command goes on from last.pth. Every random numbe
 the step, so the run then equals an undisturbed one, bit for bit on a CPU. SIGTERM saves after the step or
 evaluation that is under way (torchrun waits 30 s for it) and ends with exit code 143.
 """
-import contextlib
 import dataclasses
 import math
 import os
@@ -91,45 +90,13 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def complete(cfg):
     """A Config with its recipe's settings in the place of None. Raises UserError."""
-    recipe = cfg.recipe or ("released" if cfg.annotations else "toy")
-    if recipe not in RECIPES:
-        raise UserError(f"--recipe {recipe}: choose one of {', '.join(RECIPES)}")
-    cfg = cli.fill(cfg, RECIPES[recipe] | {"recipe": recipe})
-    if recipe == "toy" and not os.path.exists(cfg.annotations):
+    cfg = dataclasses.replace(cfg, recipe=cfg.recipe or ("released" if cfg.annotations else "toy"))
+    cli.one_of(cfg, recipe=RECIPES, precision=["auto", *PRECISIONS])
+    cfg = cli.fill(cfg, RECIPES[cfg.recipe])
+    if cfg.recipe == "toy" and not os.path.exists(cfg.annotations):
         raise UserError(f"{cfg.annotations}: not there; `python -m toy render` makes it")
-    cli.at_least(cfg, batch_size=2, together=1, depth=2, num_frames=1, text_length=2, seed=0, steps=0,
-                 epochs=1, save_every=1, log_every=1, eval_every=0, workers=0, mask_ratio=0, drop_path=0,
-                 lr=0, weight_decay=0, clip_norm=0)
-    if cfg.mask_ratio >= 1 or cfg.drop_path >= 1:
-        raise UserError(f"--mask_ratio {cfg.mask_ratio}, --drop_path {cfg.drop_path}: must be less than 1")
+    cli.at_least(cfg, batch_size=2, together=1, save_every=1, log_every=1, workers=0)
     return cfg
-
-
-def precision(name, device):
-    """-> dtype of the frozen towers, and of what autocast computes in the branch. Raises UserError."""
-    if name == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
-    if name not in PRECISIONS:
-        raise UserError(f"--precision {name}: choose one of auto, {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
-
-
-def lighten(clip, dtype):
-    """The frozen towers in `dtype`, but for the image tower's last two steps: the gradient passes them."""
-    clip.to(dtype)
-    clip.vision_model.post_layernorm.float()
-    clip.visual_projection.float()
-    return clip
-
-
-def make_optimizer(trained, factors, lr, weight_decay):
-    """trained: {name: parameter} -> AdamW, in groups that know their factor of the learning rate."""
-    groups = {}
-    for name, p in trained.items():
-        groups.setdefault(next((f for part, f in factors.items() if part in name), 1), []).append(p)
-    return torch.optim.AdamW([{"params": groups[f], "factor": f} for f in sorted(groups)], lr=lr,
-                             betas=(0.9, 0.98), eps=1e-8, weight_decay=weight_decay)
 
 
 def lr_share(step, epoch_steps, steps, anneal):
@@ -147,22 +114,10 @@ def weighted(cfg, vtc, mbca, mbta):
     return vtc + cfg.mbca_weight * mbca + cfg.mbta_weight * mbta
 
 
-@contextlib.contextmanager
-def memory_advice(cfg, share, multiple):
-    """A GPU out of memory is a UserError. share: clips of a process; batches are multiples of multiple."""
-    try:
-        yield
-    except torch.OutOfMemoryError as e:
-        fewer = max(multiple, cfg.batch_size // 2 // multiple * multiple)
-        raise UserError(f"out of memory with {share} clips on a GPU: take --checkpointed, more GPUs, or "
-                        f"--batch_size {fewer}; but fewer clips contrast with fewer negatives, which is "
-                        "another recipe") from e
-
-
 def evaluate(cfg, model, tokenizer, watched, here, dtype):
     """-> {"R@1 branch", "R@1 mean-pooled CLIP": percent}; where lines come as twins, also twin accuracy."""
     branch, mean, text = encode_pairs(model.encoder, tokenizer, watched, here.device, workers=cfg.workers,
-                                   amp=dtype == torch.float16)
+                                      amp=dtype == torch.float16)
     found = {}
     for name, video in zip(NAMES, (mean, branch)):
         found[f"R@1 {name}"] = round(retrieval_metrics(text @ video.T)["R@1"], 2)
@@ -171,85 +126,72 @@ def evaluate(cfg, model, tokenizer, watched, here, dtype):
     return found
 
 
-def save_branch(cfg, model, name):
-    training.save_checkpoint(os.path.join(cfg.out, name), {
-        "state_dict": branch_tensors(model.encoder.branch, "backbone.", torch.float16)})
-
-
-def save(cfg, model, trained, optimizer, scaler, step, skipped, log):
-    """last.pth comes last: a run that is killed before goes on from the one before, and writes all again."""
-    save_branch(cfg, model, "branch.pth")
-    pictures.plot(os.path.join(cfg.out, "curve.png"), [
-        ("pretraining: loss", {name: log.column(name) for name in ("loss", "vtc", "mbca", "mbta")}),
-        ("text to video R@1, %", {name: log.column(f"R@1 {name}") for name in NAMES})])
-    training.save_run(cfg, trained, optimizer, scaler, step, skipped)
+def save_branch(path, branch):
+    training.save_checkpoint(path, {"state_dict": branch_tensors(branch, "backbone.", torch.float16)})
 
 
 def main(cfg):
-    # ---------------------------------------------------------------------------------------- setup
+    # ----------------------------------------------------------------------------------------------- setup
     cfg = complete(cfg)
     here = training.start_distributed(cfg.device)
-    device, dtype = here.device, precision(cfg.precision, here.device)
-    share, multiple = cfg.batch_size // here.size, math.lcm(here.size, cfg.together)
-    if cfg.batch_size % multiple:
+    device, first = here.device, here.rank == 0
+    auto = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    dtype = PRECISIONS[auto if cfg.precision == "auto" else cfg.precision]
+    if cfg.batch_size % math.lcm(here.size, cfg.together):
         raise UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes and of "
                         f"{cfg.together} together")
     cli.make_folder(cfg.out)
     torch.manual_seed(cfg.seed)
-    # ---------------------------------------------------------------------------------------- data
+    # ------------------------------------------------------------------------------------------------ data
     clip, tokenizer = load_clip(cfg.clip)
     size, length = clip.config.image_size, min(cfg.text_length, clip.config.context_length)
     dataset = data.CaptionDataset(cfg.annotations, cfg.root, cfg.num_frames, size, tokenizer, length,
                                   cfg.seed, cfg.min_area)
     epoch_steps = len(dataset) // cfg.batch_size
     if epoch_steps == 0:
-        raise UserError(f"--batch_size {cfg.batch_size}: more than the {len(dataset)} clips of "
-                        f"{cfg.annotations}")
+        raise UserError(f"--batch_size {cfg.batch_size}: {cfg.annotations} has only {len(dataset)} clips")
     steps = cfg.steps or cfg.epochs * epoch_steps
     if steps > 5 * epoch_steps and not cfg.anneal:
-        raise UserError(f"{steps} steps are {steps / epoch_steps:.1f} epochs, but the released schedule is "
+        raise UserError(f"{steps} steps are {steps / epoch_steps:.1f} epochs, but the released schedule ends "
                         "at zero after 5; use --anneal")
     watched = cfg.eval_annotations and data.RetrievalDataset(cfg.eval_annotations, cfg.root, cfg.num_frames,
                                                              size)
-    if watched and (missing := watched.missing()):   # said now, not after an epoch
-        raise UserError(f"{cfg.eval_annotations}: {len(missing)} of its videos are not under {cfg.root}, the "
-                        f"first is {missing[0]}")
-    # ---------------------------------------------------------------------------------------- model
-    if cfg.depth > clip.config.vision_layers:
-        raise UserError(f"--depth {cfg.depth}: this CLIP has {clip.config.vision_layers} layers")
+    # ----------------------------------------------------------------------------------------------- model
+    assert cfg.depth <= clip.config.vision_layers, f"depth {cfg.depth}; CLIP has {clip.config.vision_layers}"
     branch = Branch.beside(clip, cfg.depth, gated=cfg.gated, drop_path=cfg.drop_path,
                            checkpointed=cfg.checkpointed)
-    positions = len(branch.btadapter_time_embed.weight)
-    if cfg.num_frames > positions:
-        raise UserError(f"--num_frames {cfg.num_frames}: the branch has {positions} time positions")
-    model = Pretraining(VideoEncoder(lighten(clip, dtype), branch)).to(device)
+    clip.to(dtype)
+    clip.vision_model.post_layernorm.float()   # the gradient passes the image tower's last two steps
+    clip.visual_projection.float()
+    model = Pretraining(VideoEncoder(clip, branch)).to(device)
     ddp = nn.parallel.DistributedDataParallel(model) if here.size > 1 else model
-    # ---------------------------------------------------------------------------------------- optimizer
+    # ------------------------------------------------------------------------------------------- optimizer
     trained = {f"backbone.{name}": p for name, p in branch.named_parameters()}
     trained |= {f"extra_proj.{name}": p for name, p in model.extra_proj.named_parameters()}
-    optimizer = make_optimizer(trained, RECIPES[cfg.recipe]["factors"], cfg.lr, cfg.weight_decay)
+    groups = {}   # by their factor of the learning rate
+    for name, p in trained.items():
+        factor = next((f for part, f in RECIPES[cfg.recipe]["factors"].items() if part in name), 1)
+        groups.setdefault(factor, {"params": [], "factor": factor})["params"].append(p)
+    optimizer = torch.optim.AdamW([groups[factor] for factor in sorted(groups)], lr=cfg.lr, betas=(0.9, 0.98),
+                                  eps=1e-8, weight_decay=cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, skipped = training.resume(cfg, here, trained, optimizer, scaler)
-    if here.first:
+    if first:
         log = training.Log(cfg.out, step)
-        cli.say(f"pretrain: steps {step} to {steps}, {epoch_steps} an epoch; {cfg.batch_size} clips a step: "
-                f"{here.size} processes x {share}; {str(dtype).removeprefix('torch.')} on {device.type}")
-    # ---------------------------------------------------------------------------------------- loop
+        cli.say(f"pretrain: steps {step} to {steps}, {epoch_steps} an epoch; {cfg.batch_size} clips a step, "
+                f"{here.size} processes; {str(dtype).removeprefix('torch.')} on {device.type}")
+    # ------------------------------------------------------------------------------------------------ loop
     order = training.batches(len(dataset), cfg.batch_size, cfg.together, cfg.seed, step, here)
     loader = iter(DataLoader(dataset, batch_sampler=order, num_workers=cfg.workers,
                              collate_fn=data.collate_skip, pin_memory=device.type == "cuda",
                              worker_init_fn=training.leave_signals_to_the_parent))
-    asked_to_stop = training.on_sigterm()
-    bar = tqdm(range(step, steps), desc="pretrain", initial=step, total=steps, disable=not here.first)
+    sigterm = training.on_sigterm()
+    bar = tqdm(range(step, steps), desc="pretrain", initial=step, total=steps, disable=not first)
     waited, began = 0.0, time.time()
     for step in bar:
         ready = time.time()
-        batch, stopped = training.next_batch(loader, here, asked_to_stop)
+        batch = training.next_batch(loader, here)
         waited += time.time() - ready
-        if stopped:
-            if here.first:
-                save(cfg, model, trained, optimizer, scaler, step, skipped, log)
-            raise SystemExit(143)
         count = len(batch["index"])   # clips of this process, and of each other
         skipped += cfg.batch_size - count * here.size
         enough = count * here.size > 1   # else there is nothing to contrast with, and the step passes by
@@ -257,21 +199,25 @@ def main(cfg):
             training.seed_step(cfg.seed, step)   # the whole batch draws its masks, in every process
             kept = tube_mask(cfg.batch_size, clip.config.patch_tokens, cfg.mask_ratio)
             kept = kept[here.rank::here.size][:count].to(device)
-            pixels, ids = batch["pixels"].to(device, non_blocking=True), batch["ids"].to(device)
+            pixels, ids = batch["pixels"].to(device, non_blocking=True), batch["text"].to(device)
             training.seed_step(cfg.seed, step, here.rank, 1)   # for stochastic depth
-            with memory_advice(cfg, share, multiple):
+            try:
                 states, text = model.see(pixels, ids, kept)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):   # losses: fp32
                     video, patches, mbta = ddp(states, kept)
                 vtc, mbca = vtc_loss(video, text), mbca_loss(patches, text)
                 optimizer.zero_grad()
                 scaler.scale(weighted(cfg, vtc, mbca, mbta)).backward()
+            except torch.OutOfMemoryError as e:
+                raise UserError(f"out of memory with {count} clips on a GPU: take --checkpointed, more GPUs "
+                                "or a smaller --batch_size, which contrasts with fewer negatives") from e
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip_norm).item()
-            vtc, mbca, mbta = training.means(here, vtc, mbca, mbta)
+            shares = training.gather_numbers(here, vtc.item(), mbca.item(), mbta.item())
+            vtc, mbca, mbta = shares.mean(0).tolist()
             loss = weighted(cfg, vtc, mbca, mbta)
             if not math.isfinite(loss) or not math.isfinite(norm) and not scaler.is_enabled():
-                videos = ", ".join(dataset.videos[i] for i in batch["index"].tolist())
+                videos = ", ".join(dataset.videos[i] for i in batch["index"])
                 raise UserError(f"step {step}: the loss is {loss}, the gradient {norm}; videos: {videos}; "
                                 f"{cfg.out}/last.pth is as it was")
             lr = cfg.lr * lr_share(step, epoch_steps, steps, cfg.anneal)
@@ -281,22 +227,30 @@ def main(cfg):
             scaler.update()
         step += 1
         # ------------------------------------------------------------------------------------ log and save
-        if here.first and enough and (step % cfg.log_every == 0 or step == steps):
+        if first and enough and (step % cfg.log_every == 0 or step == steps):
             log.add(step=step, loss=loss, vtc=vtc, mbca=mbca, mbta=mbta, grad_norm=norm, skipped=skipped,
                     lr=lr)
             bar.set_postfix_str(f"loss {loss:.3f} vtc {vtc:.3f} mbca {mbca:.3f} mbta {mbta:.3f} lr {lr:.1e} "
                                 f"wait {waited / (time.time() - began):.0%} skipped {skipped}")
         if watched and (step % (cfg.eval_every or epoch_steps) == 0 or step == steps):
             found = evaluate(cfg, model, tokenizer, watched, here, dtype)
-            if here.first:
+            if first:
                 best = max((recall for _, recall in log.column("R@1 branch")), default=-1)
                 log.add(step=step, **found)
                 bar.write(", ".join(f"{what} {value:.1f} %" for what, value in sorted(found.items())))
                 if found["R@1 branch"] > best:
-                    save_branch(cfg, model, "branch_best.pth")
-        if here.first and (step % cfg.save_every == 0 or step == steps):
-            save(cfg, model, trained, optimizer, scaler, step, skipped, log)
-    if here.first:
+                    save_branch(os.path.join(cfg.out, "branch_best.pth"), branch)
+        stop = training.gather_numbers(here, int(sigterm.is_set())).any()
+        if first and (stop or step % cfg.save_every == 0 or step == steps):
+            save_branch(os.path.join(cfg.out, "branch.pth"), branch)
+            pictures.plot(os.path.join(cfg.out, "curve.png"), [
+                ("pretraining: loss", {name: log.column(name) for name in ("loss", "vtc", "mbca", "mbta")}),
+                ("text to video R@1, %", {name: log.column(f"R@1 {name}") for name in NAMES})])
+            # last: a run that is killed before goes on from the one before, and writes all again
+            training.save_run(cfg, trained, optimizer, scaler, step, skipped)
+        if stop:
+            raise SystemExit(143)
+    if first:
         path = os.path.join(cfg.out, "branch.pth")
         print(f"{path}: talk with it by `python chat.py --weights {os.path.dirname(cfg.clip)} "
               f"--branch {path}`")

@@ -50,7 +50,7 @@ FLAGS = {"positional": ["what", "folder"]}
 
 
 def main(cfg):
-    cli.at_least(cfg, batch_size=1, workers=0, window=0.1, top=1)
+    cli.at_least(cfg, batch_size=1, window=0.1, top=1)
     if not cfg.what.strip() or (cfg.what == "index") != bool(cfg.folder):
         raise UserError('give `index FOLDER`, or one text in quotes, as "a dog jumps over a fence"')
     device, store = training.pick_device(cfg.device), Store(cfg.index)
@@ -62,8 +62,8 @@ def main(cfg):
     search(cfg, store, weights, encode_texts(encoder, tokenizer, [cfg.what], TEXT_LENGTH, device, cfg.amp)[0])
 
 
-# ------------------------------------------------------------------------------------ index
-@dataclasses.dataclass(eq=False)
+# ------------------------------------------------------------------------------------------------------ index
+@dataclasses.dataclass
 class Video:
     """What the index knows of a file. One that cannot be read has an error and no windows."""
     path: str
@@ -81,22 +81,11 @@ class Video:
         self.error, self.windows, self.rows = str(reason).removeprefix(f"{self.path}: "), 0, self.rows[:0]
 
 
-def video_files(folder):
-    """Paths of the videos in a folder and those below it, sorted. Raises UserError for a folder that cannot
-    be read: its videos would seem to be gone."""
-    def refuse(e):
-        raise UserError(f"{e.filename}: {e.strerror}")
-    found = os.walk(os.path.abspath(folder), onerror=refuse)
-    return sorted(os.path.join(parent, name) for parent, _, names in found
-                  for name in names if name.lower().endswith(EXTENSIONS))
-
-
 def content_of(path):
-    """Size, time of change, digest of the first and last bytes: what a rename leaves. Raises VideoError."""
+    """Size, time of change, digest of the first bytes: what a rename leaves. Raises VideoError."""
     with data.open_regular(path) as f:
-        status, first = os.fstat(f.fileno()), f.read(1 << 16)
-        f.seek(max(0, status.st_size - (1 << 16)))
-        return [status.st_size, status.st_mtime_ns, hashlib.sha256(first + f.read(1 << 16)).hexdigest()]
+        status = os.fstat(f.fileno())
+        return [status.st_size, status.st_mtime_ns, hashlib.sha256(f.read(1 << 16)).hexdigest()]
 
 
 def look(path, store, weights, seconds, nothing):
@@ -133,21 +122,23 @@ def pixels_of(group, image_size):
 
 @torch.no_grad()
 def index(cfg, store, weights, encoder, device):
-    """Encodes what is new or changed in a folder, and lists what is there."""
+    """Encodes what is new or changed in a folder and those below it, and lists what is there."""
     config = encoder.clip.config
     nothing = torch.empty(0, config.projection_dim)
-    videos = [look(path, store, weights, cfg.window, nothing) for path in video_files(cfg.folder)]
-    if not videos:
+    found = os.walk(os.path.abspath(cfg.folder), onerror=cli.say)
+    paths = sorted(os.path.join(parent, name) for parent, _, names in found
+                   for name in names if name.lower().endswith(EXTENSIONS))
+    if not paths:
         raise UserError(f"{cfg.folder}: no videos in it ({' '.join(EXTENSIONS)})")
+    videos = [look(path, store, weights, cfg.window, nothing) for path in paths]
     groups = [(video, first, min(first + cfg.batch_size, video.windows))   # an hour needs no more memory
               for video in videos for first in range(len(video.rows), video.windows, cfg.batch_size)]
     todo = len({video.path for video, *_ in groups})
     load = functools.partial(pixels_of, image_size=config.image_size)
     loader = DataLoader(groups, batch_size=None, collate_fn=load, num_workers=cfg.workers,
                         worker_init_fn=training.leave_signals_to_the_parent)
-    progress = tqdm(zip(groups, loader), "index", len(groups), leave=False, file=sys.stderr)
     try:
-        for (video, *_), pixels in progress:
+        for (video, *_), pixels in tqdm(zip(groups, loader), "index", len(groups), leave=False):
             if isinstance(pixels, str):
                 video.fail(pixels)
             elif not video.error:   # of an earlier group
@@ -162,11 +153,11 @@ def index(cfg, store, weights, encoder, device):
     broken = [video for video in videos if video.error]
     for video in broken:
         print(f"broken: {video.path}: {video.error}", file=sys.stderr)
-    good = len(videos) - len(broken)
-    print(f"{cfg.index}: {len(rows)} windows of {good} videos ({todo} files to do); {len(broken)} broken")
+    print(f"{cfg.index}: {len(rows)} windows of {len(videos) - len(broken)} videos ({todo} files to do); "
+          f"{len(broken)} broken")
 
 
-# ------------------------------------------------------------------------------------ search
+# ----------------------------------------------------------------------------------------------------- search
 def search(cfg, store, weights, query):
     """Prints score, span and file of the windows that are nearest to a text's feature (P,), best first."""
     entry = store.get(["all", weights])

@@ -6,8 +6,6 @@ import os
 import re
 import select
 import sys
-import types
-import typing
 import warnings
 
 
@@ -15,26 +13,22 @@ class UserError(Exception):
     """Bad input: what is wrong, in which file, what to do, in one line. Scripts print it; exit code 2."""
 
 
-# ---------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 def parse(Config, argv=None, positional=(), short={}):
     """Command line -> Config. Each field of the dataclass is a flag, and its trailing comment the help. A
     field whose flag is a word of Python ends in `_`. positional: fields without a flag; short: {field:
     letter}."""
-    module = sys.modules[Config.__module__]
     comments = dict(re.findall(r"^    (\w+):.*? # (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(description=module.__doc__,
+    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
-        kind, required = hints[field.name], field.default is dataclasses.MISSING
-        if isinstance(kind, types.UnionType):   # `int | None`: the flag, if given, is an int
-            kind = kind.__args__[0]
-        shown = " (required)" if required else "" if field.default is None else f" (default: {field.default})"
-        options = {"help": (comments.get(field.name, "") + shown).replace("%", "%%").strip()}
-        if not required:
-            options["default"] = field.default
+        kind = getattr(field.type, "__args__", [field.type])[0]   # `int | None`: an int, if given
+        required = field.default is dataclasses.MISSING
+        options = {"default": None if required else field.default}
+        shown = "" if options["default"] is None else f" (default: {field.default})"
+        options["help"] = (comments.get(field.name, "") + shown).replace("%", "%%").strip()
         if field.name in positional:
-            parser.add_argument(field.name, type=kind, **({} if required else {"nargs": "?"}), **options)
+            parser.add_argument(field.name, type=kind, nargs=None if required else "?", **options)
             continue
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -47,8 +41,8 @@ def parse(Config, argv=None, positional=(), short={}):
 
 def fill(cfg, row):
     """A Config with a row of settings, {field: value}, in the place of None. What stays None is an error."""
-    row = {name: row[name] for name, value in vars(cfg).items() if value is None and name in row}
-    cfg = dataclasses.replace(cfg, **row)
+    given = {name: value for name, value in vars(cfg).items() if value is not None}
+    cfg = dataclasses.replace(cfg, **{name: row[name] for name in row if name in vars(cfg)} | given)
     if lacking := [f"--{name}" for name, value in vars(cfg).items() if value is None]:
         raise UserError(f"{', '.join(lacking)}: needed")
     return cfg
@@ -59,6 +53,13 @@ def at_least(cfg, **bounds):
     for name, bound in bounds.items():
         if not getattr(cfg, name) >= bound:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {bound}")
+
+
+def one_of(cfg, **choices):
+    """Raises UserError for the first field of `cfg` that is none of its choices."""
+    for name, known in choices.items():
+        if getattr(cfg, name) not in known:
+            raise UserError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(known)}")
 
 
 def say(text):
@@ -80,14 +81,11 @@ def run(main, Config, **flags):
     folder, name = os.path.split(sys.argv[0])
     name = os.path.basename(folder) if name == "__main__.py" else name   # of `python -m toy`
     warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"   # no line of source code
-    if sys.stderr is None:   # closed; print would take standard output instead
-        sys.stderr = open(os.devnull, "w")
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="backslashreplace")   # names of files need not be UTF-8
+    sys.stderr = sys.stderr or open(os.devnull, "w")   # closed: print would take standard output instead
+    sys.stdout.reconfigure(errors="backslashreplace")   # names of files need not be UTF-8
     try:
         main(parse(Config, **flags))
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         poll = select.poll()
         poll.register(sys.stdout, 0)   # errors are told in any case
@@ -105,7 +103,7 @@ def run(main, Config, **flags):
         sys.exit(130)
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------------ files
 def make_folder(path):
     """Makes a folder and those above it, where they are missing. Raises UserError."""
     try:
@@ -117,21 +115,18 @@ def make_folder(path):
 def replaceable(path, kind, is_one):
     """Raises UserError if something stands at `path` that is no `kind`, as is_one(its first MB) tells. What a
     user names for output may be a typing error: a script replaces only a file that it wrote itself."""
-    if not os.path.lexists(path):
-        return
     start = b""
     if os.path.isfile(path):   # reading a pipe would block
         with open(path, "rb") as f:
             start = f.read(1 << 20)
-    if not is_one(start):
+    if os.path.lexists(path) and not is_one(start):
         raise UserError(f"{path}: there is something that is not a {kind}; choose another name")
 
 
 def write_atomic(path, write):
     """Calls write(file) on a temporary file beside `path`, then renames it: there is the old file or the
     whole new one, never half. Raises UserError where the folder cannot be written."""
-    path = os.fspath(path)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as f:
             write(f)

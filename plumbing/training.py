@@ -19,7 +19,7 @@ from tqdm import tqdm
 from plumbing.cli import UserError, write_atomic
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# -------------------------------------------------------------------------------------------------- processes
 @dataclasses.dataclass
 class World:
     """This process among those that torchrun started (one, without torchrun)."""
@@ -27,18 +27,13 @@ class World:
     size: int
     device: torch.device
 
-    @property
-    def first(self):
-        return self.rank == 0
-
 
 def pick_device(device="auto", index=0):
     """--device -> torch.device; of several GPUs the one with this number. Raises UserError."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device}: choose auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine or this build of torch has no GPU; use --device cpu")
-    if device == "cpu" or not torch.cuda.is_available():
+    found = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda") or device == "cuda" and not found:
+        raise UserError(f"--device {device}: choose auto, cpu or, where torch finds a GPU, cuda")
+    if device == "cpu" or not found:
         return torch.device("cpu")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -49,28 +44,18 @@ def start_distributed(device="auto"):
     rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in
                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = pick_device(device, local_rank)
-    if size > 1 and not dist.is_initialized():
+    if size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(rank, size, device)
 
 
 def gather_numbers(here, *numbers):
-    """Each process gives some numbers, all whole or none -> for each the list of all processes' values.
-    Raises UserError where another process has stopped."""
+    """Numbers of this process, all whole or none -> those of all processes (size, numbers), on the CPU."""
     given = torch.tensor(numbers, device=here.device)
     rows = [given.clone() for _ in range(here.size)]
     if here.size > 1:
-        try:
-            dist.all_gather(rows, given)
-        except RuntimeError as e:
-            raise UserError("another process has stopped and says why, or cannot be reached "
-                            f"({str(e).splitlines()[0]})") from e
-    return torch.stack(rows, dim=1).tolist()
-
-
-def means(here, *scalars):
-    """Tensors of one number each -> the means over all processes, as float."""
-    return [sum(values) / here.size for values in gather_numbers(here, *(x.item() for x in scalars))]
+        dist.all_gather(rows, given)
+    return torch.stack(rows).cpu()
 
 
 def on_sigterm():
@@ -84,6 +69,7 @@ def leave_signals_to_the_parent(worker):
     """worker_init_fn for a DataLoader: Ctrl-C and SIGTERM reach the whole group, and the script decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None   # multiprocessing's thread would print that Ctrl-C cut its pipe
 
 
 @atexit.register   # after multiprocessing's own, so it is called before that one
@@ -94,33 +80,34 @@ def end_loaders():
         process.kill()
 
 
-# ------------------------------------------------------------------------------------------------ batches
+# ---------------------------------------------------------------------------------------------------- batches
 def batches(n, batch_size, together, seed, start, here):
     """Endless lists of this process's (epoch, index), from step `start` on: a fresh order each epoch, where
     `together` neighbours stay side by side; incomplete batches are left out. A step has the same rows for any
     number of processes, which take turns in picking theirs."""
     groups = np.arange(n - n % together).reshape(-1, together)
-    per_epoch, drawn = n // batch_size, None
-    for step in itertools.count(start):
-        epoch, k = divmod(step, per_epoch)
-        if epoch != drawn:
-            order = groups[np.random.default_rng([seed, epoch]).permutation(len(groups))].ravel()
-            drawn = epoch
-        yield [(epoch, int(i)) for i in order[k * batch_size + here.rank:(k + 1) * batch_size:here.size]]
+    first, done = divmod(start, n // batch_size)
+    for epoch in itertools.count(first):
+        order = groups[np.random.default_rng([seed, epoch]).permutation(len(groups))].ravel()
+        for k in range(done, n // batch_size):
+            rows = order[k * batch_size:(k + 1) * batch_size]
+            yield [(epoch, i) for i in rows[here.rank::here.size].tolist()]
+        done = 0
 
 
-def next_batch(loader, here, asked_to_stop):
-    """-> (a batch of as many rows as in every other process, maybe none; whether SIGTERM has reached any).
+def next_batch(loader, here):
+    """-> a batch of as many rows as in every other process, maybe none. Raises UserError where no process has
+    one.
 
-    loader: yields dicts of tensors and lists, among them "index" and "skipped": what is wrong with the videos
-    that are left out. Raises UserError where no process has a row."""
+    loader: yields dicts of tensors and lists, among them "index", and "skipped": what is wrong with the
+    videos that are left out."""
     batch = next(loader)
     for message in batch.pop("skipped"):
         tqdm.write(f"skipped: {message}", file=sys.stderr)
-    counts, stops = gather_numbers(here, len(batch["index"]), int(asked_to_stop.is_set()))
-    if not any(counts) and not any(stops):
+    counts = gather_numbers(here, len(batch["index"]))
+    if not counts.any():
         raise UserError("a batch without one readable video; is --root right?")
-    return {name: rows[:min(counts)] for name, rows in batch.items()}, any(stops)
+    return {name: rows[:counts.min()] for name, rows in batch.items()}
 
 
 def seed_step(seed, step, rank=0, part=0):
@@ -128,11 +115,11 @@ def seed_step(seed, step, rank=0, part=0):
     torch.manual_seed((((seed * 1_000_003 + step) * 1_009 + rank) * 1_013 + part) % 2 ** 63)
 
 
-def warmup_cosine(step, steps, warmup, floor=0.0):
-    """Share of the peak learning rate: linear up over `warmup` steps, then half a cosine to `floor`."""
+def warmup_cosine(step, steps, warmup):
+    """Share of the peak learning rate: linear up over `warmup` steps, then half a cosine to zero."""
     if step < warmup:
         return (step + 1) / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -178,8 +165,6 @@ def resume(cfg, here, trained, optimizer, scaler):
     path, step, skipped = os.path.join(cfg.out, "last.pth"), 0, 0
     if os.path.exists(path):
         saved = load_checkpoint(path)
-        if not isinstance(saved, dict) or "optimizer" not in saved or "config" not in saved:
-            raise UserError(f"{path}: not a checkpoint of this script; choose another --out")
         for key, value in dataclasses.asdict(cfg).items():
             if key not in FREE and saved["config"].get(key) != value:
                 raise UserError(f"{path}: was made with --{key} {saved['config'].get(key)}, not {value}; "
@@ -189,7 +174,7 @@ def resume(cfg, here, trained, optimizer, scaler):
         if saved["scaler"]:   # empty after a run in another precision
             scaler.load_state_dict(saved["scaler"])
         step, skipped = saved["step"], saved["skipped"]
-    if len(set(gather_numbers(here, step)[0])) > 1:
+    if len(gather_numbers(here, step).unique()) > 1:
         raise UserError(f"{path}: not the same for all processes; --out must be a folder all machines share")
     return step, skipped
 
@@ -200,25 +185,19 @@ class Log:
     def __init__(self, folder, start):
         self.path, self.rows = os.path.join(folder, "log.jsonl"), []
         for name in os.listdir(folder):
-            if re.fullmatch(r".+\.(pth|bin|png|jsonl)\.\d+\.tmp", name):
+            if re.search(r"\.\d+\.tmp$", name):
                 os.remove(os.path.join(folder, name))
         if start and os.path.exists(self.path):
-            try:
-                with open(self.path) as f:
-                    rows = [json.loads(line) for line in f if line.endswith("\n")]
-                self.rows = [row for row in rows if row["step"] <= start]
-            except (OSError, ValueError, KeyError, TypeError) as e:
-                raise UserError(f"{self.path}: not a log of this program ({type(e).__name__}); move it away")
+            with open(self.path) as f:
+                rows = [json.loads(line) for line in f if line.endswith("\n")]   # a kill leaves half a line
+            self.rows = [row for row in rows if row["step"] <= start]
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomic(self.path, lambda f: f.write(lines.encode()))
 
     def add(self, **row):
         self.rows.append(row)
-        try:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(row) + "\n")
-        except OSError as e:
-            raise UserError(f"{self.path}: cannot write: {e.strerror}")
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
 
     def column(self, name):
         """[(step, value)] of the rows that have `name`."""

@@ -151,7 +151,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_in_tuning(world, llava, tmp_
         patched.setattr(training, "on_sigterm", lambda: asked)
         with pytest.raises(SystemExit, match="143"):
             chat_tune.main(tuning(world, tmp_path, llm=llava))
-    assert training.load_checkpoint(tmp_path / "last.pth")["step"] == 0
+    assert training.load_checkpoint(tmp_path / "last.pth")["step"] == 1
     chat_tune.main(tuning(world, tmp_path, llm=llava))
     assert [row["step"] for row in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
@@ -187,7 +187,8 @@ def test_exact_answers_are_what_greedy_decoding_says(world):
             ids = generate(chat.llm, embeds=embeds[None], max_new_tokens=40, stop_ids=chat.tokenizer.stop_ids)
             said = "".join(stream_text(chat.tokenizer, ids)).strip()
             dataset.conversations[i] = [("Where is it?", said if said_so else said + " It is.")]
-        assert chat_tune.exact_answers(chat, dataset, "vicuna_v1", CPU) == {"temporal": (8 * said_so, 8)}
+        found = chat_tune.exact_answers(chat_tune.Config("video", workers=0), chat, dataset, CPU)
+        assert found == {"temporal": 100 * said_so}
 
 
 def test_an_answer_beyond_the_context_is_wrong_and_does_not_stop_training(world, llava, tmp_path):
@@ -199,14 +200,15 @@ def test_an_answer_beyond_the_context_is_wrong_and_does_not_stop_training(world,
     assert log_of(tmp_path / "out")[0]["loss"] == 0
     chat = chat_tune.build(chat_tune.complete(cfg))
     dataset = ConversationDataset(cfg.annotations, str(world), 4, 32)
-    assert chat_tune.exact_answers(chat, dataset, "vicuna_v1", CPU) == {"temporal": (0, 4)}
+    assert chat_tune.exact_answers(cfg, chat, dataset, CPU) == {"temporal": 0}
 
 
 # ----------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("change, message", [
     ({"stage": "song"}, "--stage song"), ({"tokens": "all"}, "--tokens all"), ({"llm": "nowhere"}, "nowhere"),
     ({"branch": ""}, "--branch"), ({"eval_only": True}, "--eval_annotations"), ({"clip": None}, "--clip"),
-    ({"batch_size": 0}, "--batch_size 0"), ({"num_frames": 0}, "--num_frames 0")])
+    ({"batch_size": 0}, "--batch_size 0"), ({"batch_size": 9}, "has only 8 rows"),
+    ({"num_frames": 0}, "0 frames of a video")])
 def test_chat_tune_refuses_what_it_cannot_use(world, llava, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         chat_tune.main(dataclasses.replace(tuning(world, tmp_path / "out", llm=llava), **change))
@@ -218,9 +220,3 @@ def test_evaluation_alone_leaves_the_log_of_a_training_run(world, llava, tmp_pat
     chat_tune.main(tuning(world, tmp_path, steps=1, llm=llava, eval_only=True,
                           eval_annotations=str(world / "talks.jsonl")))
     assert log_of(tmp_path) == before
-
-
-def test_pictures_and_videos_in_one_batch_are_refused():
-    items = [(torch.zeros(1, 3, 4, 4), [], 0), (torch.zeros(2, 3, 4, 4), [], 1)]
-    with pytest.raises(UserError, match="pictures and videos"):
-        chat_tune.collate(items)

@@ -447,18 +447,20 @@ def test_collate_skip_drops_broken_videos_and_says_which(world):
     videos = "good.mp4", "broken.mp4", "missing.mp4", "good.mp4"
     items = captions(world, lines(world / "a.jsonl", *[{"video": v, "caption": "x"} for v in videos]))
     batch = data.collate_skip([items[0, i] for i in range(4)])
-    assert batch["pixels"].shape == (2, 4, 3, 28, 28) and batch["ids"].shape == (2, 6)
-    assert batch["index"].tolist() == [0, 3]
+    assert batch["pixels"].shape == (2, 4, 3, 28, 28) and batch["text"].shape == (2, 6)
+    assert batch["index"] == (0, 3)
     assert [("broken.mp4" in m or "missing.mp4" in m) for m in batch["skipped"]] == [True, True]
     nothing = data.collate_skip([items[0, 1]])
     assert len(nothing["index"]) == 0 and len(nothing["skipped"]) == 1
+    with pytest.raises(UserError, match="pictures and videos"):
+        data.collate_skip([(torch.zeros(1, 3, 4, 4), [], 0), (torch.zeros(2, 3, 4, 4), [], 1)])
 
 
 def test_retrieval_shows_uniform_frames_and_says_which_videos_are_missing(world):
-    rows = [{"video": video, "caption": caption}
-            for video, caption in (("page/17", "one"), ("nowhere.mp4", "two"))]
-    items = data.RetrievalDataset(lines(world / "a.jsonl", *rows), world, 4, 28)
-    assert items.captions == ["one", "two"] and items.missing() == ["nowhere.mp4"]
+    row, gone = ({"video": video, "caption": "one"} for video in ("page/17", "nowhere.mp4"))
+    with pytest.raises(UserError, match="1 of its videos are not under .*, the first is nowhere.mp4"):
+        data.RetrievalDataset(lines(world / "a.jsonl", row, gone), world, 4, 28)
+    items = data.RetrievalDataset(lines(world / "a.jsonl", row), world, 4, 28)
     pixels, index = items[0]   # the name lacks its extension
     frames, _ = stacked(data.sample_frames(world / "good.mp4", 4, "uniform"))
     assert index == 0 and torch.equal(pixels, data.eval_pixels(frames, 28))

@@ -310,7 +310,7 @@ def test_out_of_memory_says_what_fits(world, tmp_path, monkeypatch):
     def full(video, text):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(pretrain, "vtc_loss", full)
-    with pytest.raises(UserError, match="with 6 clips on a GPU: take --checkpointed, .* or --batch_size 2; "):
+    with pytest.raises(UserError, match="with 6 clips on a GPU: take --checkpointed, more GPUs or a"):
         pretrain.main(pretraining(world, tmp_path, batch_size=6))
 
 
@@ -432,11 +432,9 @@ def test_half_precision_halves_the_frozen_towers_and_nothing_that_learns(world, 
     ({"eval_annotations": "nowhere.jsonl"}, "nowhere.jsonl"), ({"root": None}, "--root: needed"),
     ({"recipe": "mine"}, "--recipe mine"),
     ({"precision": "fp8"}, "--precision fp8"), ({"anneal": False, "steps": 11}, "at zero after 5"),
-    ({"workers": -1}, "--workers -1"), ({"mask_ratio": float("nan")}, "--mask_ratio nan"),
-    ({"mask_ratio": 1.0}, "--mask_ratio 1.0"), ({"drop_path": 1.0}, "--drop_path 1.0"),
-    ({"text_length": 0}, "--text_length 0"), ({"batch_size": 3}, "--batch_size 3"),
-    ({"batch_size": 400}, "more than the 8 clips"), ({"device": "cuda"}, "no GPU"),
-    ({"depth": 4}, "--depth 4: this CLIP has 3"), ({"num_frames": 65}, "65: the branch has 64")])
+    ({"workers": -1}, "--workers -1"), ({"batch_size": 3}, "--batch_size 3"),
+    ({"batch_size": 400}, "has only 8 clips"), ({"num_frames": 0}, "0 frames of a video"),
+    ({"device": "cuda"}, "--device cuda: choose")])
 def test_pretrain_refuses_what_it_cannot_use(world, tmp_path, change, message):
     if change.get("device") == "cuda" and torch.cuda.is_available():
         change, message = {"device": "tpu"}, "tpu"

@@ -215,7 +215,7 @@ def test_a_video_that_claims_a_century_is_broken(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"window": float("nan")}, "--window nan"), ({"folder": "nowhere"}, "nowhere: No such"),
+    ({"window": float("nan")}, "--window nan"), ({"folder": "nowhere"}, "nowhere: no videos"),
     ({"folder": ""}, "give `index FOLDER`"), ({"batch_size": 0}, "--batch_size 0"),
     ({"folder": TINY}, "no videos in it"), ({"weights": "nowhere"}, "nowhere")])
 def test_indexing_refuses_what_it_cannot_use_and_leaves_the_index(made, options, message):

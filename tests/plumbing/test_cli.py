@@ -30,7 +30,17 @@ def test_help_shows_the_comments_and_defaults(capsys):
     with pytest.raises(SystemExit) as left:
         cli.parse(Config, ["--help"])
     out = capsys.readouterr().out
-    assert left.value.code == 0 and "with a 50 % sign (default: 3)" in out and "needed (required)" in out
+    assert left.value.code == 0 and "with a 50 % sign (default: 3)" in out and "--name STR " in out
+
+
+def test_a_field_that_is_none_of_its_choices_or_too_small_is_refused():
+    cli.one_of(Config("x"), name={"x": 1, "y": 2})
+    with pytest.raises(UserError, match="--name z: choose one of x, y"):
+        cli.one_of(Config("z"), name={"x": 1, "y": 2})
+    cli.at_least(Config("x"), size=3)
+    for config in (Config("x", size=2), Config("x", size=float("nan"))):
+        with pytest.raises(UserError, match=f"--size {config.size}: must be at least 3"):
+            cli.at_least(config, size=3)
 
 
 def test_only_a_file_of_the_same_kind_may_be_replaced_and_no_pipe_is_waited_for(tmp_path):
