@@ -1,64 +1,53 @@
-"""What a chat needs, made in a moment: weights in the layouts of the released ones, random and small, and videos."""
-import fractions
+"""What a chat needs, made in a moment: random, small weights in the layouts of the released ones; videos."""
 import os
 
-import av
 import numpy as np
 import torch
 
 from clip import CLIP, CLIPConfig, Tokenizer, save_clip
+from films import film
 from llm import LLaMA, LLaMAConfig, load_tokenizer, save_llama
 from model import Branch, branch_tensors
 from plumbing.training import save_checkpoint
 
-CORPUS = ["USER: which way does the red circle move? ASSISTANT: left, then up.", "what goes right? a blue square."] * 20
 
-
-def write_clip(folder, width=32):
+def write_clip(folder, tokenizer=Tokenizer([]), **sizes):
+    """A CLIP with images of 32 pixels, patches of 16 and three layers, unless `sizes` say otherwise."""
     torch.manual_seed(0)
-    save_clip(folder, CLIP(CLIPConfig(
-        image_size=32, patch_size=16, vision_width=width, vision_layers=3, vision_heads=2, vision_mlp=64, text_width=16,
-        text_layers=1, text_heads=2, text_mlp=16, vocab_size=514, context_length=8, projection_dim=16)), Tokenizer([]))
+    config = {"image_size": 32, "patch_size": 16, "vision_width": 32, "vision_layers": 3, "vision_heads": 2,
+              "vision_mlp": 64, "text_width": 16, "text_layers": 1, "text_heads": 2, "text_mlp": 16,
+              "context_length": 8, "projection_dim": 16}
+    config = CLIPConfig(vocab_size=tokenizer.vocab_size, **{**config, **sizes})
+    save_clip(str(folder), CLIP(config), tokenizer)
 
 
-def write_llava(folder, tokenizer_model, visual=32, context=4096):
-    """A LLaVA of random weights that is never at a loss: it always says something one can see, and never ends."""
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(os.path.dirname(tokenizer_model))
-    llm = LLaMA(LLaMAConfig(vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=2, mlp=48, context_length=context))
-    with torch.no_grad():
-        llm.lm_head.weight.normal_()
-        for token in range(tokenizer.vocab_size):
-            if token < 3 or not tokenizer.decode([token]).strip():
-                llm.lm_head.weight[token] = 0   # others have a logit above 0
-    save_llama(folder, llm, tokenizer_model, {"model.mm_projector.weight": torch.randn(32, visual) / 8,
-                                              "model.mm_projector.bias": torch.zeros(32)})
-
-
-def write_branch(path, width=32):
-    torch.manual_seed(0)
+def write_branch(path, width=32, seed=0):
+    """A pretraining checkpoint: a branch of two layers beside that CLIP."""
+    torch.manual_seed(seed)
     save_checkpoint(path, {"state_dict": branch_tensors(Branch(width, 2, 64, 2), "backbone.")})
 
 
-def write_video(path, width=64, height=48, seconds=2, sound_only=False):
-    """A white bar that moves from left to right; or only silence."""
-    with av.open(str(path), "w") as out:
-        if sound_only:
-            stream = out.add_stream("aac", rate=48000)
-            silence = np.zeros((1, 1024), np.float32)
-            frames = [av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono") for _ in range(9)]
-        else:
-            stream = out.add_stream("libx264", rate=10, options={"threads": "1"})
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            pictures = np.zeros((10 * seconds, height, width, 3), np.uint8)
-            for i, picture in enumerate(pictures):
-                picture[:, i * width // len(pictures):][:, :8] = 255
-            frames = [av.VideoFrame.from_ndarray(picture) for picture in pictures]
-        for i, frame in enumerate(frames):
-            if sound_only:
-                frame.rate, frame.pts = 48000, 1024 * i
-            else:
-                frame.pts, frame.time_base = i, fractions.Fraction(1, 10)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return str(path)
+def write_llava(folder, tokenizer_model, visual=32, context=4096):
+    """A LLaVA of random weights that always says something one can see, and never ends."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(os.path.dirname(tokenizer_model))
+    config = {"width": 32, "layers": 2, "heads": 2, "mlp": 48, "context_length": context}
+    llm = LLaMA(LLaMAConfig(tokenizer.vocab_size, **config))
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            if parameter.ndim == 2:   # drawn wider than a new LLaMA's, so that answers depend on the prompt
+                parameter.normal_(std=0.3)
+        for token in range(tokenizer.vocab_size):
+            if token < 259 or not tokenizer.decode([token]).strip():   # 259: control tokens and bytes
+                llm.lm_head.weight[token] = 0   # some other has a logit above 0
+    projector = {"model.mm_projector.weight": torch.randn(32, visual) / 8,
+                 "model.mm_projector.bias": torch.zeros(32)}
+    save_llama(folder, llm, tokenizer_model, projector)
+
+
+def write_video(path, width=64, height=48, seconds=2):
+    """A white bar that moves from left to right, at 10 frames a second."""
+    pictures = np.zeros((10 * seconds, height, width, 3), np.uint8)
+    for i, picture in enumerate(pictures):
+        picture[:, i * width // len(pictures):][:, :8] = 255
+    return film(path, "libx264", pictures, rate=10)

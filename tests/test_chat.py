@@ -1,4 +1,5 @@
-"""chat.py, driven as people and scripts drive it: on a pseudo-terminal, through pipes, and with all that can be wrong."""
+"""chat.py as scripts drive it, as a Session, and with all that can be wrong."""
+import functools
 import inspect
 import io
 import json
@@ -11,6 +12,7 @@ import threading
 import types
 import warnings
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ import clip
 import data
 import model
 import plumbing.video
+from films import silence
 from model import Branch, branch_tensors
 from plumbing import cli, pictures, quant
 from plumbing.cli import UserError
@@ -29,13 +32,15 @@ from small import write_branch, write_clip, write_llava, write_video
 from toy import world as shapes
 
 SECONDS = 60   # until a program that says nothing is given up: a guard, not a measurement
+ASK = ("-q", "what?")
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """call(arguments..., stdin=text) -> (exit code, stdout, stderr) of chat.py, within this process."""
-    def call(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, arguments)])
+def call(monkeypatch, capsys, weights, video):
+    """call(flags..., stdin=text) -> (exit code, stdout, stderr) of chat.py, run in this process."""
+    def call(*flags, stdin="", video=video, weights=weights):
+        flags = (video, "--weights", weights, "--max_new_tokens", 9, *flags)
+        monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
         code = 0
         try:
@@ -44,6 +49,45 @@ def call(monkeypatch, capsys):
             code = e.code
         return code, *capsys.readouterr()
     return call
+
+
+@pytest.fixture
+def folder(weights, tmp_path):
+    """A copy of the weights, for a test to change."""
+    return shutil.copytree(weights, tmp_path / "w")
+
+
+@pytest.fixture
+def short(begin, folder, tokenizer_model):
+    """short(context, fields of chat.Config...) -> a chat whose LLaMA reads so many tokens."""
+    def short(context, **fields):
+        write_llava(folder / "llava", tokenizer_model, context=context)
+        return begin(weights=str(folder), **fields)
+    return short
+
+
+def said(session, question="what?"):
+    """Asks -> the answer."""
+    pieces = []
+    session.ask(question, pieces.append)
+    return "".join(pieces)
+
+
+def interrupted(session, question, pieces=1):
+    """Asks, with a Ctrl-C once so many pieces of the answer have come -> these pieces as one text."""
+    shown = []
+
+    def show(piece):
+        shown.append(piece)
+        if len(shown) == pieces:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        session.ask(question, show)
+    return "".join(shown[:pieces])
+
+
+def questions(turns):
+    return [question for question, _ in turns]
 
 
 def refused(result, *words):
@@ -56,15 +100,16 @@ def refused(result, *words):
     return True
 
 
-# ---------------------------------------------------------------------------------------------------- questions without a terminal
+# ------------------------------------------------------------------------------ questions without a terminal
 def program(*arguments, **options):
     """chat.py as a program of its own, from a folder that is not its own."""
-    return subprocess.Popen([sys.executable, os.path.abspath(chat.__file__), *map(str, arguments)], text=True, cwd="/",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    command = [sys.executable, os.path.abspath(chat.__file__), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(command, text=True, cwd="/", **pipes)
 
 
 def test_one_question_prints_one_line_and_all_else_goes_to_stderr(weights, video):
-    with program(video, "--weights", weights, "-q", "what moves?", "--max_new_tokens", 12, "-v") as p:
+    with program(video, "--weights", weights, *ASK, "--max_new_tokens", 12, "-v") as p:
         out, err = p.communicate(timeout=SECONDS)
     assert p.returncode == 0
     assert out.endswith("\n") and out.count("\n") == 1 and out.strip()
@@ -73,9 +118,8 @@ def test_one_question_prints_one_line_and_all_else_goes_to_stderr(weights, video
     assert "Traceback" not in err
 
 
-def test_piped_questions_get_one_line_each_and_blank_lines_none(call, weights, video):
-    questions = "what moves?\n\n  \nwhich way?\nwhat moves?"
-    code, out, err = call(video, "--weights", weights, "--max_new_tokens", 9, stdin=questions)
+def test_piped_questions_get_one_line_each_and_blank_lines_none(call):
+    code, out, err = call(stdin="what moves?\n\n  \nwhich way?\nwhat moves?")
     lines = out.splitlines()
     assert code == 0 and len(lines) == 3 and all(lines)
     assert lines[0] == lines[2]
@@ -84,33 +128,32 @@ def test_piped_questions_get_one_line_each_and_blank_lines_none(call, weights, v
 
 @pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
 def test_answers_do_not_mind_that_nobody_hears_the_rest(weights, video, stderr):
-    command = f'"{sys.executable}" "{chat.__file__}" "{video}" --weights "{weights}" -q "what moves?" --json --max_new_tokens 3 {stderr}'
+    command = (f'"{sys.executable}" "{chat.__file__}" "{video}" --weights "{weights}" -q "what?" '
+               f"--json --max_new_tokens 3 {stderr}")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["tokens"] == 3 and done.stderr == ""
 
 
-def test_a_chat_joins_no_group_of_processes(call, weights, video, monkeypatch):
+def test_a_chat_joins_no_group_of_processes(call, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")   # as many containers have it, and nobody is there to be met
-    assert call(video, "--weights", weights, "-q", "what?", "--max_new_tokens", 3)[0] == 0
+    assert call(*ASK)[0] == 0
 
 
-def test_no_questions_no_answers(call, weights, video):
-    assert call(video, "--weights", weights)[:2] == (0, "")
+def test_no_questions_no_answers(call):
+    assert call()[:2] == (0, "")
 
 
-def test_a_question_is_the_same_from_a_flag_and_from_a_pipe(call, weights, video):
-    options = (video, "--weights", weights, "--max_new_tokens", 9)
-    assert call(*options, "-q", "what moves?")[1] == call(*options, stdin="what moves?\n")[1]
+def test_a_question_is_the_same_from_a_flag_and_from_a_pipe(call):
+    assert call("-q", "what moves?")[1] == call(stdin="what moves?\n")[1]
 
 
-def test_sampling_with_the_same_seed_repeats_itself_and_another_seed_differs(call, weights, video):
-    first, again, other = (call(video, "--weights", weights, "-q", "what?", "--max_new_tokens", 30, "--temperature", 1,
-                                "--seed", seed)[1] for seed in (5, 5, 6))
+def test_sampling_with_the_same_seed_repeats_itself_and_another_seed_differs(call):
+    first, again, other = (call(*ASK, "--temperature", 1, "--seed", seed)[1] for seed in (5, 5, 6))
     assert first == again != other
 
 
-def test_the_answer_depends_on_the_video(weights, video, tmp_path):
-    session = chat.begin(chat.Config(video, weights=weights))
+def test_what_the_llama_reads_depends_on_the_video(begin, tmp_path):
+    session = begin()
     before = session.video_tokens
     session.open(write_video(tmp_path / "other.mp4", seconds=1))
     assert before.shape == session.video_tokens.shape and not torch.equal(before, session.video_tokens)
@@ -127,28 +170,27 @@ def test_white_space_in_an_answer_becomes_one_space(capsys):
     assert capsys.readouterr().out == "one two three four\n"
 
 
-def test_json_is_one_object_a_question(call, weights, video):
-    options = (video, "--weights", weights, "--max_new_tokens", 9)
-    code, out, _ = call(*options, "--json", stdin="what moves?\nwhich way?\n")
+def test_json_is_one_object_a_question(call):
+    code, out, _ = call("--json", stdin="what moves?\nwhich way?\n")
     first, second = map(json.loads, out.splitlines())
     assert code == 0 and [first["question"], second["question"]] == ["what moves?", "which way?"]
-    assert first["answer"].split() == call(*options, "-q", "what moves?")[1].split()
+    assert first["answer"].split() == call("-q", "what moves?")[1].split()
     assert set(first) == {"question", "answer", "seconds_to_first_token", "tokens", "cached", "cut"}
-    assert (first["tokens"], first["cached"], first["cut"]) == (9, 0, "max_new_tokens") and first["seconds_to_first_token"] > 0
+    assert (first["tokens"], first["cached"], first["cut"]) == (9, 0, "max_new_tokens")
+    assert first["seconds_to_first_token"] > 0
     assert second["cached"] > 0   # the sentence before the question
 
 
-def test_what_editors_on_windows_begin_a_file_with_is_no_part_of_a_question(call, weights, video):
-    _, out, _ = call(video, "--weights", weights, "--json", "--max_new_tokens", 3, stdin="\ufeffwhat moves?\n")
+def test_a_byte_order_mark_is_no_part_of_a_question(call):
+    _, out, _ = call("--json", stdin="\ufeffwhat moves?\n")   # editors on Windows begin a file with it
     assert json.loads(out)["question"] == "what moves?"
 
 
-def test_a_video_that_alone_fills_the_context_is_told_by_its_frames(weights, video, tokenizer_model, tmp_path):
-    folder = shutil.copytree(weights, tmp_path / "w")
-    write_llava(folder / "llava", tokenizer_model, context=40)
-    session = chat.begin(chat.Config(video, weights=str(folder), tokens="st_pool", num_frames=60))
-    with pytest.raises(UserError, match=r"no room for an answer: .* of them the video's, and a conversation 40"):
-        session.ask("what?", silent)
+def test_a_video_that_alone_fills_the_context_is_told_by_its_frames(short):
+    session = short(40, tokens="st_pool", num_frames=60)
+    message = "no room for an answer: .* of them the video's, and a conversation 40"
+    with pytest.raises(UserError, match=message):
+        said(session)
 
 
 def test_json_is_refused_where_someone_talks(monkeypatch):
@@ -157,8 +199,8 @@ def test_json_is_refused_where_someone_talks(monkeypatch):
         chat.main(chat.Config(json=True))
 
 
-def test_a_question_that_is_not_utf8_is_asked_all_the_same(call, weights, video):
-    assert call(video, "--weights", weights, "--max_new_tokens", 3, "-q", "what \udcff?")[0] == 0
+def test_a_question_that_is_not_utf8_is_asked_all_the_same(call):
+    assert call("-q", "what \udcff?")[0] == 0
 
 
 def test_a_reader_who_leaves_ends_the_program_without_a_word(weights, video):
@@ -182,46 +224,41 @@ def test_a_full_disk_is_bad_news_and_not_a_traceback(monkeypatch):
         monkeypatch.undo()
 
 
-# ---------------------------------------------------------------------------------------------------- settings
-@pytest.mark.parametrize("tokens", ["branch", "mean", "st_pool"])
-def test_every_kind_of_video_tokens_answers(call, weights, video, tokens):
-    code, out, err = call(video, "--weights", weights, "-q", "what?", "--tokens", tokens, "--max_new_tokens", 3)
+# --------------------------------------------------------------------------------------------------- settings
+@pytest.mark.parametrize("tokens, count", [("branch", 5), ("mean", 4), ("st_pool", 12)])
+def test_every_kind_of_video_tokens_answers(call, tokens, count):
+    code, out, err = call(*ASK, "--tokens", tokens)
     assert code == 0 and out.count("\n") == 1
-    assert f"{dict(branch=5, mean=4, st_pool=12)[tokens]} video tokens" in err   # 4 patches, a CLS, 8 frames
+    assert f"{count} video tokens" in err   # of 4 patches, a CLS, 8 frames
 
 
-def test_plain_llava_needs_no_branch(call, weights, video, tmp_path):
-    folder = shutil.copytree(weights, tmp_path / "w")
+def test_plain_llava_needs_no_branch(call, folder):
     (folder / "branch.pth").unlink()
-    assert call(video, "--weights", folder, "-q", "what?", "--tokens", "mean", "--max_new_tokens", 3)[0] == 0
+    assert call(*ASK, "--tokens", "mean", weights=folder)[0] == 0
 
 
-def test_no_tuned_leaves_out_what_was_tuned_on_video(call, weights, video, tmp_path):
-    folder = shutil.copytree(weights, tmp_path / "w")
+def test_no_tuned_leaves_out_what_was_tuned_on_video(call, folder):
     torch.manual_seed(1)
-    save_checkpoint(folder / "chat.bin", branch_tensors(Branch(32, 2, 64, 1), "model.vision_tower.")
-                    | {"model.mm_projector.weight": torch.randn(32, 32), "model.mm_projector.bias": torch.zeros(32)})
-    options = ("-q", "what?", "--max_new_tokens", 30)
-    tuned, zero_shot, plain = (call(video, "--weights", w, *options, *more)
-                               for w, more in ((folder, ()), (folder, ("--no-tuned",)), (weights, ())))
+    tensors = branch_tensors(Branch(32, 2, 64, 1), "model.vision_tower.")
+    tensors |= {"model.mm_projector.weight": torch.randn(32, 32), "model.mm_projector.bias": torch.zeros(32)}
+    save_checkpoint(folder / "chat.bin", tensors)
+    tuned, zero_shot, plain = call(*ASK, weights=folder), call(*ASK, "--no-tuned", weights=folder), call(*ASK)
     assert "(tuned for branch)" in tuned[2] and "without chat.bin" in zero_shot[2]
     assert tuned[1] != zero_shot[1] == plain[1]
 
 
-def test_quantised_weights_are_written_once_and_what_was_seen_is_still_known(call, weights, video, tmp_path):
-    folder = shutil.copytree(weights, tmp_path / "w")
-    options = (video, "--weights", folder, "-q", "what?", "--quantize", "int8", "--max_new_tokens", 20, "--cache_dir", tmp_path / "c")
-    first, kept = call(*options), list((folder / "llava").glob("quantised_int8_*"))
-    written, second = os.stat(kept[0]).st_ino, call(*options)
+def test_quantised_weights_are_written_once_and_what_was_seen_is_still_known(call, folder, tmp_path):
+    flags = (*ASK, "--quantize", "int8", "--cache_dir", tmp_path / "c")
+    first, kept = call(*flags, weights=folder), list((folder / "llava").glob("quantised_int8_*"))
+    written, second = os.stat(kept[0]).st_ino, call(*flags, weights=folder)
     assert first[0] == second[0] == 0 and first[1] == second[1]
     assert len(kept) == 1 and os.stat(kept[0]).st_ino == written and len(os.listdir(tmp_path / "c")) == 1
 
 
-def test_where_the_llama_is_quantised_clip_looks_in_int8_and_sees_nearly_the_same(weights, video, tmp_path):
+def test_where_the_llama_is_quantised_clip_looks_in_int8_and_sees_nearly_the_same(begin, folder):
     seen = {}
     for scheme in ("none", "int8"):
-        config = chat.Config(video=str(video), weights=str(shutil.copytree(weights, tmp_path / scheme)), quantize=scheme, cache=False, device="cpu")
-        session = chat.begin(config)
+        session = begin(weights=str(folder), quantize=scheme, cache=False, device="cpu")
         seen[scheme] = session.video_tokens
         linears = [m for m in session.chat.clip.vision_model.modules() if isinstance(m, torch.nn.Linear)]
         assert bool(linears) == (scheme == "none")
@@ -229,214 +266,164 @@ def test_where_the_llama_is_quantised_clip_looks_in_int8_and_sees_nearly_the_sam
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_every_precision_answers(call, weights, video, dtype):
-    code, out, _ = call(video, "--weights", weights, "-q", "what?", "--dtype", dtype, "--max_new_tokens", 3)
+def test_every_precision_answers(call, dtype):
+    code, out, _ = call(*ASK, "--dtype", dtype)
     assert code == 0 and out.strip()
 
 
-def test_num_frames_is_8_for_small_pictures_unless_it_is_given(call, weights, video):
-    options = (video, "--weights", weights, "-q", "what?", "--max_new_tokens", 3)
-    assert "8 frames" in call(*options)[2] and "3 frames" in call(*options, "--num_frames", 3)[2]
+def test_num_frames_is_8_for_small_pictures_unless_it_is_given(call):
+    assert "8 frames" in call(*ASK)[2] and "3 frames" in call(*ASK, "--num_frames", 3)[2]
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--tokens", "magic"], ["--tokens magic", "branch, mean, st_pool"]), (["--template", "x"], ["--template x", "vicuna_v1"]),
-    (["--num_frames", "0"], ["--num_frames 0", "at least 1"]), (["--max_new_tokens", "0"], ["--max_new_tokens 0"]),
-    (["--seed", "-1"], ["--seed -1"]), (["--temperature", "-1"], ["--temperature -1"]), (["--dtype", "int3"], ["--dtype int3", "bf16"]),
-    (["--quantize", "int2"], ["--quantize int2", "int8"]), (["-q", " "], ["--question"])])
-def test_a_setting_that_cannot_be_is_refused(call, weights, video, flags, words):
-    code, out, err = call(video, "--weights", weights, "-q", "what?", *flags)
-    assert refused((code, out, err.splitlines(keepends=True)[-1]), *words)
+    (["--tokens", "magic"], ["--tokens magic", "branch, mean, st_pool"]),
+    (["--template", "x"], ["--template x", "vicuna_v1"]),
+    (["--num_frames", "0"], ["--num_frames 0", "at least 1"]),
+    (["--max_new_tokens", "0"], ["--max_new_tokens 0"]),
+    (["--seed", "-1"], ["--seed -1"]),
+    (["--temperature", "-1"], ["--temperature -1"]),
+    (["--dtype", "int3"], ["--dtype int3", "bf16"]),
+    (["--quantize", "int2"], ["--quantize int2", "int8"]),
+    (["-q", " "], ["--question"])])
+def test_a_flag_that_cannot_be_is_refused(call, flags, words):
+    assert refused(call(*ASK, *flags), *words)
 
 
-def test_ctrl_c_while_loading_exits_with_130(call, weights, video, monkeypatch):
+def test_ctrl_c_while_loading_exits_with_130(call, monkeypatch):
     monkeypatch.setattr(chat, "open_chat", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert call(video, "--weights", weights, "-q", "what?") == (130, "", "chat.py: interrupted\n")
+    assert call(*ASK) == (130, "", "chat.py: interrupted\n")
 
 
 def test_ctrl_c_while_importing_exits_with_130(tmp_path):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
-    with program("-q", "what?", env={**os.environ, "PYTHONPATH": str(tmp_path)}) as p:
+    with program(*ASK, env={**os.environ, "PYTHONPATH": str(tmp_path)}) as p:
         assert (*p.communicate(timeout=SECONDS), p.returncode) == ("", "chat.py: interrupted\n", 130)
 
 
-# ---------------------------------------------------------------------------------------------------- a conversation
-def test_an_answer_that_is_stopped_stays_in_the_conversation_as_far_as_it_got(session):
-    shown = []
-
-    def stop_after_three(piece):
-        shown.append(piece)
-        if len(shown) == 3:
-            raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        session.ask("what?", stop_after_three)
-    assert session.turns == [("what?", "".join(shown[:3]).strip())]
-
-
-def test_earlier_turns_are_part_of_the_prompt(session, monkeypatch):
-    seen = []
-    monkeypatch.setattr(chat, "prompt_ids", lambda tokenizer, turns, system, inner=chat.prompt_ids:
-                        seen.append(list(turns)) or inner(tokenizer, turns, system))
-    for question in ("first?", "second?"):
-        session.ask(question, lambda piece: None)
-    assert seen[1] == [session.turns[0], ("second?", None)] and session.turns[0][1]
+# --------------------------------------------------------------------------------------------- a conversation
+def logits_of_a_first_token(session, question, monkeypatch):
+    """Asks -> logits (V,) as the chat computed them, and as its whole prompt gives them when read at once."""
+    seen, forward = [], session.chat.llm.forward
+    with monkeypatch.context() as patched:
+        patched.setattr(session.chat.llm, "forward",
+                        lambda *given, **more: seen.append(forward(*given, **more)) or seen[-1])
+        said(session, question)
+    turns = [*session.turns[session.forgotten:-1], (question, None)]
+    ids, _ = chat.prompt_ids(session.chat.tokenizer, turns)
+    with torch.inference_mode():
+        whole = forward(embeds=session.chat.splice(ids, session.video_tokens)[None])
+    return seen[0][0, -1], whole[0, -1]
 
 
-def test_every_piped_question_is_a_conversation_of_its_own(session, capsys):
+def next_answer_is_that_of_the_whole_prompt(session):
+    """Is the next answer the same, whether the LLaMA remembers the turns or works through them anew?"""
+    answers, turns = [], list(session.turns)
+    for cached_ids in (session.cached_ids, []):
+        session.turns, session.cached_ids = list(turns), cached_ids
+        answers.append(said(session, "And that?"))
+    return answers[0] == answers[1]
+
+
+def test_every_piped_question_is_a_conversation_of_its_own(session):
     for question in ("first?", "second?"):
         chat.answer_line(session, question)
-        assert [asked for asked, _ in session.turns] == [question]
-
-
-def test_an_answer_that_fills_the_context_is_said_to_be_cut_and_the_next_question_takes_its_place(
-        weights, video, tokenizer_model, tmp_path, capsys):
-    folder = shutil.copytree(weights, tmp_path / "w")
-    write_llava(folder / "llava", tokenizer_model, context=200)
-    session, pieces = chat.begin(chat.Config(video, weights=str(folder), max_new_tokens=1000)), []
-    session.ask("what?", pieces.append)
-    assert "".join(pieces).strip() and "fill the 200 tokens" in capsys.readouterr().err
-    session.ask("and then?", pieces.append)
-    assert [question for question, _ in session.turns[session.forgotten:]] == ["and then?"] and "forgotten, for lack of room: what?" in capsys.readouterr().err
-    with pytest.raises(UserError, match="no room for an answer"):
-        session.ask("why? " * 200, pieces.append)
-    assert [question for question, _ in session.turns[session.forgotten:]] == ["and then?"]
-
-
-@pytest.fixture
-def short(weights, video, tokenizer_model, tmp_path):
-    """A chat whose LLaMA reads 300 tokens: room for about three turns."""
-    folder = shutil.copytree(weights, tmp_path / "w")
-    write_llava(folder / "llava", tokenizer_model, context=300)
-    return chat.begin(chat.Config(video, weights=str(folder), max_new_tokens=24))
-
-
-def test_the_oldest_turns_are_forgotten_one_by_one_and_the_next_answer_is_as_if_they_had_never_been(short, monkeypatch, capsys):
-    asked, seen, forward = [f"question {i}?" for i in range(8)], [], short.chat.llm.forward
-    monkeypatch.setattr(short.chat.llm, "forward", lambda *given, **more: seen.append(forward(*given, **more)) or seen[-1])
-    for i, question in enumerate(asked):
-        before, seen[:] = short.forgotten, []
-        short.ask(question, silent)
-        assert ("(forgotten" in capsys.readouterr().err) == (short.forgotten > before) and short.forgotten - before <= 1
-        ids, _ = chat.prompt_ids(short.chat.tokenizer, [*short.turns[short.forgotten:-1], (question, None)])
-        with torch.inference_mode():
-            whole = forward(embeds=short.chat.splice(ids, short.video_tokens)[None])
-        assert (seen[0][0, -1] - whole[0, -1]).abs().max() < 1e-4
-    assert [question for question, _ in short.turns] == asked and 2 <= short.forgotten <= 6
-
-
-def test_what_was_forgotten_is_saved_too(short, tmp_path):
-    for i in range(8):
-        short.ask(f"question {i}?", silent)
-    chat.run_command(short, f"/save {tmp_path / 'talk.json'}")
-    turns = json.loads((tmp_path / "talk.json").read_text())["turns"]
-    assert [(turn["question"], turn["answer"]) for turn in turns] == short.turns
-    assert [turn["forgotten"] for turn in turns] == [True] * short.forgotten + [False] * (8 - short.forgotten)
-
-
-def silent(piece):
-    pass
-
-
-def test_a_second_question_costs_its_own_words(session, monkeypatch):
-    rows, forward = [], session.chat.llm.forward
-    monkeypatch.setattr(session.chat.llm, "forward", lambda ids, embeds, *rest, **more: rows.append(0 if embeds is None else embeds.shape[1])
-                        or forward(ids, embeds, *rest, **more))
-    session.ask("What is this?", silent)
-    session.ask("And that?", silent)
-    first, second = (n for n in rows if n)   # what was worked through at once, before a first token
-    own = len(chat.prompt_ids(session.chat.tokenizer, [("", None)])[0]) + len(session.chat.tokenizer.encode("USER: And that? ASSISTANT:"))
-    assert first > len(session.video_tokens) and second < own
+        assert questions(session.turns) == [question]
 
 
 def test_the_second_answer_starts_from_the_logits_of_the_whole_conversation(session, monkeypatch):
-    session.ask("What is this?", silent)
-    seen, forward = [], session.chat.llm.forward
-    monkeypatch.setattr(session.chat.llm, "forward", lambda *given, **more: seen.append(forward(*given, **more)) or seen[-1])
-    session.ask("And that?", silent)
-    ids, _ = chat.prompt_ids(session.chat.tokenizer, [session.turns[0], ("And that?", None)])
-    with torch.inference_mode():
-        whole = forward(embeds=session.chat.splice(ids, session.video_tokens)[None])
-    assert (seen[0][0, -1] - whole[0, -1]).abs().max() < 1e-4
+    said(session, "What is this?")
+    computed, whole = logits_of_a_first_token(session, "And that?", monkeypatch)
+    assert questions(session.turns) == ["What is this?", "And that?"] and session.forgotten == 0
+    assert (computed - whole).abs().max() < 1e-4
+
+
+def test_a_second_question_costs_its_own_words(session):
+    said(session, "What is this?")
+    assert session.cost.cached == 0 and session.cost.new > len(session.video_tokens)
+    said(session, "And that?")
+    tokenizer = session.chat.tokenizer
+    empty, own = chat.prompt_ids(tokenizer, [("", None)])[0], tokenizer.encode("USER: And that? ASSISTANT:")
+    assert session.cost.new < len(empty) + len(own)
+
+
+def test_an_answer_that_fills_the_context_is_cut_and_the_next_question_takes_its_place(short, capsys):
+    session = short(200, max_new_tokens=1000)
+    assert said(session).strip() and "fill the 200 tokens" in capsys.readouterr().err
+    said(session, "and then?")
+    assert questions(session.turns[session.forgotten:]) == ["and then?"]
+    assert "forgotten, for lack of room: what?" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no room for an answer"):
+        said(session, "why? " * 200)
+    assert questions(session.turns[session.forgotten:]) == ["and then?"]
+
+
+def test_the_oldest_turns_are_forgotten_one_by_one_and_the_rest_is_as_if_they_had_never_been(
+        short, monkeypatch, capsys):
+    session, asked = short(300, max_new_tokens=24), [f"question {i}?" for i in range(8)]   # room for 3
+    for question in asked:
+        before = session.forgotten
+        computed, whole = logits_of_a_first_token(session, question, monkeypatch)
+        assert session.forgotten - before == ("(forgotten" in capsys.readouterr().err)
+        assert (computed - whole).abs().max() < 1e-4
+    assert questions(session.turns) == asked and 2 <= session.forgotten <= 6
+
+
+def test_what_was_forgotten_is_saved_too(short, tmp_path):
+    session = short(300, max_new_tokens=24)
+    for i in range(8):
+        said(session, f"question {i}?")
+    chat.run_command(session, f"/save {tmp_path / 'talk.json'}")
+    turns = json.loads((tmp_path / "talk.json").read_text())["turns"]
+    assert [(turn["question"], turn["answer"]) for turn in turns] == session.turns
+    assert [turn["forgotten"] for turn in turns] == [i < session.forgotten for i in range(8)]
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
-def test_what_is_remembered_after_ctrl_c_is_true(session, pieces):
-    def stop(piece, left=[pieces]):
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        session.ask("What is this?", stop)
+def test_an_answer_that_is_stopped_stays_in_the_conversation_as_far_as_it_got(session, pieces):
+    shown = interrupted(session, "What is this?", pieces)
+    assert session.turns == [("What is this?", shown.strip())]
     assert len(session.cached_ids) == session.kv_cache.length
-    answers, turns = [], list(session.turns)
-    for kept in (True, False):
-        session.turns = list(turns)
-        if not kept:
-            session.cached_ids = []
-        session.ask("And that?", answers.append)
-        answers.append(None)
-    half = answers.index(None)
-    assert answers[:half] == answers[half + 1:-1]
+    assert next_answer_is_that_of_the_whole_prompt(session)
 
 
-@pytest.mark.parametrize("moment", ["before the cache is cut", "after the cache is cut", "before the prompt is read", "after the prompt is read"])
-def test_ctrl_c_before_the_first_word_leaves_the_conversation_as_it_was(session, monkeypatch, moment):
-    session.ask("What is this?", silent)
-    turns, (owner, name) = list(session.turns), (session.kv_cache, "truncate") if "cache" in moment else (session.chat.llm, "forward")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", ["the cache is cut", "the prompt is read"])
+def test_ctrl_c_before_the_first_word_leaves_the_conversation_as_it_was(session, monkeypatch, when, what):
+    said(session, "What is this?")
+    turns = list(session.turns)
+    owner, name = (session.kv_cache, "truncate") if "cache" in what else (session.chat.llm, "forward")
     done = getattr(owner, name)
 
-    def interrupted(*given, **more):
-        if moment.startswith("after"):
+    def stopped(*given, **more):
+        if when == "after":
             done(*given, **more)
         raise KeyboardInterrupt
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(owner, name, interrupted)
-        session.ask("Never mind?", silent)
+        patched.setattr(owner, name, stopped)
+        said(session, "Never mind?")
     assert session.turns == turns and len(session.cached_ids) <= session.kv_cache.length
-    answers = []
-    for remembered in (True, False):
-        session.turns = list(turns)
-        if not remembered:
-            session.cached_ids = []
-        answers.append([])
-        session.ask("And that?", answers[-1].append)
-    assert answers[0] == answers[1]
+    assert next_answer_is_that_of_the_whole_prompt(session)
 
 
-def test_nothing_of_one_video_is_remembered_with_another(session, weights, tmp_path):
+def test_nothing_of_one_video_is_remembered_with_another(session, begin, tmp_path):
     other = str(tmp_path / "other.mp4")
     shapes.write_video(other, [np.full((64, 64, 3), 200, np.uint8)] * 12)
-    said = []
-    for opened in (session, chat.begin(chat.Config(other, weights=weights, max_new_tokens=12))):
-        if opened is session:
-            session.ask("What is this?", silent)
-            session.open(other)
-        pieces = []
-        opened.ask("What is this?", pieces.append)
-        said.append(pieces)
-    assert said[0] == said[1]
+    said(session)
+    session.open(other)
+    assert said(session) == said(begin(video=other))
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal(session, monkeypatch):
     monkeypatch.setattr(chat, "stream_text", lambda tokenizer, new: iter(["a\x1b]0;b", "\x07c\x9b\r\nd\te"]))
-    pieces = []
-    session.ask("what?", pieces.append)
-    assert "".join(pieces) == "a\ufffd]0;b\ufffdc\ufffd\ufffd\nd\te\n"
+    assert said(session) == "a\ufffd]0;b\ufffdc\ufffd\ufffd\nd\te\n"
 
 
-def test_stats_of_an_answer_of_one_token(session, capsys):
-    chat.run_command(session, "/set max_new_tokens 1")
-    session.ask("what?", silent)
-    chat.run_command(session, "/stats")
-    assert re.search(r"answer: 1 token, the first after \d\.\d\d s\n", capsys.readouterr().err)
+def test_large_frames_are_kept_small(begin, tmp_path):
+    seen = begin(video=write_video(tmp_path / "large.mp4", 640, 360, 1)).seen
+    assert seen.frames.shape == (8, 3, 135, 240) and seen.frames.dtype == torch.uint8
 
 
-def test_large_frames_are_kept_small(weights, tmp_path):
-    session = chat.begin(chat.Config(write_video(tmp_path / "large.mp4", 640, 360, 1), weights=weights))
-    assert session.seen.frames.shape == (8, 3, 135, 240) and session.seen.frames.dtype == torch.uint8
-
-
-# ---------------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------------- commands
 def test_frames_are_saved_and_replace_a_png_but_nothing_else(session, tmp_path):
     path = tmp_path / "frames.png"
     for _ in range(2):
@@ -454,13 +441,15 @@ def test_frames_are_saved_and_replace_a_png_but_nothing_else(session, tmp_path):
 
 
 def test_a_conversation_is_saved_as_json_and_replaces_only_such_a_file(session, tmp_path):
-    path = tmp_path / "talk.json"
-    for turns in (1, 2):
-        session.ask("what moves?", silent)
+    path, seen = tmp_path / "talk.json", session.seen
+    for _ in range(2):
+        said(session)
         assert chat.run_command(session, f"/save {path}")
         saved = json.loads(path.read_text())
-        assert [(turn["question"], turn["answer"]) for turn in saved["turns"]] == session.turns and len(saved["turns"]) == turns
-    assert (saved["video"], saved["times"], saved["settings"]["max_new_tokens"]) == (session.seen.path, session.seen.times, 12)
+        assert [(turn["question"], turn["answer"]) for turn in saved["turns"]] == session.turns
+    assert len(saved["turns"]) == 2
+    assert (saved["video"], saved["times"]) == (seen.path, seen.times)
+    assert saved["settings"]["max_new_tokens"] == 12
     (tmp_path / "thesis.json").write_text('{"title": "On chat"}')
     (tmp_path / "empty.json").touch()
     for name in ("thesis.json", "empty.json", ""):
@@ -471,13 +460,14 @@ def test_a_conversation_is_saved_as_json_and_replaces_only_such_a_file(session, 
 
 def test_set_changes_the_next_answer(session):
     assert chat.run_command(session, "/set max_new_tokens 3")
-    session.ask("what?", silent)
+    said(session)
     assert session.cost.tokens == 3 and session.cost.cut == "max_new_tokens"
 
 
 @pytest.mark.parametrize("words, complaint", [
-    ("temperature hot", "not a number"), ("seed 1.5", "not a whole number"), ("temperature nan", "0 or more"), ("top_p 0", "more than 0"),
-    ("max_new_tokens 0", "1 or more"), ("seed -1", "0 to 2"), ("weights other", "can be changed are temperature, top_p")])
+    ("temperature hot", "not a number"), ("temperature nan", "0 or more"), ("top_p 0", "more than 0"),
+    ("seed 1.5", "not a whole number"), ("seed -1", "0 to 2"), ("max_new_tokens 0", "1 or more"),
+    ("weights other", "can be changed are temperature, top_p")])
 def test_a_setting_that_cannot_be_is_refused_and_changes_nothing(session, words, complaint):
     before = session.cfg
     with pytest.raises(UserError, match=complaint):
@@ -485,18 +475,20 @@ def test_a_setting_that_cannot_be_is_refused_and_changes_nothing(session, words,
     assert session.cfg == before
 
 
-def test_stats_before_a_question_tell_of_the_video_alone(session, capsys):
-    chat.run_command(session, "/stats")
-    assert re.fullmatch(r"video: 5 tokens from 8 frames\nmemory: .* GB, of it 0.000 GB KV cache\n", capsys.readouterr().err)
+def test_stats_before_a_question_tell_of_the_video_alone(session):
+    expected = r"video: 5 tokens from 8 frames\nmemory: .* GB, of it 0.000 GB KV cache"
+    assert re.fullmatch(expected, session.stats())
 
 
-def test_stats_count_a_stopped_answer_too(session, capsys):
-    def stop(piece):
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        session.ask("what?", stop)
-    chat.run_command(session, "/stats")
-    assert "prompt: 0 tokens known" in capsys.readouterr().err
+def test_stats_of_an_answer_of_one_token(session):
+    chat.run_command(session, "/set max_new_tokens 1")
+    said(session)
+    assert re.search(r"answer: 1 token, the first after \d\.\d\d s\n", session.stats())
+
+
+def test_stats_count_a_stopped_answer_too(session):
+    interrupted(session, "what?")
+    assert "prompt: 0 tokens known" in session.stats()
 
 
 def test_quit_leaves(session):
@@ -510,7 +502,7 @@ def test_what_is_no_command_is_said_in_one_line(session, line):
 
 
 def test_a_new_video_begins_a_new_conversation_and_a_bad_one_changes_nothing(session, tmp_path):
-    session.ask("what?", lambda piece: None)
+    said(session)
     before = dict(vars(session))
     (tmp_path / "bad.mp4").write_text("not a video")
     with pytest.raises(UserError):
@@ -520,17 +512,17 @@ def test_a_new_video_begins_a_new_conversation_and_a_bad_one_changes_nothing(ses
     assert session.turns == [] and session.seen.path.endswith("other video.mp4")
 
 
-# ---------------------------------------------------------------------------------------------------- bad videos
-def text_as_video(path, good):
-    path.write_text("this is not a video\n" * 100)
+# ------------------------------------------------------------------------------------------------- bad videos
+def text(what):
+    return lambda path, good: path.write_text(what.format(good=good))
 
 
-def playlist(path, good):
-    path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{good}\n#EXT-X-ENDLIST\n")
-
-
-def concat_script(path, good):
-    path.write_text(f"ffconcat version 1.0\nfile '{good}'\n")
+def sound(path, good):
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("aac", rate=48000)
+        for i in range(5):
+            out.mux(stream.encode(silence(i)))
+        out.mux(stream.encode())
 
 
 def cut(path, good):
@@ -541,43 +533,45 @@ def photo(path, good):
     Image.new("RGB", (64, 64), "red").save(path, "JPEG")
 
 
+PLAYLIST = text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{good}\n#EXT-X-ENDLIST\n")
+CONCAT = text("ffconcat version 1.0\nfile '{good}'\n")
 BAD_VIDEOS = {   # name: (what makes it, a word of the complaint)
     "missing.mp4": (lambda path, good: None, "No such file"),
     "folder.mp4": (lambda path, good: path.mkdir(), "not a regular file"),
-    "empty.mp4": (lambda path, good: path.touch(), "empty"),
-    "text.mp4": (text_as_video, "not a video"),
-    "sound.mp4": (lambda path, good: write_video(path, sound_only=True), "no video track"),
+    "empty.mp4": (text(""), "empty"),
+    "text.mp4": (text("this is not a video\n" * 100), "not a video"),
+    "sound.mp4": (sound, "no video track"),
     "cut.mp4": (cut, "cut"),
     "photo.mp4": (photo, "a picture"),
     "photo.jpg": (photo, "a picture"),
-    "list.m3u8": (playlist, "not a video"),
-    "list.mp4": (playlist, "not a video"),
-    "script.ffconcat": (concat_script, "not a video"),
-    "script.mp4": (concat_script, "not a video")}
+    "list.m3u8": (PLAYLIST, "not a video"),
+    "list.mp4": (PLAYLIST, "not a video"),
+    "script.ffconcat": (CONCAT, "not a video"),
+    "script.mp4": (CONCAT, "not a video")}
 
 
 @pytest.mark.parametrize("name", BAD_VIDEOS)
-def test_a_bad_video_is_one_line_and_exit_code_2(call, weights, video, tmp_path, name):
+def test_a_bad_video_is_one_line_and_exit_code_2(call, video, tmp_path, name):
     make, word = BAD_VIDEOS[name]
     make(tmp_path / name, video)
-    assert refused(call(tmp_path / name, "--weights", weights, "-q", "what?"), tmp_path / name, word)
+    assert refused(call(*ASK, video=tmp_path / name), tmp_path / name, word)
 
 
-def test_a_bad_video_is_reported_before_weights_are_made_ready(call, weights, tmp_path, monkeypatch):
+def test_a_bad_video_is_reported_before_weights_are_made_ready(call, tmp_path, monkeypatch):
     monkeypatch.setattr(model.OpenChat, "load", None)
     (tmp_path / "bad.mp4").write_text("no video")
     for name in ("missing.mp4", "bad.mp4"):
-        assert refused(call(tmp_path / name, "--weights", weights, "-q", "what?"), name)
+        assert refused(call(*ASK, video=tmp_path / name), name)
 
 
-def test_a_video_is_probed_once(weights, tmp_path, monkeypatch):
+def test_a_video_is_probed_once(begin, tmp_path, monkeypatch):
     probed, probe = [], data.probe
     monkeypatch.setattr(data, "probe", lambda path: probed.append(path) or probe(path))
-    chat.begin(chat.Config(path := write_video(tmp_path / "new.mp4"), weights=weights))
+    begin(video=(path := write_video(tmp_path / "new.mp4")))
     assert probed == [path]
 
 
-def test_a_video_is_decoded_while_weights_are_read(weights, tmp_path, monkeypatch):
+def test_a_video_is_decoded_while_weights_are_read(begin, tmp_path, monkeypatch):
     """Reading weights waits here until the video is decoded: one after the other, neither would end."""
     decoded, sample_frames, load = threading.Event(), data.sample_frames, model.OpenChat.load
 
@@ -585,18 +579,19 @@ def test_a_video_is_decoded_while_weights_are_read(weights, tmp_path, monkeypatc
         yield from sample_frames(*given)
         decoded.set()
     monkeypatch.setattr(data, "sample_frames", told)
-    monkeypatch.setattr(model.OpenChat, "load", lambda *given: load(*given) if decoded.wait(SECONDS) else None)
-    chat.begin(chat.Config(write_video(tmp_path / "new.mp4"), weights=weights))
+    monkeypatch.setattr(model.OpenChat, "load",
+                        lambda *given: load(*given) if decoded.wait(SECONDS) else None)
+    begin(video=write_video(tmp_path / "new.mp4"))
 
 
-def test_a_video_that_breaks_while_it_is_decoded_beside_the_weights_is_one_line(call, weights, video, monkeypatch):
+def test_a_video_that_breaks_while_it_is_decoded_beside_the_weights_is_one_line(call, video, monkeypatch):
     def broken(path, *given, **more):
         raise data.VideoError(f"{path}: breaks off")
     monkeypatch.setattr(data, "sample_frames", broken)
-    assert refused(call(video, "--weights", weights, "-q", "what?", "--no-cache"), video, "breaks off")
+    assert refused(call(*ASK, "--no-cache"), video, "breaks off")
 
 
-def test_who_leaves_while_a_video_is_decoded_does_not_wait_for_its_end(tmp_path, monkeypatch):
+def test_who_leaves_while_a_video_is_decoded_does_not_wait_for_its_end(monkeypatch):
     begun, decoded, before = threading.Event(), [], threading.active_count()
 
     def endless(path, num_frames, rule):
@@ -612,19 +607,11 @@ def test_who_leaves_while_a_video_is_decoded_does_not_wait_for_its_end(tmp_path,
     assert decoded and threading.active_count() == before
 
 
-# ---------------------------------------------------------------------------------------------------- the cache
+# -------------------------------------------------------------------------------------------------- the cache
 @pytest.fixture
-def start(weights, video, tmp_path):
-    """start(flags...) -> a Session about a copy of the video, with a cache of this test."""
-    path = shutil.copy(video, tmp_path / "v.mp4")
-    flags = {"weights": weights, "cache_dir": str(tmp_path / "c"), "max_new_tokens": 12}
-    return lambda **more: chat.begin(chat.Config(str(path), **{**flags, **more}))
-
-
-def said(session):
-    pieces = []
-    session.ask("what?", pieces.append)
-    return "".join(pieces)
+def start(begin, tmp_path):
+    """The same as begin, with a cache of this test."""
+    return functools.partial(begin, cache_dir=str(tmp_path / "c"))
 
 
 def test_a_second_chat_neither_decodes_the_video_nor_runs_clip_and_says_the_same(start, monkeypatch):
@@ -633,16 +620,18 @@ def test_a_second_chat_neither_decodes_the_video_nor_runs_clip_and_says_the_same
     monkeypatch.setattr(data, "open_video", None)
     monkeypatch.setattr(model.BranchTokens, "see", None)
     second = start()
-    assert torch.equal(first.video_tokens, second.video_tokens) and torch.equal(first.seen.frames, second.seen.frames)
-    assert (first.seen.times, answer) == (second.seen.times, said(second))
     assert second.seen.before and not first.seen.before
+    assert torch.equal(first.video_tokens, second.video_tokens)
+    assert torch.equal(first.seen.frames, second.seen.frames)
+    assert (first.seen.times, answer) == (second.seen.times, said(second))
 
 
 @pytest.mark.parametrize("flags", [dict(num_frames=3), dict(tokens="mean"), dict(dtype="bf16")], ids=str)
 def test_other_flags_look_at_the_video_again(start, tmp_path, flags):
     start()
     tokens = start(**flags).video_tokens
-    assert len(os.listdir(tmp_path / "c")) == 2 and torch.equal(start(**flags, cache=False).video_tokens, tokens)
+    assert len(os.listdir(tmp_path / "c")) == 2
+    assert torch.equal(start(**flags, cache=False).video_tokens, tokens)
 
 
 def test_who_edits_how_a_video_is_seen_sees_the_effect(start, monkeypatch):
@@ -654,26 +643,23 @@ def test_who_edits_how_a_video_is_seen_sees_the_effect(start, monkeypatch):
     assert all(module in named for module in (clip, data, model, plumbing.video, pictures, quant))
 
 
-@pytest.mark.parametrize("name", ["branch.pth", "clip/model.safetensors", "llava/model.safetensors", "chat.bin"])
-def test_other_weights_look_at_the_video_again(start, weights, tmp_path, name):
-    folder = shutil.copytree(weights, tmp_path / "w")
+@pytest.mark.parametrize("name", [
+    "branch.pth", "clip/model.safetensors", "llava/model.safetensors", "chat.bin"])
+def test_other_weights_look_at_the_video_again(start, folder, name):
     start(weights=str(folder))
     assert start(weights=str(folder)).seen.before
-    shutil.copy(folder / "branch.pth", tmp_path / "tuned")
     if name == "chat.bin":
-        save_checkpoint(folder / name, {"model.mm_projector.weight": torch.randn(32, 32),
-                                        "model.mm_projector.bias": torch.zeros(32)})
+        projector = {"weight": torch.randn(32, 32), "bias": torch.zeros(32)}
+        save_checkpoint(folder / name, {f"model.mm_projector.{kind}": t for kind, t in projector.items()})
     os.utime(folder / name, ns=(1, 1))
     assert not start(weights=str(folder)).seen.before
 
 
-def test_weights_replaced_while_a_chat_is_open_do_not_get_its_rows(start, weights, tmp_path):
-    folder = shutil.copytree(weights, tmp_path / "w")
-    session = start(weights=str(folder))
+def test_weights_replaced_while_a_chat_is_open_do_not_get_its_rows(start, folder, tmp_path):
+    session, other = start(weights=str(folder)), write_video(tmp_path / "other.mp4", seconds=1)
     write_branch(folder / "branch.pth")
-    other = write_video(tmp_path / "other.mp4", seconds=1)
     session.open(other)
-    assert not start(weights=str(folder)).seen.before
+    assert not start(weights=str(folder), video=other).seen.before
 
 
 def test_without_a_cache_nothing_is_written(start, tmp_path):
@@ -699,7 +685,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_harms_nothing(start, tmp_pat
     assert f"{tmp_path}/c" in err and "going on without it" in err
 
 
-def test_a_damaged_video_warns_again_when_it_is_not_decoded_again(start, tmp_path, monkeypatch):
+def test_a_damaged_video_warns_again_when_it_is_not_decoded_again(start, monkeypatch):
     decode = data.sample_frames
 
     def damaged(*given):
@@ -712,33 +698,33 @@ def test_a_damaged_video_warns_again_when_it_is_not_decoded_again(start, tmp_pat
         assert len(told) == 1
 
 
-@pytest.mark.parametrize("base, folder", [("/cache", "/cache/nanobt"), ("", "/home/me/.cache/nanobt"),
-                                          ("relative", "/home/me/.cache/nanobt")])
-def test_the_cache_is_where_the_system_wants_caches(monkeypatch, weights, base, folder):
+@pytest.mark.parametrize("base, parent", [
+    ("/cache", "/cache"), ("", "/home/me/.cache"), ("relative", "/home/me/.cache")])
+def test_the_cache_is_where_the_system_wants_caches(monkeypatch, weights, base, parent):
     monkeypatch.setenv("XDG_CACHE_HOME", base)
     monkeypatch.setenv("HOME", "/home/me")
-    assert chat.Viewer(chat.Config(), model.open_chat(weights), []).store.folder == folder
+    assert chat.Viewer(chat.Config(), model.open_chat(weights), []).store.folder == f"{parent}/nanobt"
 
 
-# ---------------------------------------------------------------------------------------------------- results of training
-def test_files_of_training_take_the_place_of_those_in_the_folder(call, weights, video, tmp_path):
-    torch.manual_seed(1)
-    save_checkpoint(tmp_path / "new.pth", {"state_dict": branch_tensors(Branch(32, 2, 64, 2), "backbone.")})
-    shutil.copytree(weights, tmp_path / "w")
-    shutil.copy(tmp_path / "new.pth", tmp_path / "w" / "branch.pth")
-    ask = ("-q", "what?", "--max_new_tokens", 20)
-    assert call(video, "--weights", weights, "--branch", tmp_path / "new.pth", *ask)[:2] == call(
-        video, "--weights", tmp_path / "w", *ask)[:2]
+# --------------------------------------------------------------------------------------- results of training
+def test_a_branch_of_pretraining_takes_the_place_of_the_one_in_the_folder(call, folder, tmp_path):
+    write_branch(tmp_path / "new.pth", seed=1)
+    given = call(*ASK, "--branch", tmp_path / "new.pth")
+    shutil.copy(tmp_path / "new.pth", folder / "branch.pth")
+    assert given[:2] == call(*ASK, weights=folder)[:2] and given[1] != call(*ASK)[1]
+
+
+def test_a_file_of_chat_tuning_says_for_which_kind_of_tokens_it_is(call, weights, tmp_path):
     chat_model = model.open_chat(weights, "mean").load()
     torch.nn.init.normal_(chat_model.video_tokens.mm_projector.weight)
     model.save_chat(tmp_path / "chat.bin", chat_model)
-    tuned = call(video, "--weights", weights, "--chat", tmp_path / "chat.bin", *ask)
-    other = call(video, "--weights", weights, "--chat", tmp_path / "chat.bin", "--tokens", "st_pool", *ask)
-    assert "4 video tokens" in tuned[2] and "(tuned for mean)" in tuned[2]   # the file says for which kind it is
+    tuned = call(*ASK, "--chat", tmp_path / "chat.bin")
+    assert "4 video tokens" in tuned[2] and "(tuned for mean)" in tuned[2]
+    other = call(*ASK, "--chat", tmp_path / "chat.bin", "--tokens", "st_pool")
     assert "(tuned for mean, used with st_pool)" in other[2]
 
 
-# ---------------------------------------------------------------------------------------------------- bad weights
+# ------------------------------------------------------------------------------------------------ bad weights
 class Bomb:
     """What a pickle of it does on loading is to create a file."""
     def __init__(self, path):
@@ -749,7 +735,8 @@ class Bomb:
 
 
 def bomb(folder, tokenizer_model):
-    torch.save({"state_dict": {"backbone.btadapter_cls_token": Bomb(folder / "it-ran")}}, folder / "branch.pth")
+    tensors = {"backbone.btadapter_cls_token": Bomb(folder / "it-ran")}
+    torch.save({"state_dict": tensors}, folder / "branch.pth")
 
 
 def narrow_llama(folder, tokenizer_model):
@@ -758,39 +745,53 @@ def narrow_llama(folder, tokenizer_model):
 
 
 def edit(name, change):
-    return lambda folder, tokenizer_model: (folder / name).write_bytes(change((folder / name).read_bytes()))
+    return lambda folder, _: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def remove(name):
+    return lambda folder, _: (folder / name).unlink()
+
+
+def without(name):
+    return lambda folder, _: shutil.rmtree(folder / name)
 
 
 BAD_WEIGHTS = {   # name: (what is done to a good folder, words of the complaint)
-    "no clip": (lambda folder, _: shutil.rmtree(folder / "clip"), ["clip"]),
-    "no llava": (lambda folder, _: shutil.rmtree(folder / "llava"), ["llava"]),
-    "no branch": (lambda folder, _: (folder / "branch.pth").unlink(), ["lacks branch.pth (python -m weights get branch --out "]),
-    "no tokenizer": (lambda folder, _: (folder / "llava/tokenizer.model").unlink(), ["tokenizer.model", "No such file"]),
-    "clip of another width": (lambda folder, _: write_clip(folder / "clip", width=48), ["llava", "does not fit", "48"]),
-    "llava of another clip": (lambda folder, model: write_llava(folder / "llava", model, visual=48), ["llava", "does not fit", "48"]),
+    "no clip": (without("clip"), ["clip"]),
+    "no llava": (without("llava"), ["llava"]),
+    "no branch": (remove("branch.pth"), ["lacks branch.pth (python -m weights get branch --out "]),
+    "no tokenizer": (remove("llava/tokenizer.model"), ["tokenizer.model", "No such file"]),
+    "clip of another width": (lambda folder, _: write_clip(folder / "clip", vision_width=48),
+                              ["llava", "does not fit", "48"]),
+    "llava of another clip": (lambda folder, model: write_llava(folder / "llava", model, visual=48),
+                              ["llava", "does not fit", "48"]),
     "llava of other sizes than it says": (narrow_llama, ["llava", "does not fit", "mlp"]),
-    "branch of another width": (lambda folder, _: write_branch(folder / "branch.pth", 48), ["branch.pth", "does not fit"]),
+    "branch of another width": (lambda folder, _: write_branch(folder / "branch.pth", 48),
+                                ["branch.pth", "does not fit"]),
     "branch that wants to run code": (bomb, ["branch.pth", "posix.system", "refused"]),
-    "branch that is text": (edit("branch.pth", lambda b: b"hello"), ["branch.pth", "neither safetensors nor"]),
+    "branch that is text": (edit("branch.pth", lambda b: b"hello"),
+                            ["branch.pth", "neither safetensors nor"]),
     "cut branch": (edit("branch.pth", lambda b: b[:len(b) // 2]), ["branch.pth", "cut"]),
     "cut safetensors": (edit("llava/model.safetensors", lambda b: b[:-1]), ["model.safetensors", "cut"]),
     "safetensors with a damaged header": (edit("clip/model.safetensors", lambda b: b[:8] + b"{{" + b[10:]),
-                                          ["model.safetensors", "header"]),
+                                          ["model.safetensors", "damaged"]),
     "empty safetensors": (edit("llava/model.safetensors", lambda b: b""), ["model.safetensors", "empty"]),
     "damaged config": (edit("llava/config.json", lambda b: b[:-9]), ["config.json", "JSON"])}
 
 
 @pytest.mark.parametrize("name", BAD_WEIGHTS)
-def test_bad_weights_are_one_line_and_exit_code_2(call, weights, video, tokenizer_model, tmp_path, name):
+def test_bad_weights_are_one_line_and_exit_code_2(call, folder, tokenizer_model, name):
+    def contents():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     make, words = BAD_WEIGHTS[name]
-    folder = shutil.copytree(weights, tmp_path / "w")
     make(folder, tokenizer_model)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    code, out, err = call(video, "--weights", folder, "-q", "what?")
+    before = contents()
+    code, out, err = call(*ASK, weights=folder)
     line, *table = err.splitlines(keepends=True)
     assert refused((code, out, line), folder) and all(word in err for word in words)
-    assert all(row.startswith("  ") for row in table) and bool(table) == ("does not fit" in line)   # what of it does not
-    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}   # also: no file `it-ran`
+    assert bool(table) == ("does not fit" in line)   # then lines follow that name what does not
+    assert all(row.startswith("  ") for row in table)
+    assert before == contents()   # also: no file `it-ran`
 
 
 def test_the_code_in_that_branch_would_run_elsewhere(tmp_path):
@@ -805,12 +806,13 @@ def test_missing_weights_are_one_line_that_names_all_and_how_to_get_them(call, v
     for folder in (tmp_path / "none", tmp_path / "empty"):
         lines = [f"{part} (python -m weights get {name} --out {folder})"
                  for part, name in (("clip", "clip"), ("llava", "llava"), ("branch.pth", "branch"))]
-        assert refused(call(video, "--weights", folder, "-q", "what?"), f"{folder}: lacks {', '.join(lines)}")
-    assert refused(call(video, "--weights", video, "-q", "what?"), video)
+        assert refused(call(*ASK, weights=folder), f"{folder}: lacks {', '.join(lines)}")
+    assert refused(call(*ASK, weights=video), video)
 
 
 def test_a_branch_beside_one_that_was_tuned_is_refused_and_alone_it_is_the_zero_shot_setting(call):
     tiny = os.path.join(os.path.dirname(chat.__file__), "weights", "tiny")
     branch, tuned = os.path.join(tiny, "branch.pth"), os.path.join(tiny, "chat.bin")
-    assert refused(call("--branch", branch, "--chat", tuned, "-q", "what?"), tuned, "a branch of its own")
-    assert "without chat.bin" in call("--branch", branch, "-q", "what?")[2]
+    both = call(*ASK, "--branch", branch, "--chat", tuned, weights=tiny)
+    assert refused(both, tuned, "a branch of its own")
+    assert "without chat.bin" in call(*ASK, "--branch", branch, weights=tiny)[2]

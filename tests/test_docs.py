@@ -1,4 +1,4 @@
-"""What docs/paper-vs-code.md says in code font exists: files, functions, classes, tables, flags and their defaults."""
+"""What docs/paper-vs-code.md says in code font exists: files, functions, classes, tables, flags, defaults."""
 import ast
 import os
 import re
@@ -33,10 +33,9 @@ def defined(statements):
     for s in statements:
         if isinstance(s, (ast.FunctionDef, ast.ClassDef)):
             names[s.name] = s
-        for target in s.targets if isinstance(s, ast.Assign) else [s.target] if isinstance(s, ast.AnnAssign) else []:
-            for name in ast.walk(target):
-                if isinstance(name, ast.Name):
-                    names[name.id] = s
+        elif isinstance(s, (ast.Assign, ast.AnnAssign)):
+            for target in s.targets if isinstance(s, ast.Assign) else [s.target]:
+                names |= {name.id: s for name in ast.walk(target) if isinstance(name, ast.Name)}
     return names
 
 
@@ -48,12 +47,13 @@ def trouble(words):
         script, flag, value = found.groups()
         if not os.path.isfile(os.path.join(ROOT, script)):
             return "no such file"
-        fields = defined(defined(body(script))["Config"].body)
+        names = defined(body(script))
+        fields = defined(names["Config"].body)
         name = flag.removeprefix("no-")
         if name not in fields or name != flag and "bool" not in ast.unparse(fields[name].annotation):
             return "no such flag"
         default = fields[name].value and ast.literal_eval(fields[name].value)
-        if default is None and "RELEASED" in (names := defined(body(script))):   # a flag that a recipe or stage sets
+        if default is None and "RELEASED" in names:   # a flag that a recipe or stage sets
             default = ast.literal_eval(names["RELEASED"].value).get(name)
         if value and value[0] == "=" and str(default) != value[1:]:
             return f"the default is {default}"
@@ -82,9 +82,10 @@ def test_the_document_names_enough_to_be_worth_checking():
 
 
 @pytest.mark.parametrize("words, what", [
-    ("modle.py", "no such file"), ("tests/test_doc.py", "no such file"), ("model.Branch.foward", "foward is not defined there"),
+    ("modle.py", "no such file"), ("tests/test_doc.py", "no such file"), ("models.Branch", "no such module"),
+    ("model.Branch.foward", "foward is not defined there"),
     ("model.load_clip", "load_clip is not defined there"),   # imported, not defined
-    ("models.Branch", "no such module"), ("pretrain.py --learning_rate", "no such flag"), ("pretrain.py --no-lr", "no such flag"),
+    ("pretrain.py --learning_rate", "no such flag"), ("pretrain.py --no-lr", "no such flag"),
     ("pretrain.py --lr=1e-06", "the default is 2e-06"), ("pretrain.py --clip=x", "the default is None"),
     ("load_branch", "neither a file nor module.name nor script.py --flag")])
 def test_a_wrong_name_is_noticed(words, what):

@@ -1,4 +1,4 @@
-"""The branch, its losses and the video tokens, against recordings of the released implementation and against first principles."""
+"""The branch, its losses and the video tokens, against the released code and against first principles."""
 import json
 import os
 
@@ -17,9 +17,12 @@ from plumbing.training import save_checkpoint
 from plumbing.weightfile import read_file, read_tensors, write_safetensors
 
 FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures")
-CONFIG = CLIPConfig(image_size=56, patch_size=14, vision_width=64, vision_layers=6, vision_heads=2, vision_mlp=256, text_width=32,
-                    text_layers=1, text_heads=2, text_mlp=32, vocab_size=50, context_length=8, projection_dim=32)
+CONFIG = CLIPConfig(
+    image_size=56, patch_size=14, vision_width=64, vision_layers=6, vision_heads=2, vision_mlp=256,
+    text_width=32, text_layers=1, text_heads=2, text_mlp=32, vocab_size=50, context_length=8,
+    projection_dim=32)
 CASES = read_file(os.path.join(FIXTURES, "btadapter_cases.safetensors"))
+RECORDED = read_file(os.path.join(FIXTURES, "btadapter_branch.safetensors"))
 
 
 def recorded_clip():
@@ -29,23 +32,19 @@ def recorded_clip():
     return clip.requires_grad_(False).eval()
 
 
-def recorded_encoder(gated=True, skip_last=0, tmp_path=None):
-    """The recorded branch, through the loader, from a file in the layout of the released pretraining checkpoint."""
-    tensors = read_file(os.path.join(FIXTURES, "btadapter_branch.safetensors"))
-    path = os.path.join(tmp_path, "branch.pth")
-    save_checkpoint(path, {"meta": {}, "state_dict": {k: v for k, v in tensors.items() if gated or "balance" not in k}})
-    clip = recorded_clip()
-    clip.image_states = clip.vision_model.states   # recorded with pixels that were normalised floats already
-    branch = load_branch(path, clip, skip_last)
-    for layer in [*branch.btadapter_T_layers, *branch.btadapter_S_layers]:
-        layer.p = 0.0   # recorded without stochastic depth
-    return VideoEncoder(clip, branch)
-
-
-def losses(model, video, text, kept=None):
-    """-> vtc, mbca, mbta, with a graph."""
-    feature, patches, mbta = model(backbone_states(model.encoder.clip, video, model.encoder.branch.depth, kept=kept), kept)
-    return nanobt.vtc_loss(feature, text), nanobt.mbca_loss(patches, text), mbta
+@pytest.fixture
+def recorded(tmp_path):
+    """recorded(...) -> the recorded encoder, with its branch from a file in the released layout."""
+    def recorded(gates="gated", skip_last=0):
+        tensors = {name: t for name, t in RECORDED.items() if gates == "gated" or "balance" not in name}
+        save_checkpoint(tmp_path / "branch.pth", {"meta": {}, "state_dict": tensors})
+        clip = recorded_clip()
+        clip.image_states = clip.vision_model.states   # recorded with normalised floats
+        branch = load_branch(tmp_path / "branch.pth", clip, skip_last)
+        for layer in [*branch.btadapter_T_layers, *branch.btadapter_S_layers]:
+            layer.p = 0.0   # recorded without stochastic depth
+        return VideoEncoder(clip, branch).eval()
+    return recorded
 
 
 def seen(kind, encoder, video):
@@ -66,95 +65,96 @@ def small_encoder(T=4, seed=0, **options):
     return VideoEncoder(recorded_clip(), branch), torch.randint(256, (2, T, 3, 56, 56), dtype=torch.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------- parity
+# ----------------------------------------------------------------------------------------------------- parity
 @pytest.mark.parametrize("gates", ["gated", "ungated"])
 @pytest.mark.parametrize("T", [1, 5, 8])
-def test_video_feature_equals_the_released_code(T, gates, tmp_path):
-    encoder = recorded_encoder(gates == "gated", tmp_path=tmp_path).eval()
+def test_video_feature_equals_the_released_code(T, gates, recorded):
     with torch.no_grad():
-        assert relative(encoder.encode_video(CASES[f"T{T}.video"]), CASES[f"T{T}.{gates}.video_feature"]) < 1e-5
+        feature = recorded(gates).encode_video(CASES[f"T{T}.video"])
+    assert relative(feature, CASES[f"T{T}.{gates}.video_feature"]) < 1e-5
 
 
 @pytest.mark.parametrize("gates", ["gated", "ungated"])
-def test_tokens_of_every_branch_layer_equal_the_released_code(gates, tmp_path):
-    encoder = recorded_encoder(gates == "gated", tmp_path=tmp_path).eval()
-    video = CASES["T5.video"]
+def test_tokens_of_every_branch_layer_equal_the_released_code(gates, recorded):
+    encoder = recorded(gates)
     with torch.no_grad():
-        outputs = encoder.branch(backbone_states(encoder.clip, video, 4), place_embedding(encoder.clip))
+        states = backbone_states(encoder.clip, CASES["T5.video"], 4)
+        outputs = encoder.branch(states, place_embedding(encoder.clip))
     for j, tokens in enumerate(outputs):
         assert relative(tokens, CASES[f"T5.{gates}.branch{j}"]) < 1e-5
 
 
-def test_backbone_states_equal_the_released_code(tmp_path):
+def test_backbone_states_equal_the_released_code():
     states = list(recorded_clip().vision_model.states(CASES["T5.video"].flatten(0, 1)))
     for i in (0, 3, 6):
         assert relative(states[i], CASES[f"T5.clip{i}"].reshape(states[i].shape)) < 1e-5
 
 
 @pytest.mark.parametrize("T", [1, 5, 8, 66, 100])
-def test_chat_tokens_equal_the_released_code(T, tmp_path):
+def test_chat_tokens_equal_the_released_code(T, recorded):
     """Patches, then CLS. 66 and 100 frames are more than the 64 time positions; 1, 5 and 8 are fewer."""
-    encoder = recorded_encoder(skip_last=1, tmp_path=tmp_path).eval()
     if T > 64:
-        video = 0.5 * torch.randn(1, T, 3, 56, 56, generator=torch.Generator().manual_seed(CASES[f"T{T}.seed"].item()))
-        expected = CASES[f"T{T}.chat_tokens"]
+        generator = torch.Generator().manual_seed(CASES[f"T{T}.seed"].item())
+        video, expected = 0.5 * torch.randn(1, T, 3, 56, 56, generator=generator), CASES[f"T{T}.chat_tokens"]
     else:
         video, expected = CASES[f"T{T}.video"], CASES[f"T{T}.gated.chat_tokens"]
     with torch.no_grad():
-        tokens = seen("branch", encoder, video)
+        tokens = seen("branch", recorded(skip_last=1), video)
     assert tokens.shape[1] == 17 and relative(tokens, expected) < 1e-5
 
 
 @pytest.mark.parametrize("case, weights", [("train_T1", (1, 0.1, 0.1)), ("train_T4_tube", (1, 0.1, 0))])
-def test_losses_and_every_gradient_equal_the_released_code(case, weights, tmp_path):
-    model = Pretraining(recorded_encoder(tmp_path=tmp_path)).train()
-    tensors = read_file(os.path.join(FIXTURES, "btadapter_branch.safetensors"))
-    model.extra_proj.load_state_dict({k.removeprefix("extra_proj."): v for k, v in tensors.items() if k.startswith("extra_proj.")})
+def test_losses_and_every_gradient_equal_the_released_code(case, weights, recorded):
+    model = Pretraining(recorded()).train()
+    prefix, clip, text = "extra_proj.", model.encoder.clip, CASES[f"{case}.text_feature"]
+    model.extra_proj.load_state_dict(
+        {name.removeprefix(prefix): t for name, t in RECORDED.items() if name.startswith(prefix)})
     kept = torch.stack([(~hidden).nonzero()[:, 0] for hidden in CASES[f"{case}.hidden_patches"]])
-    parts = losses(model, CASES[f"{case}.video"], CASES[f"{case}.text_feature"], kept)
-    for part, weight, name in zip(parts, weights, ("NCE_loss", "branch_text_nce_loss", "clip_branch_mask_mse_loss")):
+    feature, patches, mbta = model(backbone_states(clip, CASES[f"{case}.video"], 4, kept=kept), kept)
+    parts = nanobt.vtc_loss(feature, text), nanobt.mbca_loss(patches, text), mbta
+    names = "NCE_loss", "branch_text_nce_loss", "clip_branch_mask_mse_loss"
+    for part, weight, name in zip(parts, weights, names):
         if weight:
             assert weight * part.item() == pytest.approx(CASES[f"{case}.{name}"].item(), rel=1e-5)
     sum(weight * part for part, weight in zip(parts, weights)).backward()
-    grads = {name.replace("encoder.branch.", "backbone."): p.grad for name, p in model.named_parameters() if p.requires_grad}
-    recorded = {k.split(".grad.")[1]: v for k, v in CASES.items() if k.startswith(f"{case}.grad.")}
-    largest = max(v[0] for v in recorded.values())
-    assert len(recorded) == (120 if weights[2] else 116)
-    for name, expected in recorded.items():
+    grads = {name.replace("encoder.branch.", "backbone."): p.grad for name, p in model.named_parameters()}
+    expected = {k.split(".grad.")[1]: v for k, v in CASES.items() if k.startswith(f"{case}.grad.")}
+    largest = max(v[0] for v in expected.values())
+    assert len(expected) == (120 if weights[2] else 116)
+    for name, summary in expected.items():
         g = grads[name].flatten()
         got = torch.cat([g.norm()[None], g[torch.linspace(0, len(g) - 1, 32).long()]])
         # a key bias has no gradient but rounding noise: softmax does not see it. Hence the floor
-        assert (got - expected).abs().max() < 1e-5 * expected.abs().max() + 1e-7 * largest, name
+        assert (got - summary).abs().max() < 1e-5 * summary.abs().max() + 1e-7 * largest, name
 
 
-# ---------------------------------------------------------------------------------------------------- structure
-def moved(layer, x, index, T):
-    """Which tokens of `layer`'s output change when token `index` of its input changes."""
+# -------------------------------------------------------------------------------------------------- structure
+def moved(layers, index, N=5, T=4):
+    """Which outputs of the first layer change with its input `index` -> the video token, (N, T) patches."""
+    layer, x = getattr(small_encoder()[0].branch, layers)[0], torch.randn(2, 1 + N * T, 64)
     y = x.clone()
-    y[:, index] += torch.randn(x.shape[-1])   # not a constant, which LayerNorm would take out
+    y[:, index] += torch.randn(64)   # not a constant, which LayerNorm would take out
     with torch.no_grad():
-        return (layer(x, T) - layer(y, T)).abs().amax((0, 2)) > 1e-6
+        hit = (layer(x, T) - layer(y, T)).abs().amax((0, 2)) > 1e-6
+    return hit[0], hit[1:].view(N, T)
+
+
+PATCH_2_FRAME_1 = 1 + 2 * 4 + 1
 
 
 def test_temporal_attention_reaches_its_own_patch_in_every_frame_and_nothing_else():
-    encoder, _ = small_encoder()
-    N, T, x = 5, 4, torch.randn(2, 1 + 5 * 4, 64)
-    hit = moved(encoder.branch.btadapter_T_layers[0], x, 1 + 2 * T + 1, T)   # patch 2, frame 1
-    assert not hit[0]
-    assert hit[1:].view(N, T).nonzero()[:, 0].unique().tolist() == [2] and hit[1:].view(N, T)[2].all()
+    cls, patches = moved("btadapter_T_layers", PATCH_2_FRAME_1)
+    assert not cls and patches[2].all() and patches.sum() == 4
 
 
 def test_spatial_attention_reaches_every_patch_of_its_own_frame_and_the_video_token():
-    encoder, _ = small_encoder()
-    N, T, x = 5, 4, torch.randn(2, 1 + 5 * 4, 64)
-    hit = moved(encoder.branch.btadapter_S_layers[0], x, 1 + 2 * T + 1, T)
-    assert hit[0]
-    assert hit[1:].view(N, T).nonzero()[:, 1].unique().tolist() == [1] and hit[1:].view(N, T)[:, 1].all()
+    cls, patches = moved("btadapter_S_layers", PATCH_2_FRAME_1)
+    assert cls and patches[:, 1].all() and patches.sum() == 5
 
 
 def test_the_video_token_reaches_every_frame():
-    encoder, _ = small_encoder()
-    assert moved(encoder.branch.btadapter_S_layers[0], torch.randn(2, 21, 64), 0, 4).all()
+    cls, patches = moved("btadapter_S_layers", 0)
+    assert cls and patches.all()
 
 
 def test_temporal_layers_of_a_new_branch_are_the_identity():
@@ -204,15 +204,15 @@ def test_the_branch_has_position_by_position_each_with_all_its_frames():
     state = torch.arange(2 * 3 * 6.0).view(2, 3, 6, 1)
     tokens = nanobt.to_branch(state[:, :, 0].mean(1), state[:, :, 1:])
     assert tokens.shape == (2, 1 + 5 * 3, 1)
-    for b in range(2):
-        assert tokens[b, 1:, 0].view(5, 3).tolist() == [[state[b, t, 1 + n, 0].item() for t in range(3)] for n in range(5)]
+    assert torch.equal(tokens[:, 1:].view(2, 5, 3), state[:, :, 1:, 0].transpose(1, 2))
 
 
 @pytest.mark.parametrize("chunk", [128, 3])   # 3 frames: chunks end in the middle of a clip
 def test_of_every_frame_the_kept_patches_are_held_on_to_and_no_others(chunk):
     encoder, video = small_encoder()
     kept = tube_mask(2, 16, 0.7, torch.Generator().manual_seed(0))
-    whole, visible = backbone_states(encoder.clip, video, 4), backbone_states(encoder.clip, video, 4, kept=kept, at_once=chunk)
+    whole = backbone_states(encoder.clip, video, 4)
+    visible = backbone_states(encoder.clip, video, 4, kept=kept, at_once=chunk)
     for all_tokens, tokens in zip(whole, visible, strict=True):
         assert tokens.shape == (2, 4, 1 + 5, 64)
         for b in range(2):
@@ -222,29 +222,31 @@ def test_of_every_frame_the_kept_patches_are_held_on_to_and_no_others(chunk):
 def test_a_mask_that_hides_nothing_changes_nothing():
     encoder, video = small_encoder()
     kept = tube_mask(2, 16, 0.0)
-    everything, none_hidden = encoder.feature(backbone_states(encoder.clip, video, 4)), encoder.feature(backbone_states(encoder.clip, video, 4, kept=kept), kept)
+    everything = encoder.feature(backbone_states(encoder.clip, video, 4))
+    none_hidden = encoder.feature(backbone_states(encoder.clip, video, 4, kept=kept), kept)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(everything, none_hidden))
 
 
 def test_a_visible_patch_is_marked_with_its_own_place():
     """Patches that change places, with their states, are the same patches elsewhere: the branch must tell."""
     encoder, video = small_encoder()
-    states, kept = backbone_states(encoder.clip, video, 4, kept=torch.arange(5).repeat(2, 1)), torch.arange(5).repeat(2, 1)
-    positions = place_embedding(encoder.clip)
+    kept, positions = torch.arange(5).repeat(2, 1), place_embedding(encoder.clip)
+    states = backbone_states(encoder.clip, video, 4, kept=kept)
     tokens, elsewhere = (encoder.branch(states, positions, k)[-1] for k in (kept, kept + 7))
     assert relative(tokens, elsewhere) > 1e-3
 
 
-def test_a_cpu_sees_few_large_frames_at_once_and_many_small_ones():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    large, small = CLIPConfig(), CLIPConfig(image_size=64, patch_size=16, vision_width=128, vision_mlp=512)
-    assert [nanobt.frames_at_once(c, cpu) for c in (large, CLIPConfig(image_size=336), CLIPConfig(image_size=1344), small)] == [4, 2, 1, 128]
-    assert nanobt.frames_at_once(large, gpu) == 128
+@pytest.mark.parametrize("sizes, device, frames", [
+    ({}, "cpu", 4), ({"image_size": 336}, "cpu", 2), ({"image_size": 1344}, "cpu", 1), ({}, "cuda", 128),
+    ({"image_size": 64, "patch_size": 16, "vision_width": 128, "vision_mlp": 512}, "cpu", 128)])
+def test_a_cpu_sees_few_large_frames_at_once_and_many_small_ones(sizes, device, frames):
+    assert nanobt.frames_at_once(CLIPConfig(**sizes), torch.device(device)) == frames
 
 
 def test_the_chunk_of_frames_does_not_change_the_states():
     encoder, video = small_encoder(T=5)
-    for a, b in zip(backbone_states(encoder.clip, video, 4), backbone_states(encoder.clip, video, 4, at_once=3)):
+    at_once, in_chunks = (backbone_states(encoder.clip, video, 4, at_once=n) for n in (None, 3))
+    for a, b in zip(at_once, in_chunks, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 
@@ -254,83 +256,71 @@ def test_an_odd_number_of_frames_beyond_the_table_repeats_the_last_frame():
 
 
 @pytest.mark.parametrize("tokens, K", [("branch", 17), ("mean", 16), ("st_pool", 4 + 16)])
-def test_number_of_video_tokens(tokens, K, tmp_path):
-    encoder = recorded_encoder(skip_last=1, tmp_path=tmp_path)
-    assert seen(tokens, encoder, torch.randn(2, 4, 3, 56, 56)).shape == (2, K, 64)
+def test_number_of_video_tokens(tokens, K, recorded):
+    assert seen(tokens, recorded(skip_last=1), torch.randn(2, 4, 3, 56, 56)).shape == (2, K, 64)
 
 
-# ---------------------------------------------------------------------------------------------------- branch files
-@pytest.mark.parametrize("prefix, old", [("backbone.", "btadapter"), ("backbone.", "timesFPN"), ("module.backbone.", "btadapter")])
-def test_pretraining_layout_is_read_in_both_namings(prefix, old, tmp_path):
-    encoder, video = small_encoder()
-    tensors = {k.replace("btadapter", old): v for k, v in branch_tensors(encoder.branch, prefix).items()}
-    tensors |= {"backbone.class_embedding": torch.zeros(64), "text_backbone.text_projection.weight": torch.zeros(2, 2),
-                "extra_proj.0.bias": torch.zeros(32), f"backbone.{old}_pos_embed": torch.zeros(17, 64)}
-    save_checkpoint(tmp_path / "b.pth", {"meta": {"epoch": 1}, "state_dict": tensors})
-    branch = load_branch(tmp_path / "b.pth", encoder.clip)
-    assert all(torch.equal(p, encoder.branch.state_dict()[name]) for name, p in branch.state_dict().items())
+# ----------------------------------------------------------------------------------------------- branch files
+@pytest.fixture
+def reload(tmp_path):
+    """reload(tensors) -> Branch, from a file with these tensors; loose: not under `state_dict`."""
+    def reload(tensors, loose=False, **options):
+        whole = tensors if loose else {"meta": {"epoch": 1}, "state_dict": tensors}
+        save_checkpoint(tmp_path / "b.pth", whole)
+        return load_branch(tmp_path / "b.pth", recorded_clip(), **options)
+    return reload
 
 
-def test_tuned_layout_without_gates_gets_gates_of_one_half(tmp_path):
-    encoder, _ = small_encoder()
-    tensors = {k: v for k, v in branch_tensors(encoder.branch, "model.vision_tower.").items()
-               if "balance" not in k and "layers.3" not in k}
-    save_checkpoint(tmp_path / "b.bin", tensors)
-    branch = load_branch(tmp_path / "b.bin", encoder.clip, skip_last=1)
-    assert branch.depth == 3 and torch.equal(branch.balance2, torch.zeros(64))
+@pytest.mark.parametrize("prefix, old", [
+    ("backbone.", "btadapter"), ("backbone.", "timesFPN"), ("module.backbone.", "btadapter")])
+def test_pretraining_layout_is_read_in_both_namings(prefix, old, reload):
+    branch = small_encoder()[0].branch
+    tensors = {k.replace("btadapter", old): v for k, v in branch_tensors(branch, prefix).items()}
+    others = "text_backbone.text_projection.weight", "backbone.class_embedding", f"backbone.{old}_pos_embed"
+    tensors |= {name: torch.zeros(2, 2) for name in (*others, "extra_proj.0.weight")}
+    loaded = reload(tensors)
+    assert all(torch.equal(p, branch.state_dict()[name]) for name, p in loaded.state_dict().items())
+
+
+def test_a_tuned_file_has_the_layers_of_chat_and_is_refused_for_retrieval(reload):
+    tensors = {name: t for name, t in branch_tensors(small_encoder()[0].branch, "model.vision_tower.").items()
+               if "layers.3" not in name}
+    assert reload(tensors, loose=True, skip_last=1).depth == 3
     with pytest.raises(UserError, match="tuned for chat"):
-        load_branch(tmp_path / "b.bin", encoder.clip)
+        reload(tensors, loose=True)
 
 
-def test_pretraining_file_without_gates_gives_sums(tmp_path):
-    encoder, _ = small_encoder(gated=False)
-    save_checkpoint(tmp_path / "b.pth", {"state_dict": branch_tensors(encoder.branch, "backbone.")})
-    assert load_branch(tmp_path / "b.pth", encoder.clip).balance1 is None
+def test_chat_leaves_out_the_last_layer_of_a_pretraining_file(reload):
+    assert reload(branch_tensors(small_encoder()[0].branch, "backbone."), skip_last=1).depth == 3
 
 
-def test_chat_leaves_out_the_last_layer_of_a_pretraining_file(tmp_path):
-    encoder, _ = small_encoder()
-    save_checkpoint(tmp_path / "b.pth", {"state_dict": branch_tensors(encoder.branch, "backbone.")})
-    assert load_branch(tmp_path / "b.pth", encoder.clip, skip_last=1).depth == 3
+@pytest.mark.parametrize("layout", ["backbone.", "model.vision_tower."])
+@pytest.mark.parametrize("in_file", [False, True])
+def test_gates_are_the_files_or_else_none_in_pretraining_and_zeros_in_chat(in_file, layout, reload):
+    tuned, branch = layout != "backbone.", small_encoder(gated=in_file)[0].branch
+    loaded = reload(branch_tensors(branch, layout), loose=tuned, skip_last=1)
+    assert (loaded.balance1 is not None) == (in_file or tuned)
+    if in_file or tuned:
+        assert torch.equal(loaded.balance2, branch.balance2 if in_file else torch.zeros(64))
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda t: t.pop("backbone.btadapter_T_layers.1.temporal_fc.weight"), "missing.*T_layers.1.temporal_fc.weight"),
-    (lambda t: t.update({"backbone.btadapter_cls_token": torch.zeros(1, 1, 32)}), "another size.*btadapter_cls_token"),
+    (lambda t: t.pop("backbone.btadapter_T_layers.1.temporal_fc.weight"), "missing.*1.temporal_fc.weight"),
+    (lambda t: t.update({"backbone.btadapter_cls_token": torch.zeros(1, 1, 32)}), "another size.*_cls_token"),
     (lambda t: t.update({"backbone.btadapter_new": torch.zeros(1)}), "unexpected.*btadapter_new"),
-    (lambda t: [t.pop(k) for k in list(t) if "S_layers" in k], "no BT-Adapter branch")])
-def test_a_branch_file_that_does_not_fit_is_refused_by_name(spoil, message, tmp_path):
-    encoder, _ = small_encoder()
-    tensors = branch_tensors(encoder.branch, "backbone.")
+    (lambda t: [t.pop(k) for k in list(t) if "S_layers" in k], "no BT-Adapter branch"),
+    (lambda t: t.update(branch_tensors(Branch(32, 2, 64, 4), "backbone.")), "does not fit this model")])
+def test_a_branch_file_that_does_not_fit_is_refused_by_name(spoil, message, reload):
+    tensors = branch_tensors(small_encoder()[0].branch, "backbone.")
     spoil(tensors)
-    save_checkpoint(tmp_path / "b.pth", {"state_dict": tensors})
     with pytest.raises(UserError, match=f"(?s)b.pth.*{message}"):
-        load_branch(tmp_path / "b.pth", encoder.clip)
-
-
-@pytest.mark.parametrize("tuned", [False, True])
-@pytest.mark.parametrize("in_file", [False, True])
-def test_gates_are_the_files_or_those_of_its_layout(in_file, tuned, tmp_path):
-    encoder, _ = small_encoder(gated=in_file)
-    save_checkpoint(tmp_path / "b", branch_tensors(encoder.branch, "model.vision_tower." if tuned else "backbone."))
-    branch = load_branch(tmp_path / "b", encoder.clip, skip_last=1)
-    assert (branch.balance1 is not None) == (in_file or tuned)
-    if in_file or tuned:
-        assert torch.equal(branch.balance2, encoder.branch.balance2 if in_file else torch.zeros(64))
-
-
-def test_a_branch_for_another_clip_says_for_which(tmp_path):
-    encoder, _ = small_encoder()
-    save_checkpoint(tmp_path / "b.pth", branch_tensors(Branch(32, 2, 64, 4), "backbone."))
-    with pytest.raises(UserError, match="does not fit this model"):
-        load_branch(tmp_path / "b.pth", encoder.clip)
+        reload(tensors)
 
 
 @pytest.mark.parametrize("name", ["BTAdapter_S.0.norm1.weight", "backbone.btadapter_T.3.temporal_fc.bias"])
-def test_a_branch_for_eva_clip_is_refused_as_that(name, tmp_path):
-    save_checkpoint(tmp_path / "b.pth", {name: torch.zeros(1408)})
+def test_a_branch_for_eva_clip_is_refused_as_that(name, reload):
     with pytest.raises(UserError, match="EVA-CLIP-g"):
-        load_branch(tmp_path / "b.pth", recorded_clip())
+        reload({name: torch.zeros(1408)}, loose=True)
 
 
 def test_parameter_counts_are_those_of_the_released_branch():
@@ -340,9 +330,9 @@ def test_parameter_counts_are_those_of_the_released_branch():
     assert (count(four), count(three)) == (71_451_648, 53_605_376)
 
 
-# ---------------------------------------------------------------------------------------------------- folders of weights
+# ----------------------------------------------------------------------------------------- folders of weights
 def llava_folder(world, folder, projector, added=0, kind="safetensors"):
-    """A folder for open_chat: the small CLIP, LLaMA and branch of the toy world, and what a release of LLaVA adds to them.
+    """A folder for open_chat: the small CLIP, branch and LLaMA of the toy world, and what LLaVA adds to them.
 
     projector: {name: tensor}; added: rows of added tokens; kind: safetensors, bin or sharded bin."""
     for name in ("clip", "branch.pth"):
@@ -351,16 +341,18 @@ def llava_folder(world, folder, projector, added=0, kind="safetensors"):
     llama.float().resize_vocab(300 + added)
     torch.manual_seed(0)
     llama.model.embed_tokens.weight.data[300:].normal_()
-    save_llama(folder / "llava", llama, world / "tokenizer.model", projector, dtype=torch.float32)
+    llava = folder / "llava"
+    save_llama(llava, llama, world / "tokenizer.model", projector, dtype=torch.float32)
     if kind != "safetensors":
-        tensors = {name: t.clone() for name, t in read_tensors(folder / "llava").items()}
-        os.remove(folder / "llava" / "model.safetensors")
-        files = {"pytorch_model.bin": list(tensors)} if kind == "bin" else {f"{i}.bin": list(tensors)[i::2] for i in (0, 1)}
+        tensors = {name: t.clone() for name, t in read_tensors(llava).items()}
+        os.remove(llava / "model.safetensors")
+        names = list(tensors)
+        files = {"pytorch_model.bin": names} if kind == "bin" else {"0.bin": names[::2], "1.bin": names[1::2]}
         for file, names in files.items():
-            torch.save({name: tensors[name] for name in names}, folder / "llava" / file)
+            torch.save({name: tensors[name] for name in names}, llava / file)
         if len(files) > 1:
             index = {"weight_map": {name: file for file, names in files.items() for name in names}}
-            (folder / "llava" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+            (llava / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     return llama
 
 
@@ -370,25 +362,27 @@ def linear(seed=1, prefix="model.mm_projector."):
 
 
 def mlp2x(prefix="model.mm_projector."):
-    torch.manual_seed(2)
-    return {f"{prefix}{i}.{kind}": torch.randn(32, 32) if kind == "weight" else torch.randn(32) for i in (0, 2) for kind in ("weight", "bias")}
+    return {**linear(2, f"{prefix}0."), **linear(3, f"{prefix}2.")}
 
 
 LLAVAS = {   # release: its projector, how many tokens it adds
-    "v1": (linear, 3), "v0 with a token for padding": (linear, 4), "v1 without a token for patches": (linear, 2),
-    "v1 filled up to a round size": (linear, 64), "Lightning v1.1": (linear, 3), "1.5": (mlp2x, 0), "preview of Llama 2": (linear, 0)}
+    "v1": (linear, 3), "v0 with a token for padding": (linear, 4),
+    "v1 without a token for patches": (linear, 2), "v1 filled up to a round size": (linear, 64),
+    "1.5": (mlp2x, 0), "preview of Llama 2": (linear, 0)}
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "sharded bin"])
 @pytest.mark.parametrize("release", LLAVAS)
 def test_every_llava_release_projects_as_its_own_arithmetic_says(world, tmp_path, release, kind):
-    projector, added = LLAVAS[release][0](), LLAVAS[release][1]
-    llama = llava_folder(world, tmp_path, projector, added, kind)
+    make, added = LLAVAS[release]
+    llama = llava_folder(world, tmp_path, make(), added, kind)
     chat = open_chat(tmp_path).load()
     video = torch.randint(256, (1, 2, 3, 32, 32), dtype=torch.uint8)
-    x = chat.video_tokens.see(chat.clip, video)
-    w = {name.removeprefix("model.mm_projector."): t for name, t in projector.items()}
-    expected = x @ w["weight"].T + w["bias"] if "weight" in w else F.gelu(x @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]
+    x, w = chat.video_tokens.see(chat.clip, video), make(prefix="")
+    if make is linear:
+        expected = x @ w["weight"].T + w["bias"]
+    else:
+        expected = F.gelu(x @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]
     words = llama.model.embed_tokens.weight
     with torch.no_grad():
         assert relative(chat.embed_video(video), expected) < 1e-5
@@ -414,15 +408,16 @@ def test_a_projector_file_counts_before_the_projector_inside_llava(world, tmp_pa
 def test_chat_bin_counts_before_a_projector_file_and_untuned_passes_it_by(world, tmp_path):
     llava_folder(world, tmp_path, linear(seed=5))
     torch.save(linear(seed=6), tmp_path / "mm_projector.bin")
-    torch.save({**linear(seed=7), "model.video_start_end.weight": torch.full((2, 32), 3.0)}, tmp_path / "chat.bin")
+    rows = torch.full((2, 32), 3.0)
+    torch.save({**linear(seed=7), "model.video_start_end.weight": rows}, tmp_path / "chat.bin")
     for tuned, seed in ((None, 7), (False, 6)):
         chat = open_chat(tmp_path, chat_file=tuned).load()
         assert torch.equal(chat.video_tokens.mm_projector.weight, linear(seed)["model.mm_projector.weight"])
-        assert torch.equal(chat.start_end, torch.full((2, 32), 3.0)) == (tuned is None)
+        assert torch.equal(chat.start_end, rows) == (tuned is None)
 
 
 @pytest.mark.parametrize("added, taken", [(3, True), (6, True), (0, False), (64, False)])
-def test_word_embeddings_in_a_projector_file_bring_the_start_and_end_rows_if_there_are_added_ones(world, tmp_path, added, taken):
+def test_a_projector_file_brings_start_and_end_rows_if_words_were_added(world, tmp_path, added, taken):
     llava_folder(world, tmp_path, {}, 3)
     words = torch.randn(300 + added, 32)
     torch.save({**linear(), "model.embed_tokens.weight": words}, tmp_path / "mm_projector.bin")
@@ -431,9 +426,10 @@ def test_word_embeddings_in_a_projector_file_bring_the_start_and_end_rows_if_the
 
 @pytest.mark.parametrize("tensors, message", [
     ({"model.mm_projector.weight": torch.zeros(48, 16)}, "1 missing, 1 of another size"),
-    ({"model.layers.0.mlp.up_proj.weight": torch.zeros(2, 2)}, "holds no mm_projector; it looks like a LLaMA"),
+    ({"model.layers.0.mlp.up_proj.weight": torch.zeros(2, 2)}, "holds no mm_projector; .* like a LLaMA"),
     ({**mlp2x(), "model.mm_projector.4.weight": torch.zeros(32, 32)}, "1 unexpected"),
-    ({**linear(), "model.embed_tokens.weight": torch.zeros(303, 16)}, r"rows of \(2, 16\), needed are \(2, 32\)")])
+    ({**linear(), "model.embed_tokens.weight": torch.zeros(303, 16)},
+     r"rows of \(2, 16\), needed are \(2, 32\)")])
 def test_a_projector_file_that_does_not_fit_is_refused(world, tmp_path, tensors, message):
     llava_folder(world, tmp_path, linear())
     torch.save(tensors, tmp_path / "mm_projector.bin")
@@ -460,7 +456,8 @@ class Words:
     bos_id, eos_id, vocab, between = 1, 2, {}, ""
 
     def encode(self, text):
-        return [self.vocab.setdefault(word, 10 + len(self.vocab)) for word in text.replace("\n", " \n ").split(" ") if word]
+        words = filter(None, text.replace("\n", " \n ").split(" "))
+        return [self.vocab.setdefault(word, 10 + len(self.vocab)) for word in words]
 
 
 def test_prompt_learns_the_answers_and_their_ends_and_nothing_else():
@@ -476,7 +473,7 @@ def test_prompt_of_a_second_question_begins_with_the_first_turn():
     t = Words()
     first, _ = prompt_ids(t, [("what ?", "a dog")])
     second, _ = prompt_ids(t, [("what ?", "a dog"), ("why ?", None)])
-    assert second[:len(first)] == first and second[len(first):] == t.encode("USER: why ?") + t.encode("ASSISTANT:")
+    assert second == first + t.encode("USER: why ?") + t.encode("ASSISTANT:")
 
 
 def test_parts_of_a_prompt_are_apart_also_where_the_tokenizer_puts_no_space_before_them():
@@ -498,9 +495,11 @@ def test_an_answer_that_looks_like_a_prompt_is_still_learned_whole():
 
 def test_a_llava_that_was_trained_without_start_and_end_rows_gets_none(world, tmp_path):
     llava_folder(world, tmp_path, mlp2x(), 0)
-    settings = json.loads((tmp_path / "llava" / "config.json").read_text())
-    (tmp_path / "llava" / "config.json").write_text(json.dumps({**settings, "mm_use_im_start_end": False}))   # as llava-v1.5-7b says
+    config = tmp_path / "llava" / "config.json"
+    settings = {**json.loads(config.read_text()), "mm_use_im_start_end": False}   # as llava-v1.5-7b says
+    config.write_text(json.dumps(settings))
     chat = open_chat(tmp_path).load()
     tokens, words = torch.randn(4, 32), chat.llm.model.embed_tokens.weight
     assert chat.start_end.shape == (0, 32)
-    assert torch.equal(chat.splice([1, 5, VIDEO_INDEX, 7], tokens), torch.cat([words[[1, 5]], tokens, words[[7]]]))
+    expected = torch.cat([words[[1, 5]], tokens, words[[7]]])
+    assert torch.equal(chat.splice([1, 5, VIDEO_INDEX, 7], tokens), expected)

@@ -1,4 +1,4 @@
-"""plumbing/memory.py and model.OpenChat.need: what a chat needs, what a machine has, and what is said where it does not fit."""
+"""plumbing/memory.py and model.OpenChat.need: what a chat needs, what a machine has, what is said of both."""
 import dataclasses
 import mmap
 import os
@@ -18,13 +18,20 @@ G = 10 ** 9
 
 
 @pytest.mark.parametrize("size, device, bf16, chosen", [
-    (1e6, CPU, True, (torch.float32, None, "fp32")), (7e9, CPU, True, (torch.bfloat16, "int8", "int8 and bf16")),
-    (7e9, CPU, False, (torch.float32, "int8", "int8 and fp32")), (1e6, GPU, True, (torch.float16, None, "fp16")),
+    (1e6, CPU, True, (torch.float32, None, "fp32")),
+    (7e9, CPU, True, (torch.bfloat16, "int8", "int8 and bf16")),
+    (7e9, CPU, False, (torch.float32, "int8", "int8 and fp32")),
+    (1e6, GPU, True, (torch.float16, None, "fp16")),
     (7e9, GPU, True, (torch.float16, None, "fp16"))])
 def test_auto_is_quick_where_it_runs(size, device, bf16, chosen, monkeypatch):
     monkeypatch.setattr(memory, "fast_bf16", lambda: bf16)   # whether this CPU computes in it
     assert memory.choose("auto", "auto", device, size) == chosen
-    assert device == GPU or memory.choose("auto", "int4", device, 7e9)[0] == torch.bfloat16   # int4 lacks room
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_auto_saves_room_beside_int4_whether_this_cpu_is_quick_in_bf16_or_not(bf16, monkeypatch):
+    monkeypatch.setattr(memory, "fast_bf16", lambda: bf16)
+    assert memory.choose("auto", "int4", CPU, 7e9)[0] == torch.bfloat16
 
 
 def test_what_is_asked_for_is_chosen():
@@ -33,7 +40,7 @@ def test_what_is_asked_for_is_chosen():
     assert memory.choose("bf16", "int4", GPU, 1e6) == (torch.bfloat16, "int4", "int4 and bf16")
 
 
-# ---------------------------------------------------------------------------------------------------- need
+# ------------------------------------------------------------------------------------------------------- need
 def opened(tokens="branch", **sizes):
     """A chat of the released size on the meta device: sizes and no numbers."""
     with torch.device("meta"):
@@ -47,14 +54,15 @@ def opened(tokens="branch", **sizes):
 def test_a_7b_needs_what_is_known_of_it():
     seven = opened()
     need, few = (seven.need(torch.bfloat16, None, CPU, n) for n in (100, 8))
-    assert need["LLaMA"] == pytest.approx(13.5e9, rel=0.01)                   # 6.74e9 parameters
-    assert need["KV cache"] == few["KV cache"] == 2 * 32 * 4096 * 2 * 2048    # both, layers, width, bytes, tokens
-    assert need["CLIP"] == pytest.approx(2 * 303e6, rel=0.01)                 # ViT-L/14's image tower
-    assert need["video tokens"] == 2 * (53_605_376 + 1025 * 4096)             # the branch, the projector
+    assert need["LLaMA"] == pytest.approx(13.5e9, rel=0.01)           # 6.74e9 parameters
+    assert need["KV cache"] == 2 * 32 * 4096 * 2 * 2048               # K and V, layers, width, bytes, tokens
+    assert need["CLIP"] == pytest.approx(2 * 303e6, rel=0.01)         # ViT-L/14's image tower
+    assert need["video tokens"] == 2 * (53_605_376 + 1025 * 4096)     # the branch, the projector
     assert need["video"] == pytest.approx(1.4e9, rel=0.1) and few["video"] < 0.4e9
+    assert few["KV cache"] == need["KV cache"]
     int8, int4 = (seven.need(torch.bfloat16, scheme, CPU, 100) for scheme in ("int8", "int4"))
     assert 6.5e9 < int8["LLaMA"] < 8e9 and 3.3e9 < int4["LLaMA"] < 4.5e9
-    assert int8["CLIP"] < 0.55 * need["CLIP"]                                 # rounded, too
+    assert int8["CLIP"] < 0.55 * need["CLIP"]                         # rounded, too
 
 
 def test_a_long_context_is_cut_to_what_a_conversation_may_have():
@@ -79,7 +87,8 @@ def test_what_fits_is_accepted_and_so_is_what_is_not_known(monkeypatch):
 
 @pytest.mark.parametrize("free, words, absent", [
     (12 * G, ["12.0 GB are free", "--quantize int8 needs", "--quantize int4 needs"], ["smaller model"]),
-    (8 * G, ["8.0 GB are free", "--quantize int4 needs"], ["--quantize int8"]), (G, ["a smaller model"], ["--quantize"])])
+    (8 * G, ["8.0 GB are free", "--quantize int4 needs"], ["--quantize int8"]),
+    (G, ["a smaller model"], ["--quantize"])])
 def test_what_does_not_fit_is_one_line_with_what_would(monkeypatch, free, words, absent):
     with pytest.raises(UserError) as e:
         check(free, monkeypatch)
@@ -95,17 +104,20 @@ def test_a_chat_that_does_not_fit_ends_before_weights_are_loaded(weights, video,
         chat.begin(chat.Config(video, weights=weights))
 
 
-# ---------------------------------------------------------------------------------------------------- what there is
+# ---------------------------------------------------------------------------------------------- what there is
 FREE = "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n"
 STAT = "active_file 100\ninactive_file 200\nanon 400\n"
-ROOT, A, AB = "/sys/fs/cgroup/", "/sys/fs/cgroup/a/", "/sys/fs/cgroup/a/b/"
+
+
+def group(path, most, current):
+    """The files of a control group."""
+    files = {"max": f"{most}\n", "current": f"{current}\n", "stat": STAT}
+    return {f"/sys/fs/cgroup/{path}memory.{name}": content for name, content in files.items()}
 
 
 @pytest.mark.parametrize("files, free", [
-    ({}, 5_120_000), ({A + "memory.max": "max\n", A + "memory.current": "7", A + "memory.stat": STAT}, 5_120_000),
-    ({A + "memory.max": "1000\n", A + "memory.current": "700\n", A + "memory.stat": STAT,   # the tightest counts
-      AB + "memory.max": "5000\n", AB + "memory.current": "700\n", AB + "memory.stat": STAT}, 600),
-    ({ROOT + "memory.max": "900\n", ROOT + "memory.current": "700\n", ROOT + "memory.stat": STAT}, 500)])
+    ({}, 5_120_000), (group("a/", "max", 7), 5_120_000), (group("", 900, 700), 500),
+    (group("a/", 1000, 700) | group("a/b/", 5000, 700), 600)])   # the tightest counts
 def test_limits_of_the_control_groups_count_and_cached_files_do_not(monkeypatch, files, free):
     files = {"/proc/meminfo": FREE, "/proc/self/cgroup": "0::/a/b\n", **files}
 

@@ -1,4 +1,4 @@
-"""What chat.py is on a terminal: pictures made of characters, lines that are typed, and all of it on a pseudo-terminal."""
+"""chat.py on a terminal: pictures made of characters, typed lines, a conversation on a pseudo-terminal."""
 import fcntl
 import io
 import json
@@ -23,9 +23,9 @@ from small import write_video
 SECONDS = 60   # until a program that says nothing is given up: a guard, not a measurement
 
 
-# ---------------------------------------------------------------------------------------------------- frames on a terminal
+# --------------------------------------------------------------------------------------- frames on a terminal
 def plain(text):
-    """What one reads of text on a terminal: no escape sequences, and of a line that was begun anew only the last version."""
+    """Text as one reads it on a terminal: without escape sequences, a line that was begun anew only once."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n")
     return re.sub(r"[^\n]*\r", "", text)
 
@@ -53,31 +53,32 @@ def test_a_half_block_has_the_upper_pixel_as_its_colour_and_the_lower_as_its_gro
     assert terminal.half_blocks(picture) == ["\x1b[38;2;1;2;3;48;2;4;5;6m\u2580\x1b[0m"]
 
 
-@pytest.mark.parametrize("variable", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
-def test_without_colour_the_frames_are_only_times(session, monkeypatch, variable, capsys):
-    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
-    terminal.show_frames(session.seen.frames, session.seen.times)
-    assert "\u2580" in capsys.readouterr().err
-    for name, value in variable.items():
-        monkeypatch.setenv(name, value)
-    terminal.show_frames(session.seen.frames, session.seen.times)
-    err = capsys.readouterr().err
-    assert "\x1b" not in err and "\u2580" not in err and "7: 1.80 s" in err
+@pytest.fixture
+def shown(session, monkeypatch):
+    """shown(encoding, environment variables...) -> what show_frames writes to a terminal of 80 columns."""
+    def shown(encoding="utf-8", **variables):
+        stderr = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+        with monkeypatch.context() as patched:
+            patched.setattr(stderr, "isatty", lambda: True, raising=False)
+            patched.setattr(stderr, "fileno", lambda: 2, raising=False)
+            patched.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
+            patched.delenv("NO_COLOR", raising=False)
+            for name, value in {"TERM": "xterm-256color", **variables}.items():
+                patched.setenv(name, value)
+            patched.setattr(sys, "stderr", stderr)
+            terminal.show_frames(session.seen.frames, session.seen.times)
+        return stderr.buffer.getvalue().decode(encoding)
+    return shown
 
 
-def test_a_terminal_without_the_character_gets_only_times(session, monkeypatch):
-    latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="backslashreplace")
-    monkeypatch.setattr(latin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(latin, "fileno", lambda: 2, raising=False)
-    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr(sys, "stderr", latin)
-    terminal.show_frames(session.seen.frames, session.seen.times)
-    assert b"\\u2580" not in (shown := latin.buffer.getvalue()) and b"7: 1.80 s" in shown
+def test_a_terminal_with_colours_shows_pictures(shown):
+    assert "\u2580" in (text := shown()) and "7: 1.80 s" in text
+
+
+@pytest.mark.parametrize("terminal", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"encoding": "latin-1"}], ids=str)
+def test_without_colour_or_the_character_the_frames_are_only_times(shown, terminal):
+    text = shown(**terminal)
+    assert "\x1b" not in text and "2580" not in text and "\u2580" not in text and "7: 1.80 s" in text
 
 
 def test_where_stderr_is_no_terminal_the_frames_are_only_times(session, capsys):
@@ -85,17 +86,19 @@ def test_where_stderr_is_no_terminal_the_frames_are_only_times(session, capsys):
     assert "\x1b" not in (err := capsys.readouterr().err) and "0: 0.10 s" in err
 
 
-# ---------------------------------------------------------------------------------------------------- as a person does
+# ------------------------------------------------------------------------------------------- as a person does
 class Terminal:
     """chat.py on a pseudo-terminal. `text` is all that came out of it, without escape sequences."""
     def __init__(self, *arguments, columns, state):
         command = [sys.executable, os.path.abspath(chat.__file__), *map(str, arguments)]
         environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
-        environment |= {"TERM": "xterm-256color", "INPUTRC": os.devnull, "PYTHONUTF8": "1", "LC_ALL": "C.UTF-8",
-                        "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(state)}   # small models: threads would only wait for each other
+        environment |= {
+            "TERM": "xterm-256color", "INPUTRC": os.devnull, "PYTHONUTF8": "1", "LC_ALL": "C.UTF-8",
+            "XDG_STATE_HOME": str(state), "OMP_NUM_THREADS": "1"}   # small models: threads would only wait
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)   # it is ignored in what a shell started in the background, and inherited
+            # a shell ignores it in what it starts in the background, and that is inherited
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execve(sys.executable, command, environment)
         self.raw, self.reads = b"", 0
         self.resize(columns)
@@ -131,7 +134,7 @@ class Terminal:
         os.write(self.fd, keys)
 
     def interrupt(self):
-        """Ctrl-C, once more if nothing happens: Python misses one that comes between its prompt and its waiting for a key."""
+        """Ctrl-C, once more if nothing happens: Python misses one just after its prompt."""
         for _ in range(SECONDS // 2):
             self.press(b"\x03")
             if select.select([self.fd], [], [], 2)[0]:
@@ -161,7 +164,7 @@ UP = b"\x1b[A"
 
 @pytest.fixture(scope="module")
 def talk(weights, video, tmp_path_factory):
-    """One conversation, from the first line to Ctrl-D, with weights that never end an answer -> what was printed at each step."""
+    """One conversation, with weights that never end an answer -> what was printed at each step."""
     folder = tmp_path_factory.mktemp("talk")
     other, bad = write_video(folder / "other.mp4", 48, 64, 1), folder / "bad.mp4"
     bad.write_text("not a video")
@@ -205,7 +208,7 @@ def test_it_begins_with_what_it_sees_and_how_to_get_help(talk, video, weights):
 
 
 def test_an_answer_comes_in_many_pieces(talk):
-    assert talk.reads > 30   # a pseudo-terminal hands over 4 kB at once: of an answer in one piece that would be three
+    assert talk.reads > 30   # an answer in one piece would take three: a pseudo-terminal hands over 4 kB
 
 
 def test_ctrl_c_stops_an_answer_that_has_begun(talk):
@@ -227,7 +230,8 @@ def test_stats_say_what_the_last_answer_took(talk):
 
 def test_arrow_up_brings_a_question_back(talk):
     with open(talk.folder / "talk.json") as f:
-        assert [turn["question"] for turn in json.load(f)["turns"]] == ["what moves?", "which way?", "which way?", "what moves,\nand which way?"]
+        asked = [turn["question"] for turn in json.load(f)["turns"]]
+    assert asked == ["what moves?", "which way?", "which way?", "what moves,\nand which way?"]
 
 
 def test_three_quotes_hold_a_question_of_several_lines(talk):
@@ -244,7 +248,8 @@ def test_help_names_every_command(talk):
 
 
 def test_frames_fit_into_80_and_into_40_columns(talk):
-    times = [(str(i), f"{int(2.5 * i + 1.25) / 10:.2f}") for i in range(8)]   # the middles of 8 stretches, at 10 frames a second
+    # the middles of 8 stretches, at 10 frames a second
+    times = [(str(i), f"{int(2.5 * i + 1.25) / 10:.2f}") for i in range(8)]
     for columns, pictures in ((80, talk.wide), (40, talk.narrow)):
         lines = pictures.split("\n")
         assert "\u2580" in lines[0] and columns // 2 < max(map(len, lines)) <= columns
@@ -267,7 +272,8 @@ def test_another_video_takes_its_place(talk):
 
 
 def test_commands_and_keys_that_ask_nothing_are_answered_in_a_line(talk):
-    assert (talk.reset, talk.dance, talk.nothing) == ("a new conversation\n", "/dance: not a command; /help lists them\n", "")
+    assert (talk.reset, talk.nothing) == ("a new conversation\n", "")
+    assert talk.dance == "/dance: not a command; /help lists them\n"
     assert "Ctrl-D or /quit leaves" in talk.ctrl_c
 
 
@@ -289,39 +295,46 @@ def test_the_shipped_weights_answer_a_question_of_the_run_before(talk):
     assert lines.count("what moves?") == 1 and lines[-2:] == ["What colour is the shape?", "/quit"]
 
 
-# ---------------------------------------------------------------------------------------------------- lines that are typed
+# --------------------------------------------------------------------------------------- lines that are typed
 @pytest.mark.parametrize("lines, text", [
     (['"""one line"""'], "one line"), (['"""', "two", "lines", '"""'], "two\nlines"), (['""""""'], ""),
-    (['"""a "" b', 'c""" d', 'e"""'], 'a "" b\nc""" d\ne'), (['"""', "  for i in x:", "      print(i)  ", '"""  '], "  for i in x:\n      print(i)")])
+    (['"""a "" b', 'c""" d', 'e"""'], 'a "" b\nc""" d\ne'),
+    (['"""', "  for i in x:", "      print(i)  ", '"""  '], "  for i in x:\n      print(i)")])
 def test_a_question_ends_where_a_line_ends_with_three_quotes(monkeypatch, lines, text):
     rest = iter(lines[1:])
     monkeypatch.setattr(terminal, "read_line", lambda prompt: next(rest))
     assert terminal.rest_of(lines[0]) == text and next(rest, None) is None
 
 
-@pytest.mark.parametrize("base, path", [("/state", "/state/nanobt/history"), ("", "/home/me/.nanobt_history"), ("relative", "/home/me/.nanobt_history")])
+@pytest.mark.parametrize("base, path", [
+    ("/state", "/state/nanobt/history"), ("", "/home/me/.nanobt_history"),
+    ("relative", "/home/me/.nanobt_history")])
 def test_the_history_is_in_the_folder_for_state_or_else_at_home(monkeypatch, base, path):
     monkeypatch.setenv("XDG_STATE_HOME", base)
     monkeypatch.setenv("HOME", "/home/me")
     assert terminal.history_file() == path
 
 
-def test_a_history_that_cannot_be_written_is_said_once_and_harms_nothing(monkeypatch, tmp_path, capsys):
-    (tmp_path / "file").touch()
+def be_on_a_terminal(monkeypatch):
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
-    for path in (tmp_path / "file" / "history", tmp_path):   # a file where a folder should be, a folder where a file should be
-        with terminal.history(str(path)):
-            pass
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and str(path) in err and "not kept" in err
+
+
+@pytest.mark.parametrize("name", ["file/history", "folder"])   # a file for a folder, a folder for a file
+def test_a_history_that_cannot_be_written_is_said_once(monkeypatch, tmp_path, name, capsys):
+    be_on_a_terminal(monkeypatch)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with terminal.history(str(tmp_path / name)):
+        pass
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path / name) in err and "not kept" in err
 
 
 def test_a_readline_that_cannot_add_lines_keeps_none(monkeypatch, tmp_path):
     """Some Pythons have libedit in readline's place, and some of these no append_history_file."""
+    be_on_a_terminal(monkeypatch)
     monkeypatch.setitem(sys.modules, "readline", types.SimpleNamespace())
-    for stream in (sys.stdin, sys.stdout):
-        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
     with terminal.history(str(tmp_path / "history")):
         pass
     assert list(tmp_path.iterdir()) == []
