@@ -244,15 +244,6 @@ MAX_MERGES = 48_894         # OpenAI's file goes on after those that CLIP was tr
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 
 
-def byte_symbols():
-    """{byte: the character that stands for it in vocabulary files}, in the order of their ids, as in GPT-2.
-
-    The printable characters of Latin-1 stand for themselves, the characters from 256 on for the 68 others."""
-    printable = [*range(ord("!"), 127), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
 class Tokenizer:
     """Byte pair encoding within words (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909), as in CLIP.
 
@@ -261,9 +252,12 @@ class Tokenizer:
     mojibake: curly quotes, ligatures and full-width letters stay. No text becomes a start or end token."""
     def __init__(self, merges):
         """merges: pairs of symbols, best first, each of a byte or an earlier merge. Raises ValueError."""
-        letters = byte_symbols()
-        self.symbols = [*letters.values(), *(letter + "</w>" for letter in letters.values())]
-        self.byte_ids = {byte: i for i, byte in enumerate(letters)}
+        printable = [*range(ord("!"), 127), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        # as in GPT-2: printable characters stand for themselves, those from 256 on for the other 68 bytes
+        letters = [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
+        self.symbols = [*letters, *(letter + "</w>" for letter in letters)]
+        self.byte_ids = {byte: i for i, byte in enumerate(printable + others)}
         ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.merges = {}   # (left id, right id): id of the two
         for left, right in merges:

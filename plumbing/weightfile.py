@@ -81,12 +81,10 @@ def shown(text, longest=100):
 
 
 def read_json(path):
-    """A JSON object from a file. Raises UserError if it is missing or is something else."""
+    """A JSON object from the first MAX_HEADER bytes of a file. Raises UserError if it is something else."""
     buffer = map_file(path)
-    if len(buffer) > MAX_HEADER:
-        raise UserError(f"{path}: {len(buffer):,} bytes; that is no description of a model")
     try:
-        value = json.loads(buffer[:])
+        value = json.loads(buffer[:MAX_HEADER])
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid JSON ({shown(e)})")
     if not isinstance(value, dict):

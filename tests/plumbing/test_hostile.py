@@ -464,7 +464,7 @@ def test_sizes_in_a_config_are_checked_before_a_model_is_built(weights, trick):
     (b'{"a":' * 10**5, "not valid JSON"), (b"[" * 10**6, "not valid JSON"), (b"\xff", "not valid JSON"),
     (b"3", "JSON object"), (b"{}", "described as 32 layers"),
     (b'{"hidden_size": ' + b"9" * 10**5 + b"}", "not valid JSON|no such model"),
-    (b" " * (MAX_HEADER + 1), "no description")])
+    (b" " * MAX_HEADER + b"{}", "not valid JSON")])
 def test_a_config_that_is_no_description_is_refused(weights, content, message):
     (weights / "llava" / "config.json").write_bytes(content)
     refused(open_chat, weights, message)
