@@ -149,8 +149,7 @@ class EvaluationSet(Dataset):
     def __init__(self, cfg, setting, image_size):
         self.root, self.setting, self.image_size, self.skip = cfg.root, setting, image_size, cfg.skip_broken
         if bool(cfg.classes) != bool(setting.classes) and cfg.dataset != "own":
-            wants = "needs --classes, a file with" if setting.classes else "has no"
-            raise UserError(f"--dataset {cfg.dataset}: {wants} names of classes")
+            raise UserError(f"--dataset {cfg.dataset}: {'needs' if setting.classes else 'has no'} --classes")
         if cfg.classes:
             self.texts = read_classes(cfg.classes, setting.classes)
             self.videos, self.labels = read_labels(cfg.annotations, len(self.texts), setting.offset)

@@ -132,8 +132,6 @@ def load_checkpoint(path):
     """What save_checkpoint wrote, on the CPU. A file with more than data is refused. Raises UserError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}")
     except Exception as e:   # a damaged or hostile file can make the reader raise anything
         raise UserError(f"{path}: not a checkpoint of this program, or damaged ({type(e).__name__})")
 

@@ -352,8 +352,9 @@ def loss(*features):
 pretrain.vtc_loss = loss
 cli.run(pretrain.main, pretrain.Config)
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size),
-               str(script), *flags_of(pretraining(world, tmp_path / "out", workers=1))]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
+    command = [sys.executable, *(torchrun if size > 1 else []), str(script),
+               *flags_of(pretraining(world, tmp_path / "out", workers=1))]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120)
     assert done.returncode == 1 and "RuntimeError: a mistake" in done.stderr, done.stderr
     assert "DataLoader worker" not in done.stderr
