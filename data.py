@@ -1,11 +1,9 @@
-"""Video files -> clip tensors: frames by time, the pixels that CLIP sees, data sets of captions and
-conversations.
+"""Video files -> clip tensors: frames by time, the pixels that CLIP sees, data sets.
 
     python data.py video.mp4    # what it is, and a picture of its frames with their times   -> sheet.png
 
-A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W), uint8 RGB. Nothing guesses T from a shape. Time is
-counted in seconds from the moment at which the first frame is shown. How a frame is found in a file, and why
-no file can do harm, is in plumbing/video.py.
+A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W), uint8 RGB. Time is counted in seconds from the
+moment at which the first frame is shown. plumbing/video.py finds frames in a file, and lets no file do harm.
 """
 import array
 import bisect
@@ -15,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import types
 
 import numpy as np
 import torch
@@ -24,27 +23,22 @@ from torch.utils.data import Dataset
 
 from plumbing.cli import UserError, run
 from plumbing.pictures import contact_sheet, thumbnail
-from plumbing.video import EXTENSIONS, PICTURES, TOLERANCE, VideoError, open_regular, open_video
+from plumbing.video import EXTENSIONS, TOLERANCE, VideoError, open_regular, open_video
 
 
-@dataclasses.dataclass
-class Probe:
-    """What a video file is."""
-    duration: float   # seconds, from the first frame shown to the end of the last one
-    fps: float        # frames a second on average, as the container states it; 0 where it does not
-    width: int        # pixels, as shown: after the rotation
-    height: int
-    rotation: int     # degrees clockwise from the stored to the shown picture: 0, 90, 180 or 270
-    codec: str
+PICTURES = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]   # Pillow's names: no format that runs another program
 
 
 # -------------------------------------------------------------------------------------------- frames by time
 def probe(path):
-    """-> Probe. Decodes one frame. Raises VideoError."""
+    """What a video file is -> duration: seconds, from the first frame shown to the end of the last one; fps:
+    frames a second on average, as the container has it, else 0; width, height: pixels, as shown; rotation:
+    degrees clockwise from the stored to the shown picture; codec. Decodes one frame. Raises VideoError."""
     with open_video(path) as video:
-        height, width = video.shown_size()
-        return Probe(video.seconds(video.end()), float(video.stream.average_rate or 0), width, height,
-                     -video.first.rotation % 360, video.stream.codec_context.codec.canonical_name)
+        height, width = video.shown_size
+        return types.SimpleNamespace(
+            duration=video.seconds(video.end()), fps=float(video.stream.average_rate or 0), width=width,
+            height=height, rotation=-video.first.rotation % 360, codec=video.context.codec.canonical_name)
 
 
 def frames(path, times):
@@ -60,14 +54,14 @@ def frames(path, times):
         yield from video.pictures([video.tick(t) for t in times])
 
 
-def sample_frames(path, num_frames, rule, seed=None, window=None, size=None):
+def sample_frames(path, num_frames, rule, seed=None, window=None):
     """`num_frames` frames spread over a video by a rule. Yields (t, picture) as `frames` does.
 
     "uniform": the middles of equal stretches of time, (i + 0.5) / T * duration; needs no frame count (chat).
     "seq", "test", "train", "linspace": frame numbers by the rules below; frames are counted, without decoding
     any. seed: whatever numpy.random.default_rng takes, for "train". window: (start, end) in seconds, that
-    part alone. size: the short side of pictures, scaled as CLIP scales them; None for the file's own."""
-    if rule != "uniform" and rule not in INDEX_RULES:
+    part alone. Raises UserError and VideoError."""
+    if rule not in ("uniform", *INDEX_RULES):
         raise UserError(f"no rule {rule!r} to sample frames; choose from uniform, {', '.join(INDEX_RULES)}")
     if num_frames < 1:
         raise UserError(f"{num_frames} frames of a video: at least 1 is needed")
@@ -83,9 +77,9 @@ def sample_frames(path, num_frames, rule, seed=None, window=None, size=None):
             ticks = video.all_ticks()
             first, last = (bisect.bisect_left(ticks, t - TOLERANCE, key=video.seconds) for t in (start, end))
             ticks = ticks[first:last] or [ticks[max(first - 1, 0)]]   # between two frames: the first of them
-            numbers = INDEX_RULES[rule](len(ticks), num_frames, np.random.default_rng(seed))
-            chosen = [ticks[i] for i in numbers]
-        yield from video.pictures(chosen, size)
+            rng = np.random.default_rng(seed)
+            chosen = [ticks[i] for i in INDEX_RULES[rule](len(ticks), num_frames, rng)]
+        yield from video.pictures(chosen)
 
 
 def get_seq_frames(n, num_frames, rng=None):
@@ -118,10 +112,8 @@ INDEX_RULES = {"seq": get_seq_frames, "test": uniform_sample_test, "train": unif
 
 # ---------------------------------------------------------------------------------------------------- pixels
 def resize(frames, height, width):
-    """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bilinear, no antialiasing, rounded: OpenCV's
-    INTER_LINEAR.
-
-    OpenCV computes in fixed point: on noise (measured, 5.0.0), one value in eight differs from ours by 1."""
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bilinear, no antialiasing, rounded, as OpenCV's
+    INTER_LINEAR. OpenCV 5.0.0 computes in fixed point: of noise, one value in eight differs by 1."""
     scaled = (F.interpolate(frame[None].float(), (height, width), mode="bilinear", align_corners=False)
               for frame in frames)   # one by one: floats take four times the room
     return torch.cat([frame.round().clamp(0, 255).byte() for frame in scaled])
@@ -167,9 +159,8 @@ def eval_pixels(frames, size, short=None):
 
 
 def squash(frames, size):
-    """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size), whatever that does to the aspect: what chat shows.
-
-    By nearest neighbour. The released chat does this on floats and rounds: the same values."""
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size), whatever that does to the aspect: what chat shows. By
+    nearest neighbour. The released chat does this on floats and rounds: the same values."""
     return F.interpolate(frames, (size, size), mode="nearest")
 
 
@@ -186,20 +177,19 @@ def read_text(path):
 
 
 def read_rows(path):
-    """JSON lines, or one JSON value -> [(where, row)], `where` for messages. Raises UserError with the line.
-
-    A list is its entries, anything else one row."""
+    """JSON lines, or one JSON value -> [(where, row)], `where` for messages. A list is its entries, anything
+    else one row. Raises UserError with the line."""
     text, rows = read_text(path), []
     try:
         whole = json.loads(text)
         rows = [(path, whole)]
         if isinstance(whole, list):
             rows = [(f"{path}, entry {i}", row) for i, row in enumerate(whole, 1)]
-    except (ValueError, RecursionError):   # not one JSON value: JSON lines, or damage that a line will show
+    except ValueError:   # not one JSON value: JSON lines, or damage that a line will show
         for number, line in enumerate(text.split("\n"), 1):   # splitlines would split at U+2028, too
             try:
                 rows += [(f"{path}, line {number}", json.loads(line))] if line.strip() else []
-            except (ValueError, RecursionError) as e:
+            except ValueError as e:
                 raise UserError(f"{path}, line {number}: not valid JSON ({e})")
     if not rows:
         raise UserError(f"{path}: no rows in it")
@@ -213,42 +203,27 @@ def field(row, where, name, kind=str):
     return row[name]
 
 
-def read_webvid(path):
-    """WebVid's CSV. Yields (video, caption), row by row. Raises UserError with the line.
-
-    The header names the columns: 2M has the caption second, 10M fifth."""
+def read_captions(path):
+    """JSON lines {"video", "caption"}, or WebVid's CSV (a name that ends in .csv), whose header names the
+    columns: 2M has the caption second, 10M fifth. Yields (video, caption). Raises UserError with the line."""
+    if not os.fspath(path).endswith(".csv"):
+        yield from ((field(row, at, "video"), field(row, at, "caption")) for at, row in read_rows(path))
+        return
     try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
+        with open(path, encoding="utf-8-sig", newline="") as f:   # gigabytes: row by row
             rows = csv.DictReader(f, strict=True)
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
                 if None in row or None in row.values():
                     raise UserError(f"{where}: has not as many columns as the header, {len(rows.fieldnames)}")
-                caption = next((name for name in ("caption", "name", "title") if name in row), "caption")
-                folder, video = row.get("page_dir", ""), field(row, where, "videoid") + ".mp4"
-                yield os.path.join(folder, video), field(row, where, caption)
+                video = os.path.join(row.get("page_dir", ""), field(row, where, "videoid") + ".mp4")
+                yield video, field(row, where, "name")
+            if rows.line_num < 2:
+                raise UserError(f"{path}: no rows in it")
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}")
     except (csv.Error, UnicodeDecodeError) as e:
         raise UserError(f"{path}, line {rows.reader.line_num}: not valid CSV ({e})")
-
-
-class Strings:
-    """Many strings, end to end in one array of bytes. Ten million captions as Python strings take three times
-    the room, and each process of a loader would have its own, since counting a reference is a write."""
-    def __init__(self):
-        self.text, self.ends = bytearray(), array.array("q", [0])
-
-    def append(self, string):
-        self.text += string.encode("utf-8", "surrogatepass")   # JSON can spell half of a pair
-        self.ends.append(len(self.text))
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, i):
-        i = range(len(self))[i]   # from the end, too; IndexError
-        return self.text[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass")
 
 
 def locate(root, name):
@@ -259,71 +234,62 @@ def locate(root, name):
 
 
 # ------------------------------------------------------------------------------------------------- data sets
-@dataclasses.dataclass
-class Skipped:
-    """In the place of an item whose video is broken."""
-    message: str
-
-
 class CaptionDataset(Dataset):
-    """Videos with captions. Item (epoch, i) -> (pixels (T, 3, H, W) uint8, ids (context_length,), i), or
-    Skipped.
+    """Videos with captions, as training sees them. Item (epoch, i) -> (pixels (T, 3, H, W) uint8, ids
+    (context_length,), i); the VideoError in the place of a broken video.
 
-    annotations: JSON lines {"video", "caption"}, or WebVid's CSV (a name that ends in .csv). tokenizer(text,
-    context_length) -> (1, context_length). Frames and crop follow from (seed, epoch, i). Raises UserError."""
+    annotations: see read_captions. tokenizer(text, context_length) -> (1, context_length). Frames and crop
+    follow from (seed, epoch, i). Raises UserError."""
     def __init__(self, annotations, root, num_frames, image_size, tokenizer, context_length=64, seed=0,
                  min_area=0.08):
-        if os.fspath(annotations).endswith(".csv"):
-            rows = read_webvid(annotations)
-        else:
-            rows = ((field(row, where, "video"), field(row, where, "caption"))
-                    for where, row in read_rows(annotations))
-        self.videos, self.captions = Strings(), Strings()
-        for video, caption in rows:
-            self.videos.append(video)
-            self.captions.append(caption)
-        if not len(self):
-            raise UserError(f"{annotations}: no rows in it")
+        # Rows end to end in one array. Ten million Python strings take three times the room, and each process
+        # of a loader would have its own, since counting a reference is a write.
+        self.text, self.ends = bytearray(), array.array("q", [0])
+        for row in read_captions(annotations):
+            self.text += "\0".join(row).encode(errors="replace")   # JSON can spell half of a pair
+            self.ends.append(len(self.text))
         self.root, self.num_frames, self.image_size = root, num_frames, image_size
         self.tokenizer, self.context_length = tokenizer, context_length
         self.seed, self.min_area = seed, min_area
 
     def __len__(self):
-        return len(self.videos)
+        return len(self.ends) - 1
+
+    def row(self, i):
+        """-> video, as in the file; caption."""
+        return self.text[self.ends[i]:self.ends[i + 1]].decode().split("\0", 1)
 
     def __getitem__(self, key):
         epoch, i = key
-        rng = np.random.default_rng((self.seed, epoch, i))
+        rng, (video, caption) = np.random.default_rng((self.seed, epoch, i)), self.row(i)
         try:
-            found = sample_frames(locate(self.root, self.videos[i]), self.num_frames, "train", rng)
+            found = sample_frames(locate(self.root, video), self.num_frames, "train", rng)
             clip = torch.stack([picture for _, picture in found])
         except VideoError as e:
-            return Skipped(str(e))
+            return e
         pixels = train_pixels(clip, self.image_size, rng, self.min_area)
-        return pixels, self.tokenizer(self.captions[i], self.context_length)[0], i
+        return pixels, self.tokenizer(caption, self.context_length)[0], i
 
 
 def collate_skip(items):
     """Items of one of these data sets -> {"pixels" (B, T, 3, H, W) uint8, "index": a list of B, "text", where
     there is some: ids (B, S) or B conversations, "skipped": messages of broken videos}. B is what is left."""
-    good = [item for item in items if not isinstance(item, Skipped)]
+    good = [item for item in items if not isinstance(item, VideoError)]
     if len({pixels.shape for pixels, *_ in good}) > 1:
         raise UserError("pictures and videos in one batch; put them into annotation files of their own")
     columns = [torch.stack(c) if isinstance(c[0], torch.Tensor) else c for c in zip(*good)]
     pixels, *text, index = columns or (torch.empty(0), ())
-    skipped = [item.message for item in items if isinstance(item, Skipped)]
+    skipped = [str(item) for item in items if isinstance(item, VideoError)]
     return {"pixels": pixels, "index": index, "skipped": skipped, **({"text": text[0]} if text else {})}
 
 
 class RetrievalDataset(Dataset):
     """Pairs of video and caption, as an evaluation sees them. Item i -> (pixels (T, 3, H, W) uint8, i).
 
-    annotations: JSON lines {"video", "caption"}. Raises UserError, also for missing videos: now, not after an
-    epoch. A broken one raises VideoError."""
+    annotations: see read_captions. Raises UserError, also for missing videos: now, not after an epoch. A
+    broken one raises VideoError."""
     def __init__(self, annotations, root, num_frames, image_size):
-        rows = read_rows(annotations)
-        self.videos = [field(row, where, "video") for where, row in rows]
-        self.captions = [field(row, where, "caption") for where, row in rows]
+        self.videos, self.captions = map(list, zip(*read_captions(annotations)))
         self.root, self.num_frames, self.image_size = root, num_frames, image_size
         if missing := [v for v in dict.fromkeys(self.videos) if not os.path.isfile(locate(root, v))]:
             raise UserError(f"{annotations}: {len(missing)} of its videos are not under {root}, the first is "
@@ -343,15 +309,14 @@ class ConversationDataset(Dataset):
 
     annotations: JSON lines or a JSON list of {"video" or "image": path, "conversations": [{"from": "human",
     "value"}, {"from": "gpt", "value"}, ...]}, Video-ChatGPT's format. The marker "<video>" (or "<image>") and
-    the line break beside it leave the question. A broken file raises VideoError, or gives Skipped if skip."""
-    def __init__(self, annotations, root, num_frames, image_size, rule="uniform", skip=False):
+    the line break beside it leave the question. skip: a broken file gives its VideoError, else raises it."""
+    def __init__(self, annotations, root, num_frames, image_size, skip=False):
         self.rows, self.conversations = [], []   # as in the file, with whatever else a row says; turns
         for where, row in read_rows(annotations):
             field(row, where, "image" if isinstance(row, dict) and "image" in row else "video")
             self.rows.append(row)
             self.conversations.append(turns(field(row, where, "conversations", list), where))
-        self.root, self.num_frames, self.image_size = root, num_frames, image_size
-        self.rule, self.skip = rule, skip
+        self.root, self.num_frames, self.image_size, self.skip = root, num_frames, image_size, skip
 
     def __len__(self):
         return len(self.rows)
@@ -362,21 +327,20 @@ class ConversationDataset(Dataset):
             if "image" in row:
                 found = [(0.0, read_picture(os.path.join(self.root, row["image"])))]
             else:
-                found = sample_frames(locate(self.root, row["video"]), self.num_frames, self.rule)
+                found = sample_frames(locate(self.root, row["video"]), self.num_frames, "uniform")
             pixels = torch.cat([squash(picture[None], self.image_size) for _, picture in found])
         except VideoError as e:
             if self.skip:
-                return Skipped(str(e))
+                return e
             raise
         return pixels, self.conversations[i], i
 
 
 def turns(conversation, where):
     """Video-ChatGPT's list of messages -> [(question, answer), ...]. Raises UserError."""
-    messages = [(field(message, where, "from"), field(message, where, "value")) for message in conversation]
-    if [who for who, _ in messages] != ["human", "gpt"] * (len(messages) // 2):
+    who, texts = zip(*((field(m, where, "from"), field(m, where, "value")) for m in conversation))
+    if who != ("human", "gpt") * (len(who) // 2):
         raise UserError(f"{where}: messages must go human, gpt, human, gpt, ...")
-    texts = [text for _, text in messages]
     questions = [text.replace("<video>", "").replace("<image>", "").strip("\n") for text in texts[::2]]
     return list(zip(questions, texts[1::2]))
 

@@ -140,7 +140,7 @@ def report(features, about):
 # ------------------------------------------------------------------------------------- test sets, as released
 class EvaluationSet(Dataset):
     """A data set as its released evaluation sees it. Item i -> (pixels (T, 3, H, W) uint8, i). A broken video
-    raises VideoError, or gives data.Skipped with --skip_broken. A folder named as the video, without
+    raises VideoError, or gives it with --skip_broken. A folder named as the video, without
     extension, holds its frames as JPEG files, in the order of their names.
 
     videos: the name of each item's video. texts: the caption of each item or, to recognise, the names of the
@@ -185,7 +185,7 @@ class EvaluationSet(Dataset):
             return torch.cat([data.eval_pixels(p[None], self.image_size, short) for p in pictures]), i
         except data.VideoError as e:
             if self.skip:
-                return data.Skipped(str(e))
+                return e
             raise
 
 

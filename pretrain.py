@@ -217,7 +217,7 @@ def main(cfg):
             vtc, mbca, mbta = shares.mean(0).tolist()
             loss = weighted(cfg, vtc, mbca, mbta)
             if not math.isfinite(loss) or not math.isfinite(norm) and not scaler.is_enabled():
-                videos = ", ".join(dataset.videos[i] for i in batch["index"])
+                videos = ", ".join(dataset.row(i)[0] for i in batch["index"])
                 raise UserError(f"step {step}: the loss is {loss}, the gradient {norm}; videos: {videos}; "
                                 f"{cfg.out}/last.pth is as it was")
             lr = cfg.lr * lr_share(step, epoch_steps, steps, cfg.anneal)

@@ -17,6 +17,7 @@ from av.video.reformatter import Colorspace
 import data
 from bench.measure import call, heading, table
 from plumbing import cli, pictures
+from plumbing.video import resize_bicubic
 
 if importlib.util.find_spec("decord"):   # here: to import it is not its work
     import decord
@@ -86,8 +87,10 @@ def repeat(file, source, clip):
 # Each returns RGB pictures, uint8 (T, H, W, 3): the frames on the screen at the middles of `count` equal
 # stretches of time; with `size`, scaled to that short side.
 def ours(path, count, size):
-    found = data.sample_frames(path, count, "uniform", size=size)
-    return np.stack([picture.permute(1, 2, 0).numpy() for _, picture in found])
+    pictures = (picture for _, picture in data.sample_frames(path, count, "uniform"))
+    if size:
+        pictures = (resize_bicubic(picture[None], size, size * 16 // 9)[0] for picture in pictures)
+    return np.stack([picture.permute(1, 2, 0).numpy() for picture in pictures])
 
 
 def with_decord(path, count, size):

@@ -1,8 +1,8 @@
 """One video file: which frame is on the screen at a time, and the shortest way to decode it.
 
-A video file comes from anywhere, so it is never trusted. It is opened here and handed to the demuxer as a
-stream of bytes without a name; only real video containers are accepted, and what they say about other files
-is not followed. Whatever a file holds, the only exception that it causes is VideoError.
+A video file comes from anywhere, so it is never trusted. libav gets it as a stream of bytes without a name;
+only real video containers are accepted, and what they say about other files is not followed. Whatever a file
+holds, the only exception that it causes is VideoError.
 """
 import bisect
 import collections
@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from av.stream import Discard
 from av.video.reformatter import VideoReformatter
-from PIL import Image
 
 from plumbing import mp4
 from plumbing.cli import UserError
@@ -30,10 +29,8 @@ from plumbing.cli import UserError
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,gif,ogg,asf"
 EXTENSIONS = (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg",
               ".mpeg", ".vob", ".flv", ".gif", ".ogv", ".wmv", ".asf")
-PICTURES = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]   # Pillow's names: no format that runs another program
 MAX_PIXELS = 1 << 25                       # of one frame: 8K is just below; a header can claim far more
 LIMITS = {"max_pixels": str(MAX_PIXELS)}   # the same, for decoders
-MAX_GIF = 1 << 28                          # bytes: libav reads all up to the end of a frame into memory
 TIME_LIMIT = 30                            # seconds of work without a new frame or packet: a file is given up
 REORDER = 33                               # packets: no frame is shown later after its place in a file
 COLOUR_SPACES = {1, 4, 5, 6, 7, 9}         # matrix coefficients of ITU-T H.273 that libswscale converts
@@ -64,10 +61,9 @@ def open_video(path):
         try:
             video.read_first_frame()
             yield video
-        except av.error.FFmpegError as e:
-            raise VideoError(path, f"cannot be read as a video ({e.strerror}); is it cut or damaged?") from e
-        except OverflowError as e:
-            raise VideoError(path, "cannot be read as a video: its times do not fit into 64 bits") from e
+        except (av.error.FFmpegError, OverflowError) as e:   # OverflowError: times beyond 64 bits
+            reason = getattr(e, "strerror", e)
+            raise VideoError(path, f"cannot be read as a video ({reason}); is it cut or damaged?") from e
         finally:
             video.close()
     if video.damage:
@@ -78,10 +74,8 @@ def open_regular(path):
     """A file of bytes, open for reading. Folders, pipes, devices and empty files are refused at once."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as e:
-        raise VideoError(path, e.strerror) from e
-    except ValueError as e:   # a NUL in the name
-        raise VideoError(repr(path), str(e)) from e
+    except (OSError, ValueError) as e:   # ValueError: a NUL in the name
+        raise VideoError(path, getattr(e, "strerror", str(e))) from e
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
         os.close(fd)
@@ -92,8 +86,8 @@ def open_regular(path):
 class ByteSource(io.FileIO):
     """A file for libav. Its .name is a number, so that the path cannot influence what the file is taken for.
 
-    A hostile file makes libav seek to anywhere, or read the same bytes in a circle. Out of range is an answer
-    here, not an exception; and whoever gets no further for TIME_LIMIT seconds is stopped."""
+    A hostile file makes libav seek to anywhere, or read the same bytes in a circle. So out of range is an
+    answer here, and no progress for TIME_LIMIT seconds of work is an error."""
     def __init__(self, fd, path):
         super().__init__(fd)
         self.path = path
@@ -101,18 +95,17 @@ class ByteSource(io.FileIO):
 
     def start_over(self):
         """From here on all bytes are new again."""
-        self.furthest, self.advanced = 0, False
+        self.furthest = self.known = 0   # how far libav has read; the same when the latest packet came
         self.progress()
 
     def progress(self):
-        """Something was achieved."""
         self.deadline = time.thread_time() + TIME_LIMIT   # of work: a process may be stopped for an hour
 
     def packet(self):
         """A packet was read: progress, if it came with new bytes; else libav may be going in a circle."""
         self.check()
-        if self.advanced:
-            self.advanced = False
+        if self.furthest > self.known:
+            self.known = self.furthest
             self.progress()
 
     def check(self):
@@ -122,7 +115,6 @@ class ByteSource(io.FileIO):
     def read(self, size=-1):
         self.check()
         found = super().read(size)
-        self.advanced |= self.tell() > self.furthest
         self.furthest = max(self.furthest, self.tell())
         return found
 
@@ -149,11 +141,10 @@ class Video:
     stamp. Where that fails (damage, or a container that is vague about time), `play` decodes everything in
     order."""
     def __init__(self, path, file):
-        self.path, self.file, self.container, self.stream, self.context = path, file, None, None, None
+        self.path, self.file, self.container = path, file, None
         self.reformatter = VideoReformatter()   # one for all frames: making it costs more than using it
         self.first = None                       # the first frame
         self.damage = ""                        # that frames are missing, in words
-        self.trouble = "it is cut off or damaged"
         self.latest = -math.inf                 # tick of the latest frame since a jump
         self.unproven = False                   # has no keyframe come out of the decoder since a jump?
 
@@ -169,12 +160,16 @@ class Video:
         found = (frame for frame in frames if frame.pts == start)
         self.first = next(itertools.chain(found, self.play([-math.inf])), None)
         if self.first is None:
-            large = "" if self.context.width else f" (or a frame has more than {MAX_PIXELS} pixels)"
-            raise VideoError(self.path, f"no frame can be decoded: {self.trouble}{large}")
-        self.start = self.first.pts
+            raise VideoError(self.path, f"no frame can be decoded: damaged, or of over {MAX_PIXELS} pixels")
+        self.start, height, width = self.first.pts, self.first.height, self.first.width
         a, b, c, d = display_matrix(self.first)
         self.transposed = abs(b) + abs(c) > abs(a) + abs(d)
-        self.flipped = [axis for axis, sign in enumerate((b, c) if self.transposed else (d, a)) if sign < 0]
+        signs = (b, c) if self.transposed else (d, a)
+        self.flipped = [axis for axis, sign in zip((1, 2), signs) if sign < 0]
+        aspect = float(self.stream.sample_aspect_ratio or 1)
+        if 1 / 8 <= aspect <= 8 and width * aspect * height <= MAX_PIXELS:   # beyond that it is damage
+            width = max(1, round(width * aspect))
+        self.shown_size = (width, height) if self.transposed else (height, width)   # height first
 
     def rewind(self):
         """(Re)opens the container at its beginning: the one way back that every format knows."""
@@ -185,29 +180,21 @@ class Video:
             self.container = av.open(self.file, metadata_errors="replace", container_options={
                 "format_whitelist": CONTAINERS, "protocol_whitelist": "none"}, options=LIMITS)
         except av.error.FFmpegError as e:
-            with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                self.file.seek(0)
-                Image.open(self.file, formats=PICTURES)
-                raise VideoError(self.path, "a picture, not a video") from e
             raise VideoError(self.path, f"not a video, or cut off or damaged; known: {CONTAINERS}") from e
         tracks = [s for s in self.container.streams.video if not s.disposition & s.disposition.attached_pic]
         if not tracks:
             raise VideoError(self.path, "has no video track, only sound or a cover picture")
-        self.stream = tracks[0]
-        self.time_base, self.context = self.stream.time_base, self.stream.codec_context
+        self.stream, self.context, self.time_base = tracks[0], tracks[0].codec_context, tracks[0].time_base
         if self.context is None or not self.time_base:
             raise VideoError(self.path, "no decoder for its video track")
-        # AVI counts packets, it does not say when they are shown: with B-frames, libav guesses wrong. In MPEG
-        # program streams, and in ASF with H.264, packets lack times of showing; after a seek libav guesses
-        # them wrong.
-        kind, width, height = self.container.format.name, self.context.width, self.context.height
+        if (width := self.context.width) * (height := self.context.height) > MAX_PIXELS:
+            raise VideoError(self.path, f"frames of {width} x {height} are too large")
+        # libav guesses wrong when frames are shown: in AVI with B-frames, which only counts packets; after a
+        # seek, in MPEG program streams and in ASF with H.264, where packets lack that time.
+        kind = self.container.format.name
         self.untimed = kind == "avi" and self.context.has_b_frames
         self.timed = not self.untimed and kind != "mpeg" and (kind, self.context.name) != ("asf", "h264")
         self.context.options = LIMITS
-        if kind == "gif" and os.fstat(self.file.fileno()).st_size > MAX_GIF:
-            raise VideoError(self.path, f"a GIF of more than {MAX_GIF >> 20} MB")
-        if width * height > MAX_PIXELS:
-            raise VideoError(self.path, f"frames of {width} x {height} are too large")
         for other in self.container.streams:
             if other is not self.stream:
                 other.discard = Discard.all   # sound is not even read
@@ -263,8 +250,7 @@ class Video:
         """A packet into the decoder -> the frames that come out. None: the end, all that it still holds."""
         try:
             decoded = self.context.decode(packet)
-        except av.error.FFmpegError as e:   # one damaged frame: the one before it stays on the screen
-            self.trouble = e.strerror
+        except av.error.FFmpegError:   # one damaged frame: the one before it stays on the screen
             return []
         if self.unproven:   # frames before a keyframe lean on others; a container may misplace one
             decoded = list(itertools.dropwhile(lambda frame: not frame.key_frame, decoded))
@@ -387,39 +373,26 @@ class Video:
                     self.damage = self.damage or f"damaged at {at}; the frame before the damage is shown"
                 yield frame
 
-    def pictures(self, ticks, size=None):
-        """Sorted ticks -> (seconds, picture (3, H, W) uint8 RGB) at each. size: the short side."""
-        height, width = self.shown_size(size)
+    def pictures(self, ticks):
+        """Sorted ticks -> (seconds, picture (3, H, W) uint8 RGB) at each."""
         shown = None
         for frame in self.show(ticks):
             if frame is not shown:
-                shown, picture = frame, self.picture(frame, height, width)
+                shown, picture = frame, self.picture(frame)
             yield self.seconds(frame.pts), picture
             self.file.progress()   # what the caller does meanwhile takes time, too
 
-    def shown_size(self, size=None):
-        """-> height, width of what is shown: square pixels, upright, a short side of `size` if given."""
-        width, height = self.first.width, self.first.height
-        aspect = float(self.stream.sample_aspect_ratio or 1)
-        if 1 / 8 <= aspect <= 8 and width * aspect * height <= MAX_PIXELS:   # beyond that it is damage
-            width = max(1, round(width * aspect))
-        height, width = (width, height) if self.transposed else (height, width)
-        if size is None:
-            return height, width
-        return [max(1, size * side // min(height, width)) for side in (height, width)]
-
-    def picture(self, frame, height, width):
-        """A decoded frame -> (3, height, width) uint8 RGB, as the display matrix wants it shown."""
+    def picture(self, frame):
+        """A decoded frame -> (3, H, W) uint8 RGB as shown: square pixels, upright."""
         known = frame.format.is_rgb or frame.colorspace in COLOUR_SPACES
         large = frame.width >= 1280 or frame.height > 576
         guess = None if known else "ITU709" if large else "ITU601"      # as players do
         rgb = self.reformatter.reformat(frame, self.first.width, self.first.height, "rgb24",
                                         src_colorspace=guess, threads=1)
         picture = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)   # (3, H, W)
-        picture = picture.transpose(1, 2) if self.transposed else picture
-        picture = picture.flip([axis + 1 for axis in self.flipped])
-        same = picture.shape[1:] == (height, width)
-        return picture if same else resize_bicubic(picture[None], height, width)[0]
+        picture = (picture.transpose(1, 2) if self.transposed else picture).flip(self.flipped)
+        square = picture.shape[1:] == self.shown_size
+        return picture if square else resize_bicubic(picture[None], *self.shown_size)[0]
 
     def claimed_end(self):
         """Tick at which the track ends, or else the longest track, as the file has it: a claim. Of a track

@@ -285,7 +285,7 @@ def junk(folder, clips):
         "text.mp4": "not a video", "subtitles.mp4": "not a video", "noise.mp4": "not a video",
         "no_index.mp4": "cut off", "sound.m4a": "no video track", "cover.m4a": "no video track",
         "missing.mp4": "No such file", "http://localhost/clip.mp4": "No such file",
-        **{f"{kind}.mp4": "a picture" for kind in ("png", "jpeg", "webp", "bmp")}
+        **{f"{kind}.mp4": "not a video" for kind in ("png", "jpeg", "webp", "bmp")}
     }
     return {
         name: (name if "://" in name else str(folder / name), reason) for name, reason in reasons.items()
@@ -429,18 +429,14 @@ def test_caption_items_follow_from_seed_epoch_and_index_alone(world):
     ("videoid,contentUrl,duration,page_dir,name", '17,http://x/17.mp4,PT1S,page,"a dog, running"')])
 def test_webvid_csv_of_both_releases(world, header, row):
     items = captions(world, lines(world / "a.csv", header + "\n", row + "\n"))
-    assert list(items.captions) == ["a dog, running"] and items[0, 0][0].shape == (4, 3, 28, 28)
+    assert items.row(0) == ["page/17.mp4", "a dog, running"] and items[0, 0][0].shape == (4, 3, 28, 28)
 
 
-def test_packed_strings_are_the_list_of_them():
-    texts = ["", "ab", "\u00e4\u4e2d", "\ud800", "end"]
-    packed = data.Strings()
-    for text in texts:
-        packed.append(text)
-    for strings in (packed, pickle.loads(pickle.dumps(packed))):   # as a loader's processes get them
-        assert list(strings) == texts and len(strings) == 5 and strings[-1] == "end"
-        with pytest.raises(IndexError):
-            strings[5]
+def test_rows_come_back_as_they_are_written_also_in_a_loaders_process(world):
+    texts = ["ab", "\u00e4\u4e2d", "\ud800", "end"]
+    items = captions(world, lines(world / "a.jsonl", *[{"video": "a.mp4", "caption": t} for t in texts]))
+    for items in (items, pickle.loads(pickle.dumps(items))):
+        assert [items.row(i) for i in range(4)] == [["a.mp4", t] for t in ("ab", "\u00e4\u4e2d", "?", "end")]
 
 
 def test_collate_skip_drops_broken_videos_and_says_which(world):
@@ -463,7 +459,9 @@ def test_retrieval_shows_uniform_frames_and_says_which_videos_are_missing(world)
     items = data.RetrievalDataset(lines(world / "a.jsonl", row), world, 4, 28)
     pixels, index = items[0]   # the name lacks its extension
     frames, _ = stacked(data.sample_frames(world / "good.mp4", 4, "uniform"))
-    assert index == 0 and torch.equal(pixels, data.eval_pixels(frames, 28))
+    assert index == 0 and items.captions == ["one"] and torch.equal(pixels, data.eval_pixels(frames, 28))
+    with pytest.raises(UserError, match="a.jsonl: 1 of its videos are not under .*, the first is nowhere.mp4"):
+        data.RetrievalDataset(lines(world / "a.jsonl", *rows), world, 4, 28)
 
 
 def test_a_broken_retrieval_video_stops_also_in_a_worker_process(world):
