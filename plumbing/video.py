@@ -55,7 +55,7 @@ def open_video(path):
     with open_regular(path) as file:
         try:
             mp4.check_tables(file.at, os.fstat(file.fileno()).st_size)
-        except mp4.Damaged as e:
+        except ValueError as e:
             raise VideoError(path, f"damaged: {e}") from e
         video = Video(path, file)
         try:
