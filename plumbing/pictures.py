@@ -16,37 +16,36 @@ OURS.add_text("Software", "nanoBT")   # the mark by which contact_sheet knows it
 
 
 # ---------------------------------------------------------------------------------------------------- plots
-def plot(path, panels, width=900, height=360):
+def plot(path, panels, height=360):
     """Line plots as a PNG, one panel below another over the same x.
 
-    panels: [(title, {label: [(x, y), ...]})]. Empty series are left out. What lies above four times the
-    median of its panel is cut, else the first steps would flatten all others."""
-    image = Image.new("RGB", (width, height * len(panels)), "white")
+    panels: [(title, {label: [(x, y), ...]})]. What lies above four times the median of its panel is cut, else
+    the first steps would flatten all others."""
+    image = Image.new("RGB", (900, height * len(panels)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    everything = [point for _, series in panels for points in series.values() for point in points]
-    all_xs = [x for x, y in everything if math.isfinite(y)] or [0]
-    x0, x1 = min([0, *all_xs]), max(all_xs) or 1
+    points = [point for _, series in panels for points in series.values() for point in points]
+    xs = [0, *(x for x, y in points if math.isfinite(y))]
+    x0, x1 = min(xs), max(xs) or 1
     for row, (title, series) in enumerate(panels):
-        series = {label: points for label, points in series.items() if points}
-        left, right, top, bottom = 70, width - 20, row * height + 54, (row + 1) * height - 34
+        left, right, top, bottom = 70, 880, row * height + 54, (row + 1) * height - 34
         draw.text((left, top - 46), title, "black", ImageFont.load_default(16))
         draw.rectangle((left, top, right, bottom), outline="#888888")
+        series = {label: points for label, points in series.items() if points}
         ys = sorted(y for points in series.values() for _, y in points if math.isfinite(y))
         if not ys:
             continue
         y0, y1 = min(0, ys[0]), min(ys[-1], 4 * ys[len(ys) // 2]) if ys[len(ys) // 2] > 0 else ys[-1]
         y1 = y1 if y1 > y0 else y0 + 1
+        wide, high = (right - left) / (x1 - x0), (top - bottom) / (y1 - y0)   # pixels of a unit
         for tick in nice_ticks(x0, x1):
-            x, text = left + (tick - x0) / (x1 - x0) * (right - left), f"{tick:g}"
-            draw.text((x - draw.textlength(text, font) / 2, bottom + 6), text, "black", font)
+            draw.text((left + (tick - x0) * wide, bottom + 6), f"{tick:g}", "black", font, "ma")   # centred
         for tick in nice_ticks(y0, y1):
-            y, text = bottom - (tick - y0) / (y1 - y0) * (bottom - top), f"{tick:g}"
+            y = bottom + (tick - y0) * high
             draw.line((left, y, right, y), "#e4e4e4")
-            draw.text((left - 8 - draw.textlength(text, font), y - 9), text, "black", font)
+            draw.text((left - 8, y), f"{tick:g}", "black", font, "rm")   # ends left of the line
         label_x = left
         for colour, (label, points) in zip(COLOURS * 9, series.items()):
-            line = [(left + (x - x0) / (x1 - x0) * (right - left),
-                     bottom - (min(y, y1) - y0) / (y1 - y0) * (bottom - top))
+            line = [(left + (x - x0) * wide, bottom + (min(y, y1) - y0) * high)
                     for x, y in points if math.isfinite(y)]
             draw.line(line, colour, 2) if len(line) > 1 else draw.point(line, colour)
             draw.line((label_x, top - 14, label_x + 18, top - 14), colour, 3)
@@ -64,9 +63,8 @@ def nice_ticks(low, high):
 
 
 def bars(path, title, rows, unit=""):
-    """Horizontal bars from zero as a PNG, with a whisker from the lowest to the highest.
-
-    rows: [(label, value, lowest, highest)]."""
+    """Horizontal bars from zero as a PNG, with a whisker from the lowest to the highest. rows: [(label,
+    value, lowest, highest)]."""
     font, longest = ImageFont.load_default(15), max(high for *_, high in rows) or 1
     left = 30 + round(max(font.getlength(label) for label, *_ in rows))
     image = Image.new("RGB", (900, 70 + 34 * len(rows)), "white")
@@ -75,7 +73,7 @@ def bars(path, title, rows, unit=""):
     for i, (label, value, low, high) in enumerate(rows):
         top = 50 + 34 * i
         value_x, low_x, high_x = (left + (900 - 110 - left) * x / longest for x in (value, low, high))
-        draw.text((left - 10 - font.getlength(label), top + 3), label, "black", font)
+        draw.text((left - 10, top + 3), label, "black", font, "ra")   # ends left of the bar
         draw.rectangle((left, top, value_x, top + 24), "#1f77b4")
         if high > low:
             draw.line((low_x, top + 12, high_x, top + 12), "black", 2)
@@ -103,12 +101,13 @@ def boxed(picture):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)   # (180, 240, 3) -> (3, 180, 240)
 
 
-def contact_sheet(frames, times, path, width=THUMBNAIL, names=None):
-    """A PNG of all frames, each `width` pixels wide, with its time below, and its name if it has one.
+def contact_sheet(frames, times, path, names=None):
+    """A PNG of all frames, each THUMBNAIL wide, with its time below, and its name if it has one.
 
     frames: (T, 3, H, W) uint8; times: seconds. Raises UserError where another file is in the way."""
     replaceable(path, "PNG of this program", lambda start: b"Software\0nanoBT" in start)
-    height, font = max(1, round(width * frames.shape[2] / frames.shape[3])), ImageFont.load_default(14)
+    width, font = THUMBNAIL, ImageFont.load_default(14)
+    height = max(1, round(width * frames.shape[2] / frames.shape[3]))
     columns = math.ceil(math.sqrt(len(frames)))
     rows = math.ceil(len(frames) / columns)
     sheet = Image.new("RGB", (columns * (width + 4), rows * (height + 24)), "white")

@@ -562,11 +562,11 @@ def test_annotations_that_are_missing_or_not_text_are_user_errors(tmp_path):
 # ------------------------------------------------------------------------------------------------ to look at
 def test_contact_sheet_is_a_grid_of_all_frames(tmp_path, clips):
     frames, times = stacked(data.sample_frames(clips["h264 short gop"], 5, "uniform"))
-    contact_sheet(frames, times, tmp_path / "sheet.png", width=96)
+    contact_sheet(frames, times, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert sheet.shape == (2 * 88, 3 * 100, 3)   # 3 columns, 2 rows; 4 pixels of gap, 20 more for the time
-    assert number(torch.tensor(sheet[2:66, 102:198]).permute(2, 0, 1)) == number(frames[1])
-    assert (sheet[68:86, 2:60] < 100).any()      # the label
+    assert sheet.shape == (2 * 184, 3 * 244, 3)   # 3 columns, 2 rows; 4 pixels of gap, 20 more for the time
+    assert number(torch.tensor(sheet[2:162, 246:486]).permute(2, 0, 1)) == number(frames[1])
+    assert (sheet[164:182, 2:60] < 100).any()     # the label
     assert os.listdir(tmp_path) == ["sheet.png"]
 
 
