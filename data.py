@@ -43,7 +43,6 @@ def probe(path):
 
 def frames(path, times):
     """The pictures that a viewer sees at `times` (seconds, ascending, repeats welcome). Yields (t, picture).
-
     t: the time at which this frame really appears. picture: (3, H, W) uint8 RGB, upright, with square pixels.
 
     A frame stays until the next one: at t one sees the last frame that began at or before t; before the first
@@ -114,9 +113,8 @@ INDEX_RULES = {"seq": get_seq_frames, "test": uniform_sample_test, "train": unif
 def resize(frames, height, width):
     """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bilinear, no antialiasing, rounded, as OpenCV's
     INTER_LINEAR. OpenCV 5.0.0 computes in fixed point: of noise, one value in eight differs by 1."""
-    scaled = (F.interpolate(frame[None].float(), (height, width), mode="bilinear", align_corners=False)
-              for frame in frames)   # one by one: floats take four times the room
-    return torch.cat([frame.round().clamp(0, 255).byte() for frame in scaled])
+    return torch.cat([F.interpolate(frame[None].float(), (height, width), mode="bilinear").round().byte()
+                      for frame in frames])   # one by one: floats take four times the room
 
 
 def short_side(frames, short):

@@ -85,7 +85,6 @@ def open_regular(path):
 
 class ByteSource(io.FileIO):
     """A file for libav. Its .name is a number, so that the path cannot influence what the file is taken for.
-
     A hostile file makes libav seek to anywhere, or read the same bytes in a circle. So out of range is an
     answer here, and no progress for TIME_LIMIT seconds of work is an error."""
     def __init__(self, fd, path):
@@ -134,12 +133,10 @@ class ByteSource(io.FileIO):
 class Video:
     """The picture track of an open file. Times in here are ticks of its time base, as the file counts them.
 
-    Frames lean on others, from a keyframe on, and a file keeps them in the order of decoding. So a picture
-    costs what it takes to decode its way there, and everything below is about taking the shortest: look
-    first, at packets alone, which frame is on the screen and where the keyframe before it is; then decode
-    from there, without the frames that nothing leans on, and stop. What comes out is checked by its time
-    stamp. Where that fails (damage, or a container that is vague about time), `play` decodes everything in
-    order."""
+    Frames lean on others, from a keyframe on, and a file keeps them in the order of decoding. The shortest
+    way to a picture: see from packets alone which frame is on the screen and where the keyframe before it is;
+    decode from there, without the frames that nothing leans on; stop. What comes out is checked by its time
+    stamp. Where that fails (damage, or a container that is vague about time), `play` decodes everything."""
     def __init__(self, path, file):
         self.path, self.file, self.container = path, file, None
         self.reformatter = VideoReformatter()   # one for all frames: making it costs more than using it
@@ -181,12 +178,11 @@ class Video:
                 "format_whitelist": CONTAINERS, "protocol_whitelist": "none"}, options=LIMITS)
         except av.error.FFmpegError as e:
             raise VideoError(self.path, f"not a video, or cut off or damaged; known: {CONTAINERS}") from e
-        tracks = [s for s in self.container.streams.video if not s.disposition & s.disposition.attached_pic]
+        tracks = [s for s in self.container.streams.video if s.codec_context and s.time_base
+                  and not s.disposition & s.disposition.attached_pic]   # a cover
         if not tracks:
-            raise VideoError(self.path, "has no video track, only sound or a cover picture")
+            raise VideoError(self.path, "no video track that can be decoded; only sound or a cover?")
         self.stream, self.context, self.time_base = tracks[0], tracks[0].codec_context, tracks[0].time_base
-        if self.context is None or not self.time_base:
-            raise VideoError(self.path, "no decoder for its video track")
         if (width := self.context.width) * (height := self.context.height) > MAX_PIXELS:
             raise VideoError(self.path, f"frames of {width} x {height} are too large")
         # libav guesses wrong when frames are shown: in AVI with B-frames, which only counts packets; after a
@@ -220,14 +216,12 @@ class Video:
         return packet.dts if self.untimed or packet.pts is None else packet.pts
 
     def packets(self):
-        """The packets of the track from here on, in file order, up to damage that libav cannot pass.
-
-        An empty packet means "repeat the frame" in AVI, but "the end" to a decoder, so none is passed on."""
+        """The packets of the track from here on, in file order, up to damage that libav cannot pass. An empty
+        packet means "repeat the frame" in AVI, but "the end" to a decoder, so none is passed on."""
         # closing: PyAV leaks a packet otherwise. IndexError: its way to end where tracks turned up midway.
-        demuxed = self.container.demux(self.stream)
-        with contextlib.closing(demuxed), contextlib.suppress(IndexError):
+        with contextlib.closing(self.container.demux(self.stream)) as found, contextlib.suppress(IndexError):
             try:
-                for packet in demuxed:
+                for packet in found:
                     self.file.packet()
                     if packet.is_corrupt:
                         self.damage = self.damage or CUT
@@ -262,9 +256,8 @@ class Video:
         return decoded
 
     def decode(self, packets, wanted):
-        """Packets from a keyframe on -> frames, those at the ticks `wanted` among them, at the least cost.
-
-        The decoder leaves out what is neither wanted nor leaned on, and finishes after the last wanted."""
+        """Packets from a keyframe on -> frames, those at the ticks `wanted` among them, at the least cost:
+        the decoder leaves out what is neither wanted nor leaned on, and finishes after the last wanted."""
         left = set(wanted)
         for packet in packets:
             self.context.skip_frame = "DEFAULT" if self.when(packet) in wanted else "NONREF"
@@ -296,9 +289,9 @@ class Video:
         yield from [held] * len(ticks) if held is not None else ()
 
     def keyframe_before(self, tick):
-        """Where decoding can start to reach `tick` -> (place to seek to, tick of the keyframe there).
+        """Where decoding can start to reach `tick` -> (place to seek to, tick of the keyframe there). None:
+        at the beginning, also where what a file calls keyframes are none.
 
-        None: at the beginning, also where what a file calls keyframes are none.
         Seeking may land late (its times are those of decoding, not of showing) or on no keyframe at all
         (MPEG-TS), so the packet found is looked at, and the search steps further back until it is right."""
         back, second = 0, math.ceil(1 / self.time_base)
@@ -394,19 +387,17 @@ class Video:
         square = picture.shape[1:] == self.shown_size
         return picture if square else resize_bicubic(picture[None], *self.shown_size)[0]
 
-    def claimed_end(self):
-        """Tick at which the track ends, or else the longest track, as the file has it: a claim. Of a track
-        the length counts from its first packet, of a whole file from zero."""
+    def end(self):
+        """Tick at which the last frame stops being shown, from the last packets; none is decoded.
+
+        Where these are, the file claims: the length of the track, which counts from its first packet, or else
+        of the longest track, which counts from zero."""
         if self.stream.duration:
             begin = self.start if self.stream.start_time is None else self.stream.start_time
-            end = self.stream.duration + min(self.start, begin)
+            claimed = self.stream.duration + min(self.start, begin)
         else:
-            end = int((self.container.duration or 0) / av.time_base / self.time_base)
-        return max(self.start, min(end, self.tick(math.inf)))
-
-    def end(self):
-        """Tick at which the last frame stops being shown, from the last packets; none is decoded."""
-        self.go(self.keyframe_before(self.claimed_end()))
+            claimed = int((self.container.duration or 0) / av.time_base / self.time_base)
+        self.go(self.keyframe_before(max(self.start, min(claimed, self.tick(math.inf)))))
         last = max((p for p in self.packets() if not p.is_discard), key=self.when, default=None)
         if last is None:
             raise VideoError(self.path, "no readable frame in it")
@@ -430,9 +421,8 @@ def display_matrix(frame):
 
 
 def resize_bicubic(frames, height, width):
-    """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bicubic with antialiasing, as Pillow does it and
-    CLIP's preprocessing with it. Of the values one in two hundred differs by 1, and of noise one in ten
-    thousand by 2: the kernel's weights are coarser. Fast where the three values of a pixel lie side by side
-    in memory, as decoders write them."""
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bicubic with antialiasing, as in Pillow and CLIP's
+    preprocessing. Of the values one in two hundred differs by 1, and of noise one in ten thousand by 2: the
+    kernel's weights are coarser. Fast where the three values of a pixel lie side by side in memory."""
     frames = frames.contiguous(memory_format=torch.channels_last)
     return F.interpolate(frames, (height, width), mode="bicubic", antialias=True)
