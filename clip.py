@@ -241,7 +241,6 @@ class CLIP(nn.Module):
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 MAX_VOCABULARY = 16 << 20   # bytes; OpenAI's file has 3.2 million
 MAX_MERGES = 48_894         # OpenAI's file goes on after those that CLIP was trained with
-SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 
 
 class Tokenizer:
@@ -265,7 +264,7 @@ class Tokenizer:
                 raise ValueError(f"merge {len(self.merges) + 1} does not follow from those before it")
             self.merges[ids[left], ids[right]] = ids[left + right] = len(self.symbols)
             self.symbols.append(left + right)
-        self.symbols += [SOT, EOT]
+        self.symbols += ["<|startoftext|>", "<|endoftext|>"]
         self.vocab_size = len(self.symbols)
         self.sot, self.eot = self.vocab_size - 2, self.vocab_size - 1
         self.cache = {}   # word: ids
@@ -420,7 +419,6 @@ OPENAI = {   # parts of OpenAI's names -> Hugging Face's, replaced in this order
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "ln_final": "text_model.final_layer_norm",
     "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}   # transposed
-OPENAI_SCALARS = "input_resolution", "context_length", "vocab_size"   # which the tensors' shapes say as well
 
 
 def from_openai(tensors):
@@ -433,6 +431,6 @@ def from_openai(tensors):
             name = name.replace(old, new)
         if ".in_proj_" in name:   # q, k and v in one
             renamed |= {name.replace(".in_proj_", f".{x}_proj."): t for x, t in zip("qkv", tensor.chunk(3))}
-        elif name not in OPENAI_SCALARS:
+        elif name not in ("input_resolution", "context_length", "vocab_size"):   # as the shapes say
             renamed[name] = tensor
     return renamed

@@ -48,12 +48,10 @@ class LLaMAConfig:
         for name in "vocab_size width layers heads kv_heads mlp head_dim context_length".split():
             if type(size := getattr(self, name)) is not int or not 0 < size < 1 << 24:   # beyond any model
                 raise ValueError(f"{name} is {shown(size)}: no such model")
-        if self.heads % self.kv_heads or self.head_dim % 2:   # rotary positions turn pairs
-            raise ValueError(f"{self.heads} heads of {self.head_dim}, {self.kv_heads} KV heads: no model")
-        frequencies = rope_frequencies(self, "cpu")
-        if not (0 < self.norm_eps < 1 and 0 < frequencies.min() and frequencies.max() < math.inf):
-            raise ValueError(f"no model has norm_eps {self.norm_eps}, rope_theta {self.rope_theta}, "
-                             f"rope_scaling {shown(self.rope_scaling)}")
+        frequencies = rope_frequencies(self, "cpu")   # rotary positions turn pairs: head_dim is even
+        if self.heads % self.kv_heads or self.head_dim % 2 or not (
+                0 < self.norm_eps < 1 and 0 < frequencies.min() and frequencies.max() < math.inf):
+            raise ValueError(f"no such model: {shown(vars(self), 400)}")
 
 
 # ---------------------------------------------------------------------------------------- rotary positions
@@ -357,13 +355,12 @@ def load_tokenizer(path):
     if not os.path.exists(path) and os.path.exists(os.path.join(os.path.dirname(path), "tokenizer.json")):
         raise UserError(f"{path}: missing; put the release's original one there (tokenizer.json is not read)")
     buffer = map_file(path)
-    if len(buffer) > 32 << 20:   # that of LLaMA 3 has 2 MB
-        raise UserError(f"{path}: {len(buffer):,} bytes; no tokenizer is that large")
-    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", buffer[:4096]):
+    start = buffer[:4096] if len(buffer) < 32 << 20 else b""   # that of LLaMA 3 has 2 MB
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", start):
         return TiktokenTokenizer(path)
-    if buffer[:1] == b"\n":   # a protobuf whose field 1, the pieces, comes first
+    if start[:1] == b"\n":   # a protobuf whose field 1, the pieces, comes first
         return SentencePieceTokenizer(path)
-    raise UserError(f"{path}: neither a sentencepiece model nor byte-pair ranks (is the download complete?)")
+    raise UserError(f"{path}: neither a sentencepiece model nor byte-pair ranks; download it again")
 
 
 def tokenizer_path(folder):
@@ -402,7 +399,7 @@ def load_llama(folder):
         strange = [name for name in tensors if not name.startswith(("model.", "lm_head."))]
         raise UserError(f"{description}: not a LLaMA (no {shown(e)}); {likely_reason(strange)}")
     except DAMAGE as e:
-        raise UserError(f"{description}: {shown(e, longest=300)}")
+        raise UserError(f"{description}: {shown(e, longest=450)}")
     layers = len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")})
     if layers != config.layers:   # before anything is built: a description can claim a million
         raise UserError(f"{folder}: described as {config.layers:,} layers, but its weights have {layers:,}; "

@@ -31,7 +31,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Bytes of a header, a pickle, a zip's directory or a JSON file, at most: a byte can ask for an object of 90.
 # A LLaMA of 70B needs 0.1 MB, the log in a checkpoint of mmengine about 1.
 MAX_HEADER = 4 << 20
-MAX_NAMES = 100_000
 DAMAGE = (   # what reading a file raises that is not what it claims
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError, struct.error,
     zipfile.BadZipFile, pickle.UnpicklingError)
@@ -267,7 +266,7 @@ def read_zip_pickle(buffer):
     if isinstance(content, Record) and isinstance(content.get("state_dict"), Record):
         content = content["state_dict"]   # a checkpoint has more beside it
     for visits, (name, value) in enumerate(named_values(content)):
-        if visits > MAX_NAMES or len(name) > 1000:   # a dict that holds another twice, which holds ...
+        if visits > 100_000 or len(name) > 1000:   # a dict that holds another twice, which holds ...
             raise ValueError("it is nested too deeply")
         if isinstance(value, Described):
             tensors[name] = make_tensor(value, buffer, entries)

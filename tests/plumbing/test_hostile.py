@@ -491,7 +491,7 @@ TOKENIZERS = {
     "a rank of 10^5000": (RANKS + b"YWI= 1" + b"0" * 5000 + b"\n", "damaged"),
     "a rank below 0": (RANKS + b"YWI= -1\n", "not 0"), "a word twice": (RANKS + b"QQ== 256\n", "not 0"),
     "a rank twice": (RANKS + b"YWI= 3\n", "not 0"), "three columns": (RANKS + b"YWI= 256 7\n", "damaged"),
-    "33 MB": (RANKS + b"A" * (33 << 20), "no tokenizer is that large"),
+    "33 MB": (RANKS + b"A" * (33 << 20), "neither a sentencepiece model"),
     "more words than the model": (
         RANKS + b"".join(base64.b64encode(b"%04d" % i) + b" %d\n" % (256 + i) for i in range(300)),
         "belong together"),
