@@ -117,8 +117,8 @@ def said_later():
 
 @contextlib.contextmanager
 def decoding(path, num_frames, rule, size):
-    """Decodes a video in a thread, since libav lets others run meanwhile. Yields a future of its pixels (T,
-    3, size, size) uint8, small pictures (T, 3, h, w) uint8, and T times; it may raise VideoError.
+    """Decodes a video in a thread, since libav lets others run meanwhile. Yields a future of its pixels
+    (T, 3, size, size) uint8, small pictures (T, 3, h, w) uint8, and T times; it may raise VideoError.
 
     To leave the block early, with an error or Ctrl-C, takes until the next frame, not until the last."""
     left = threading.Event()
@@ -511,6 +511,7 @@ def main(cfg):
     if cfg.json and cfg.question is None and sys.stdin.isatty():
         raise UserError("--json: is for -q and piped questions; in a conversation, /save FILE writes JSON")
     sys.stdout.reconfigure(errors="replace")   # for what a terminal's encoding lacks
+    warnings.simplefilter("always", video.DamagedVideo)   # each time that one is opened
     session = begin(cfg)
     if cfg.question is not None:
         return answer_line(session, cfg.question)

@@ -81,7 +81,9 @@ def run(main, Config, **flags):
     folder, name = os.path.split(sys.argv[0])
     name = os.path.basename(folder) if name == "__main__.py" else name   # of `python -m toy`
     warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"   # no line of source code
-    sys.stderr = sys.stderr or open(os.devnull, "w")   # closed: print would take standard output instead
+    for stream, way in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:   # closed
+            setattr(sys, stream, open(os.devnull, way))
     sys.stdout.reconfigure(errors="backslashreplace")   # names of files need not be UTF-8
     try:
         main(parse(Config, **flags))

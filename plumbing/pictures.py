@@ -89,10 +89,12 @@ def image_of(picture):
 
 
 def thumbnail(picture):
-    """(3, H, W) uint8 -> the same, at most THUMBNAIL pixels wide."""
+    """(3, H, W) uint8 -> the same, at most THUMBNAIL pixels wide and high."""
     height, width = picture.shape[1:]
-    small = max(1, height * THUMBNAIL // width)
-    return picture if width <= THUMBNAIL else resize_bicubic(picture[None], small, THUMBNAIL)[0]
+    share = THUMBNAIL / max(height, width)
+    if share >= 1:
+        return picture
+    return resize_bicubic(picture[None], max(1, int(height * share)), max(1, int(width * share)))[0]
 
 
 def boxed(picture):
