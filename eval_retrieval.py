@@ -140,8 +140,8 @@ def report(features, about):
 # ------------------------------------------------------------------------------------- test sets, as released
 class EvaluationSet(Dataset):
     """A data set as its released evaluation sees it. Item i -> (pixels (T, 3, H, W) uint8, i). A broken video
-    raises VideoError, or gives it with --skip_broken. A folder named as the video, without
-    extension, holds its frames as JPEG files, in the order of their names.
+    raises VideoError, or gives it with --skip_broken. A folder named as the video, without extension, holds
+    its frames as JPEG files, numbered from 1; for one that is missing comes the next.
 
     videos: the name of each item's video. texts: the caption of each item or, to recognise, the names of the
     classes; then labels has the class of each item. Raises UserError for files that do not fit, for a set of
@@ -175,9 +175,9 @@ class EvaluationSet(Dataset):
     def __getitem__(self, i):
         path, s = self.locate(self.videos[i]), self.setting
         if os.path.isdir(path):
-            files = sorted(pathlib.Path(path).glob("*.jpg"))
-            numbers = data.INDEX_RULES[s.rule](len(files), s.num_frames)
-            pictures = (data.read_picture(files[k]) for k in numbers)
+            files = {int(file.stem): file for file in pathlib.Path(path).glob("*.jpg")}   # from 000001.jpg on
+            numbers = data.INDEX_RULES[s.rule](max(files), s.num_frames)
+            pictures = (data.read_picture(files[min(n for n in files if n > k)]) for k in numbers)
         else:
             pictures = (picture for _, picture in data.sample_frames(path, s.num_frames, s.rule))
         short = s.short * self.image_size // 224

@@ -96,6 +96,8 @@ def complete(cfg):
     if cfg.recipe == "toy" and not os.path.exists(cfg.annotations):
         raise UserError(f"{cfg.annotations}: not there; `python -m toy render` makes it")
     cli.at_least(cfg, batch_size=2, together=1, save_every=1, log_every=1, workers=0)
+    if not 0 <= cfg.mask_ratio < 1:
+        raise UserError(f"--mask_ratio {cfg.mask_ratio}: needed is a share from 0 to less than 1")
     return cfg
 
 
@@ -137,7 +139,8 @@ def main(cfg):
     device, first = here.device, here.rank == 0
     auto = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     dtype = PRECISIONS[auto if cfg.precision == "auto" else cfg.precision]
-    if cfg.batch_size % math.lcm(here.size, cfg.together):
+    multiple = math.lcm(here.size, cfg.together)
+    if cfg.batch_size % multiple:
         raise UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes and of "
                         f"{cfg.together} together")
     cli.make_folder(cfg.out)
@@ -209,8 +212,10 @@ def main(cfg):
                 optimizer.zero_grad()
                 scaler.scale(weighted(cfg, vtc, mbca, mbta)).backward()
             except torch.OutOfMemoryError as e:
-                raise UserError(f"out of memory with {count} clips on a GPU: take --checkpointed, more GPUs "
-                                "or a smaller --batch_size, which contrasts with fewer negatives") from e
+                half = max(multiple, cfg.batch_size // 2 // multiple * multiple)
+                raise UserError(f"out of memory with {count} clips on a GPU: take --checkpointed, more GPUs, or "
+                                f"--batch_size {half}; but fewer clips contrast with fewer negatives, which is "
+                                "another recipe") from e
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip_norm).item()
             shares = training.gather_numbers(here, vtc.item(), mbca.item(), mbta.item())
