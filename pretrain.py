@@ -213,8 +213,8 @@ def main(cfg):
                 scaler.scale(weighted(cfg, vtc, mbca, mbta)).backward()
             except torch.OutOfMemoryError as e:
                 half = max(multiple, cfg.batch_size // 2 // multiple * multiple)
-                raise UserError(f"out of memory with {count} clips on a GPU: take --checkpointed, more GPUs, or "
-                                f"--batch_size {half}; but fewer clips contrast with fewer negatives, which is "
+                raise UserError(f"out of memory with {count} clips a GPU: take --checkpointed, more GPUs or "
+                                f"--batch_size {half}; fewer clips contrast with fewer negatives, which is "
                                 "another recipe") from e
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip_norm).item()
