@@ -372,6 +372,8 @@ def tokenizer_path(folder):
 # ---------------------------------------------------------------------------------------- weights
 EXTRA = "model.mm_projector.", "mm_projector.", "model.vision_tower."   # what LLaVA stores beside its LLaMA
 OLD = ".rotary_emb.inv_freq"                                            # in older files; recomputed
+NOT_LLAMA = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",   # of models
+             "no_rope_layers", "partial_rotary_factor")   # that name tensors alike and compute otherwise
 HF_CONFIG = {   # field of LLaMAConfig: key of config.json
     "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "mlp": "intermediate_size", "norm_eps": "rms_norm_eps", "kv_heads": "num_key_value_heads",
@@ -425,6 +427,8 @@ def hf_config(stated, tensors):
         raise ValueError(f"its hidden_act is {stated['hidden_act']!r}, not 'silu'")
     if stated.get("sliding_window") and stated.get("use_sliding_window", True):   # as a Mistral's
         raise ValueError(f"its attention sees {stated['sliding_window']} tokens back, a LLaMA's all")
+    if other := [key for key in NOT_LLAMA if stated.get(key) not in (None, 1, [])]:
+        raise ValueError(f"its {other[0]} is {stated[other[0]]!r}; a LLaMA has no such thing")
     rope = dict(stated.get("rope_parameters") or stated.get("rope_scaling") or {})   # transformers 5 or older
     theta = rope.pop("rope_theta", stated.get("rope_theta", 1e4))
     stated = {"rms_norm_eps": 1e-6, **stated, "rope_theta": theta, "rope_scaling": rope or None}
