@@ -372,8 +372,9 @@ def tokenizer_path(folder):
 # ---------------------------------------------------------------------------------------- weights
 EXTRA = "model.mm_projector.", "mm_projector.", "model.vision_tower."   # what LLaVA stores beside its LLaMA
 OLD = ".rotary_emb.inv_freq"                                            # in older files; recomputed
-NOT_LLAMA = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",   # of models
-             "no_rope_layers", "partial_rotary_factor")   # that name tensors alike and compute otherwise
+NOT_LLAMA = (   # of models that name their tensors alike and compute otherwise
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "no_rope_layers",
+    "partial_rotary_factor")
 HF_CONFIG = {   # field of LLaMAConfig: key of config.json
     "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "mlp": "intermediate_size", "norm_eps": "rms_norm_eps", "kv_heads": "num_key_value_heads",

@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 
-import torch
 import torch.nn.functional as F
 
 from plumbing.cli import say
