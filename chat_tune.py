@@ -230,8 +230,7 @@ def main(cfg):
             log.add(step=step, **exact_answers(cfg, chat, questions, device))
         if cfg.stage == "video":
             path = os.path.join(cfg.out, "chat.bin")
-            print(f"{path}: talk with it by `python chat.py --weights {os.path.dirname(cfg.clip)} "
-                  f"--chat {path}`")
+            print(f"{path}: `python chat.py --chat {path}` talks with it")
     if here.size > 1:
         dist.destroy_process_group()
 

@@ -257,8 +257,8 @@ def main(cfg):
             raise SystemExit(143)
     if first:
         path = os.path.join(cfg.out, "branch.pth")
-        print(f"{path}: talk with it by `python chat.py --weights {os.path.dirname(cfg.clip)} "
-              f"--branch {path}`")
+        print(f"{path}: `python chat_tune.py --stage video --branch {path}` teaches it to answer; "
+              f"`python chat.py --branch {path}` talks with it as it is")
     if here.size > 1:
         dist.destroy_process_group()
 

@@ -169,8 +169,7 @@ def test_the_stage_video_alone_is_tuned_in_the_toy_world(world, tmp_path, monkey
     chat_tune.main(chat_tune.Config("video", workers=0, device="cpu"))
     answers, path = capsys.readouterr().out.splitlines()
     assert answers.startswith("video, branch tokens: temporal questions ")
-    assert path == ("out/chat/chat.bin: talk with it by `python chat.py --weights weights/tiny "
-                    "--chat out/chat/chat.bin`")
+    assert path == "out/chat/chat.bin: `python chat.py --chat out/chat/chat.bin` talks with it"
     with pytest.raises(UserError, match="--clip, --llm, --annotations, --root: needed"):
         chat_tune.main(chat_tune.Config("projector"))
 

@@ -396,8 +396,7 @@ def test_without_a_flag_the_toy_world_is_learned(world, tmp_path, monkeypatch, c
     pretrain.main(pretrain.Config(workers=0, device="cpu"))
     found, path = capsys.readouterr().out.splitlines()
     assert found.startswith("R@1 branch ") and found.endswith(" %, twins mean-pooled CLIP 50.0 %")
-    assert path == ("out/branch/branch.pth: talk with it by `python chat.py --weights weights/tiny "
-                    "--branch out/branch/branch.pth`")
+    assert path.startswith("out/branch/branch.pth: ") and "chat.py --branch out/branch/branch.pth`" in path
 
 
 def test_the_recipe_sets_each_group_of_learning_rates(world, tmp_path):
