@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import math
 import os
+import signal
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ class Config:
     batch_size: int | None = None    # conversations a step, over all processes
     lr: float | None = None          # peak; linear up over 3 % of the run, then half a cosine
     clip_norm: float = 1.0           # of the gradient
-    epochs: int = 3                  # passes over the data
+    epochs: int | None = None        # passes over the data
     steps: int | None = None         # steps in all, instead of epochs
     eval_annotations: str | None = None   # questions with exact answers, under the same --root
     eval_only: bool = False          # no training, only the questions: the zero-shot setting
@@ -60,8 +61,8 @@ class Config:
     amp: bool = True                 # half precision on a GPU
 
 
-RELEASED = {"tokens": "branch", "branch": "", "num_frames": 100, "batch_size": 8, "lr": 2e-5, "steps": 0,
-            "eval_annotations": ""}
+RELEASED = {"tokens": "branch", "branch": "", "num_frames": 100, "batch_size": 8, "lr": 2e-5, "epochs": 3,
+            "steps": 0, "eval_annotations": ""}
 PICTURES = RELEASED | {"tokens": "mean", "num_frames": 1}
 PROJECTOR = ("video_tokens.mm_projector", "start_end")
 STAGES = {   # learned: beginnings of names. The gates stay as pretraining left them, as in the released run
@@ -78,6 +79,8 @@ def complete(cfg):
     """A Config with its stage's settings in the place of None. Raises UserError."""
     cli.one_of(cfg, stage=STAGES)
     toy = cfg.stage == "video" and not cfg.annotations
+    if cfg.epochs is not None and cfg.steps is None:
+        cfg = dataclasses.replace(cfg, steps=0)   # else the table's steps would count
     cfg = cli.fill(cfg, STAGES[cfg.stage] | (TOY if toy else {}))
     if toy and not os.path.exists(cfg.annotations):
         raise UserError(f"{cfg.annotations}: not there; `python -m toy render` makes it")
@@ -86,7 +89,8 @@ def complete(cfg):
         raise UserError(f"--tokens {cfg.tokens} needs --branch FILE")
     if cfg.eval_only and not cfg.eval_annotations:
         raise UserError("--eval_only needs --eval_annotations")
-    cli.at_least(cfg, batch_size=1, save_every=1, log_every=1)
+    cli.at_least(cfg, batch_size=1, num_frames=1, steps=0, epochs=1, lr=0, clip_norm=0, drop_path=0, seed=0,
+                 workers=0, save_every=1, log_every=1)
     return cfg
 
 
@@ -224,6 +228,7 @@ def main(cfg):
             training.save_run(cfg, trained, optimizer, scaler, step, skipped)
         if stop:
             raise SystemExit(143)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)   # all is saved but the result
     if first:
         save_result(cfg, chat)
         if questions:

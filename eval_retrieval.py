@@ -72,10 +72,10 @@ def main(cfg):
     cli.at_least(cfg, batch_size=1)
     cli.one_of(cfg, dataset=SETTINGS)
     if cfg.from_:
-        about = weightfile.read_metadata(cfg.from_)
-        if about.get("dataset") not in SETTINGS:
+        features, about = weightfile.read_file(cfg.from_), weightfile.read_metadata(cfg.from_)
+        if about.get("dataset") not in SETTINGS or not {"mean", "branch", "text", "right"} <= features.keys():
             raise UserError(f"{cfg.from_}: not a file that --save wrote")
-        return report(weightfile.read_file(cfg.from_), about)
+        return report(features, about)
     if not cfg.annotations:
         root = cfg.root or "out/shapes"
         cfg = dataclasses.replace(cfg, root=root, annotations=os.path.join(root, "test_captions.jsonl"))
@@ -175,9 +175,7 @@ class EvaluationSet(Dataset):
     def __getitem__(self, i):
         path, s = self.locate(self.videos[i]), self.setting
         if os.path.isdir(path):
-            files = {int(file.stem): file for file in pathlib.Path(path).glob("*.jpg")}   # from 000001.jpg on
-            numbers = data.INDEX_RULES[s.rule](max(files), s.num_frames)
-            pictures = (data.read_picture(files[min(n for n in files if n > k)]) for k in numbers)
+            pictures = folder_pictures(path, s.num_frames, s.rule)
         else:
             pictures = (picture for _, picture in data.sample_frames(path, s.num_frames, s.rule))
         short = s.short * self.image_size // 224
@@ -187,6 +185,16 @@ class EvaluationSet(Dataset):
             if self.skip:
                 return e
             raise
+
+
+def folder_pictures(folder, num_frames, rule):
+    """Yields pictures of 000001.jpg, 000002.jpg, ... by a rule of frame numbers; for one that is missing
+    comes the next. Raises VideoError."""
+    files = {int(file.stem): file for file in pathlib.Path(folder).glob("*.jpg") if file.stem.isdecimal()}
+    if not files:
+        raise data.VideoError(folder, "has no frames 000001.jpg, 000002.jpg, ...")
+    for k in data.INDEX_RULES["test" if rule == "uniform" else rule](max(files), num_frames):
+        yield data.read_picture(files[min(n for n in files if n > k)])
 
 
 def read_pairs(path, joined=False):

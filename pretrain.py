@@ -57,7 +57,7 @@ class Config:
     lr: float | None = None          # base, for what the recipe gives no factor
     weight_decay: float = 0.05       # on everything, as in the released run
     clip_norm: float = 5.0           # of the gradient of all parameters together
-    epochs: int = 1                  # passes over the data
+    epochs: int | None = None        # passes over the data
     steps: int | None = None         # steps in all, instead of epochs
     anneal: bool | None = None       # lower the learning rate to zero (as released: to 97 % of its peak)
     # run
@@ -73,7 +73,7 @@ class Config:
 
 # docs/paper-vs-code.md says why paper and code differ. factors: of the learning rate, by a part of a name
 RELEASED = {"mbca_weight": 0.1, "mbta_weight": 0.8, "min_area": 0.08, "text_length": 64, "together": 1,
-            "batch_size": 416, "lr": 2e-6, "steps": 0, "anneal": False, "eval_annotations": "",
+            "batch_size": 416, "lr": 2e-6, "epochs": 1, "steps": 0, "anneal": False, "eval_annotations": "",
             "eval_every": 0,
             "factors": {"btadapter_T_layers": 100, "balance": 100, "btadapter": 10, "extra_proj": 10}}
 RECIPES = {
@@ -92,12 +92,16 @@ def complete(cfg):
     """A Config with its recipe's settings in the place of None. Raises UserError."""
     cfg = dataclasses.replace(cfg, recipe=cfg.recipe or ("released" if cfg.annotations else "toy"))
     cli.one_of(cfg, recipe=RECIPES, precision=["auto", *PRECISIONS])
+    if cfg.epochs is not None and cfg.steps is None:
+        cfg = dataclasses.replace(cfg, steps=0)   # else the recipe's steps would count
     cfg = cli.fill(cfg, RECIPES[cfg.recipe])
     if cfg.recipe == "toy" and not os.path.exists(cfg.annotations):
         raise UserError(f"{cfg.annotations}: not there; `python -m toy render` makes it")
-    cli.at_least(cfg, batch_size=2, together=1, save_every=1, log_every=1, workers=0)
-    if not 0 <= cfg.mask_ratio < 1:
-        raise UserError(f"--mask_ratio {cfg.mask_ratio}: needed is a share from 0 to less than 1")
+    cli.at_least(cfg, batch_size=2, together=1, depth=2, num_frames=1, text_length=2, steps=0, epochs=1, lr=0,
+                 clip_norm=0, weight_decay=0, mbca_weight=0, mbta_weight=0, mask_ratio=0, drop_path=0, seed=0,
+                 workers=0, eval_every=0, save_every=1, log_every=1)
+    if cfg.mask_ratio >= 1 or cfg.drop_path >= 1:
+        raise UserError(f"--mask_ratio {cfg.mask_ratio}, --drop_path {cfg.drop_path}: must be less than 1")
     return cfg
 
 
@@ -117,13 +121,13 @@ def weighted(cfg, vtc, mbca, mbta):
 
 
 def evaluate(cfg, model, tokenizer, watched, here, dtype):
-    """-> {"R@1 branch", "R@1 mean-pooled CLIP": percent}; where lines come as twins, also twin accuracy."""
+    """-> {"R@1 branch", "R@1 mean-pooled CLIP": percent}; in the toy world also twin accuracy."""
     branch, mean, text = encode_pairs(model.encoder, tokenizer, watched, here.device, workers=cfg.workers,
                                       amp=dtype == torch.float16)
     found = {}
     for name, video in zip(NAMES, (mean, branch)):
         found[f"R@1 {name}"] = round(retrieval_metrics(text @ video.T)["R@1"], 2)
-        if cfg.together == 2:
+        if cfg.recipe == "toy":
             found[f"twins {name}"] = round(100 * twin_accuracy(video, text).mean().item(), 2)
     return found
 
@@ -160,9 +164,13 @@ def main(cfg):
     watched = cfg.eval_annotations and data.RetrievalDataset(cfg.eval_annotations, cfg.root, cfg.num_frames,
                                                              size)
     # ----------------------------------------------------------------------------------------------- model
-    assert cfg.depth <= clip.config.vision_layers, f"depth {cfg.depth}; CLIP has {clip.config.vision_layers}"
+    if cfg.depth > clip.config.vision_layers:
+        raise UserError(f"--depth {cfg.depth}: this CLIP has {clip.config.vision_layers} layers")
     branch = Branch.beside(clip, cfg.depth, gated=cfg.gated, drop_path=cfg.drop_path,
                            checkpointed=cfg.checkpointed)
+    positions = len(branch.btadapter_time_embed.weight)
+    if cfg.num_frames > positions:
+        raise UserError(f"--num_frames {cfg.num_frames}: the branch has {positions} time positions")
     clip.to(dtype)
     clip.vision_model.post_layernorm.float()   # the gradient passes the image tower's last two steps
     clip.visual_projection.float()
@@ -211,25 +219,25 @@ def main(cfg):
                 vtc, mbca = vtc_loss(video, text), mbca_loss(patches, text)
                 optimizer.zero_grad()
                 scaler.scale(weighted(cfg, vtc, mbca, mbta)).backward()
+                scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip_norm).item()
+                shares = training.gather_numbers(here, vtc.item(), mbca.item(), mbta.item())
+                vtc, mbca, mbta = shares.mean(0).tolist()
+                loss = weighted(cfg, vtc, mbca, mbta)
+                if not math.isfinite(loss) or not math.isfinite(norm) and not scaler.is_enabled():
+                    videos = ", ".join(dataset.row(i)[0] for i in batch["index"])
+                    raise UserError(f"step {step}: the loss is {loss}, the gradient {norm}; videos: {videos}"
+                                    f"; {cfg.out}/last.pth is as it was")
+                lr = cfg.lr * lr_share(step, epoch_steps, steps, cfg.anneal)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["factor"]
+                scaler.step(optimizer)   # passes a step by whose gradient is beyond fp16
+                scaler.update()
             except torch.OutOfMemoryError as e:
-                half = max(multiple, cfg.batch_size // 2 // multiple * multiple)
-                raise UserError(f"out of memory with {count} clips a GPU: take --checkpointed, more GPUs or "
-                                f"--batch_size {half}; fewer clips contrast with fewer negatives, which is "
-                                "another recipe") from e
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip_norm).item()
-            shares = training.gather_numbers(here, vtc.item(), mbca.item(), mbta.item())
-            vtc, mbca, mbta = shares.mean(0).tolist()
-            loss = weighted(cfg, vtc, mbca, mbta)
-            if not math.isfinite(loss) or not math.isfinite(norm) and not scaler.is_enabled():
-                videos = ", ".join(dataset.row(i)[0] for i in batch["index"])
-                raise UserError(f"step {step}: the loss is {loss}, the gradient {norm}; videos: {videos}; "
-                                f"{cfg.out}/last.pth is as it was")
-            lr = cfg.lr * lr_share(step, epoch_steps, steps, cfg.anneal)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["factor"]
-            scaler.step(optimizer)   # passes a step by whose gradient is beyond fp16
-            scaler.update()
+                half = cfg.batch_size // 2 // multiple * multiple
+                fewer = f", or --batch_size {half}: fewer negatives, so another recipe" if half > 1 else ""
+                raise UserError(f"out of memory with {count} clips a GPU: take --checkpointed or more GPUs"
+                                f"{fewer}") from e
         step += 1
         # ------------------------------------------------------------------------------------ log and save
         if first and enough and (step % cfg.log_every == 0 or step == steps):

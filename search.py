@@ -111,6 +111,8 @@ def look(path, store, weights, seconds, nothing):
 def pixels_of(group, image_size):
     """(Video, first window, end) -> (n, T, 3, H, W) uint8, or why there are none."""
     video, first, end = group
+    if video.error:   # found in an earlier group
+        return video.error
     span = first * video.duration / video.windows, end * video.duration / video.windows
     try:
         frames = data.sample_frames(video.path, (end - first) * NUM_FRAMES, "uniform", window=span)

@@ -54,7 +54,10 @@ def gather_numbers(here, *numbers):
     given = torch.tensor(numbers, device=here.device)
     rows = [given.clone() for _ in range(here.size)]
     if here.size > 1:
-        dist.all_gather(rows, given)
+        try:
+            dist.all_gather(rows, given)
+        except RuntimeError as e:
+            raise UserError(f"another process has stopped and says why ({str(e).splitlines()[0]})") from e
     return torch.stack(rows).cpu()
 
 
@@ -163,6 +166,8 @@ def resume(cfg, here, trained, optimizer, scaler):
     path, step, skipped = os.path.join(cfg.out, "last.pth"), 0, 0
     if os.path.exists(path):
         saved = load_checkpoint(path)
+        if not isinstance(saved, dict) or not {"config", "optimizer"} <= saved.keys():
+            raise UserError(f"{path}: not a checkpoint of this script; choose another --out")
         for key, value in dataclasses.asdict(cfg).items():
             if key not in FREE and saved["config"].get(key) != value:
                 raise UserError(f"{path}: was made with --{key} {saved['config'].get(key)}, not {value}; "
@@ -183,19 +188,25 @@ class Log:
     def __init__(self, folder, start):
         self.path, self.rows = os.path.join(folder, "log.jsonl"), []
         for name in os.listdir(folder):
-            if re.search(r"\.\d+\.tmp$", name):
+            if re.fullmatch(r".+\.(pth|bin|png|jsonl)\.\d+\.tmp", name):
                 os.remove(os.path.join(folder, name))
         if start and os.path.exists(self.path):
-            with open(self.path) as f:
-                rows = [json.loads(line) for line in f if line.endswith("\n")]   # a kill leaves half a line
-            self.rows = [row for row in rows if row["step"] <= start]
+            try:
+                with open(self.path) as f:
+                    rows = [json.loads(line) for line in f if line.endswith("\n")]   # a kill cuts one
+                self.rows = [row for row in rows if row["step"] <= start]
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                raise UserError(f"{self.path}: not a log of this program ({type(e).__name__}); move it away")
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomic(self.path, lambda f: f.write(lines.encode()))
 
     def add(self, **row):
         self.rows.append(row)
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot write: {e.strerror}")
 
     def column(self, name):
         """[(step, value)] of the rows that have `name`."""

@@ -310,7 +310,7 @@ def test_out_of_memory_says_what_fits(world, tmp_path, monkeypatch):
     def full(video, text):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(pretrain, "vtc_loss", full)
-    with pytest.raises(UserError, match="6 clips a GPU: take --checkpointed, more GPUs or --batch_size 2"):
+    with pytest.raises(UserError, match="6 clips a GPU: take --checkpointed or more GPUs, or --batch_size 2"):
         pretrain.main(pretraining(world, tmp_path, batch_size=6))
 
 
