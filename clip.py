@@ -380,7 +380,7 @@ def build_clip(config, tensors, source):
     """What read_clip gave -> CLIP in eval mode that asks for no gradients; it adopts the tensors as they are.
 
     Raises UserError, naming `source`, where they do not fit."""
-    with torch.device("meta"):
+    with weightfile.shapes_only():
         clip = CLIP(config).requires_grad_(False)
     return weightfile.load_into(clip, tensors, source).eval()
 

@@ -23,7 +23,8 @@ from torch import nn
 
 from plumbing.cli import UserError, make_folder, write_atomic
 from plumbing.weightfile import (
-    DAMAGE, likely_reason, load_into, map_file, read_file, read_json, read_tensors, shown, write_safetensors)
+    DAMAGE, likely_reason, load_into, map_file, read_file, read_json, read_tensors, shapes_only, shown,
+    write_safetensors)
 
 
 @dataclass
@@ -413,7 +414,7 @@ def load_llama(folder):
                         "weights; they do not belong together")
     if config.tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    with torch.device("meta"):
+    with shapes_only():
         model = LLaMA(config)
     load_into(model, tensors, folder)
     model.tie()

@@ -586,7 +586,7 @@ def load_branch(path, clip, skip_last=0, drop_path=0.0):
     positions = max(1, len(tensors.get("btadapter_time_embed.weight", ())))
     # where the last layer is left out, the others keep their rate of stochastic depth
     rate = drop_path * max(0, used - 1) / max(1, used + skip_last - 1)
-    with torch.device("meta"):
+    with weightfile.shapes_only():
         branch = Branch(c.vision_width, c.vision_heads, c.vision_mlp, used, gated, positions, rate)
     unused = re.compile(rf"btadapter_([ST]_layers\.{used}\.|pos_embed$)")   # the latter: of the predecessor
     wanted = {name: t.float() for name, t in tensors.items()

@@ -9,6 +9,7 @@ asks for is refused. Tensors are views into a private memory map: a file costs m
 A file may be hostile. What it claims is checked against what it has before memory is taken for it. Names from
 it are shown without control characters. Only regular files are opened: a pipe would wait for ever.
 """
+import contextlib
 import io
 import json
 import math
@@ -22,6 +23,7 @@ import zipfile
 from collections import namedtuple
 
 import torch
+import torch.overrides
 
 from plumbing.cli import UserError, write_atomic
 
@@ -345,6 +347,21 @@ def likely_reason(unexpected, misfits=()):
     if misfits:
         return "is it a model of another size, or its config.json that of another model?"
     return "it looks like a model of another kind" if unexpected else "is it only a part of a model?"
+
+
+class NoInit(torch.overrides.TorchFunctionMode):
+    """Passes by the random numbers that a new module begins with."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") != "torch.nn.init":
+            return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def shapes_only():
+    """Modules made inside have shapes and no numbers: those come from a file. (To draw numbers on the meta
+    device, torch would import a second's worth of modules.)"""
+    with torch.device("meta"), NoInit():
+        yield
 
 
 def load_into(module, tensors, source):

@@ -1,6 +1,8 @@
 """The branch, its losses and the video tokens, against the released code and against first principles."""
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -503,3 +505,12 @@ def test_a_llava_that_was_trained_without_start_and_end_rows_gets_none(world, tm
     assert chat.start_end.shape == (0, 32)
     expected = torch.cat([words[[1, 5]], tokens, words[[7]]])
     assert torch.equal(chat.splice([1, 5, VIDEO_INDEX, 7], tokens), expected)
+
+
+def test_opening_weights_imports_nothing_more_of_torch():
+    """Random numbers on the meta device would cost 800 modules and more than a second."""
+    program = ("import sys, model; before = set(sys.modules); model.open_chat('weights/tiny').load(); "
+               "print(len([name for name in set(sys.modules) - before if name.startswith('torch.')]))")
+    root = os.path.dirname(os.path.abspath(nanobt.__file__))
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr
