@@ -97,9 +97,9 @@ def block(marker):
     return re.search(rf"<!-- {marker} -->\n```python\n(.*?)```", read("README.md"), re.S)[1]
 
 
-def ask(*command, questions=None):
+def ask(*command, questions=None, folder="/"):
     return subprocess.run([sys.executable, os.path.join(ROOT, "chat.py"), *command], input=questions or "",
-                          capture_output=True, text=True, cwd="/")
+                          capture_output=True, text=True, cwd=folder)
 
 
 def test_the_shipped_weights_answer_about_the_shipped_clip():
@@ -109,8 +109,10 @@ def test_the_shipped_weights_answer_about_the_shipped_clip():
     assert (done.returncode, done.stdout) == (0, expected)
     assert "sample.mp4" in done.stderr and "weights/tiny" in done.stderr and done.stderr.count("\n") == 1
     assert ask("-q", "What colour is the shape?").stdout == expected.splitlines(keepends=True)[0]
-    shown = re.search(r"> What does the shape do\?\n(.*)\n", read("README.md"))[1]
-    assert shown == expected.splitlines()[1]
+    shown = re.search(r"```\n(video .*)\n.*\n> What does the shape do\?\n(.*)\n", read("README.md"))
+    first, answer = shown.groups()
+    assert answer == expected.splitlines()[1]
+    assert ask("--no-cache", "-q", "What does the shape do?", folder=ROOT).stderr == first + "\n"
 
 
 def test_questions_that_work_get_answers():
