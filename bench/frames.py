@@ -87,10 +87,13 @@ def repeat(file, source, clip):
 # Each returns RGB pictures, uint8 (T, H, W, 3): the frames on the screen at the middles of `count` equal
 # stretches of time; with `size`, scaled to that short side.
 def ours(path, count, size):
-    pictures = (picture for _, picture in data.sample_frames(path, count, "uniform"))
-    if size:
-        pictures = (resize_bicubic(picture[None], size, size * 16 // 9)[0] for picture in pictures)
-    return np.stack([picture.permute(1, 2, 0).numpy() for picture in pictures])
+    for i, (_, picture) in enumerate(data.sample_frames(path, count, "uniform")):
+        if size:
+            picture = resize_bicubic(picture[None], size, size * 16 // 9)[0]
+        if i == 0:
+            rows = np.empty((count, *picture.shape[1:], 3), np.uint8)
+        rows[i] = picture.permute(1, 2, 0).numpy()
+    return rows
 
 
 def with_decord(path, count, size):
