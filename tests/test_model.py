@@ -514,3 +514,22 @@ def test_opening_weights_imports_nothing_more_of_torch():
     root = os.path.dirname(os.path.abspath(nanobt.__file__))
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert int(done.stdout) < 10, done.stderr
+
+
+@pytest.mark.parametrize("checkpointed, megabytes", [(False, 184), (True, 21.5)])
+def test_what_the_branch_keeps_of_a_clip_for_the_gradient(checkpointed, megabytes):
+    """The arithmetic of docs/train.md: ViT-L/14, 8 frames, 70 % hidden, bf16; a second clip beside one."""
+    branch, kept_bytes = Branch(checkpointed=checkpointed).train(), []
+    weights = {p.untyped_storage().data_ptr() for p in branch.parameters()}
+    for B in (1, 2):
+        kept, storages = tube_mask(B, 256, 0.7), {}
+        states = [torch.randn(B, 8, 1 + kept.shape[1], 1024).bfloat16() for _ in range(4)]
+
+        def remember(t, storages=storages):   # the storages stay alive, so that no address is used twice
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+        hooks = torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            branch(states, torch.randn(257, 1024), kept)
+        kept_bytes.append(sum(s.nbytes() for address, s in storages.items() if address not in weights))
+    assert (kept_bytes[1] - kept_bytes[0]) / 1e6 == pytest.approx(megabytes, rel=0.02)
