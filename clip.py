@@ -333,9 +333,8 @@ def load_clip(path):
 
 def read_clip(path):
     """The same -> (CLIPConfig, {Hugging Face name: tensor}). The tensors map the file. Raises UserError."""
-    folder = os.path.isdir(path)
+    folder, tensors = os.path.isdir(path), weightfile.read_tensors(path)
     stated = weightfile.read_json(os.path.join(path, "config.json")) if folder else {}
-    tensors = weightfile.read_tensors(path)
     try:
         if not folder:
             tensors = from_openai(tensors)
@@ -363,16 +362,16 @@ def config_of(tensors, stated):
     for tower, heads in (("vision", 12), ("text", 8)):
         layers = f"{tower}_model.encoder.layers."
         width = rows(layers + "0.layer_norm1")
-        section = {"hidden_act": "quick_gelu", "num_attention_heads": heads if stated else width // 64,
-                   **(stated.get(f"{tower}_config") or {}), **(stated.get(f"{tower}_config_dict") or {})}
-        heads = int(section["num_attention_heads"])
+        section = {**(stated.get(f"{tower}_config") or {}), **(stated.get(f"{tower}_config_dict") or {})}
+        activation = section.get("hidden_act") or "quick_gelu"
+        heads = int(section.get("num_attention_heads") or (heads if stated else width // 64))
         names = {name.split(".")[3] for name in tensors if name.startswith(layers)}
         sizes |= {f"{tower}_width": width, f"{tower}_layers": len(names), f"{tower}_heads": heads,
                   f"{tower}_mlp": rows(layers + "0.mlp.fc1")}
         if not all(1 <= size < 1 << 20 for size in sizes.values()) or width % heads:
             raise ValueError(f"no model has {heads} heads in a width of {width}, or such sizes")
-        if section["hidden_act"] != "quick_gelu":
-            raise ValueError(f"its hidden_act is {section['hidden_act']!r}, not 'quick_gelu'")
+        if activation != "quick_gelu":
+            raise ValueError(f"its hidden_act is {activation!r}, not 'quick_gelu'")
     return CLIPConfig(**sizes)
 
 

@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing.cli import UserError, make_folder, write_atomic
-from plumbing.weightfile import (
-    DAMAGE, likely_reason, load_into, map_file, read_file, read_json, read_tensors, shapes_only, shown,
-    write_safetensors)
+from plumbing.weightfile import (DAMAGE, QUANTISED, likely_reason, load_into, map_file, read_file, read_json,
+                                 read_tensors, shapes_only, shown, write_safetensors)
 
 
 @dataclass
@@ -293,8 +292,9 @@ class SentencePieceTokenizer:
     """The tokenizer of LLaMA 1 and 2: a sentencepiece model (Kudo and Richardson 2018, arXiv 1808.06226).
 
     bos_id, eos_id, vocab_size: int; stop_ids: set of int, the ids that end an answer; between: what a part of
-    a prompt has to begin with for a space before it. This kind puts one before every text by itself."""
-    between = ""
+    a prompt has to begin with for a space before it. This kind puts one before every text by itself. added:
+    {text: id} of tokens that a folder adds to these."""
+    between, added = "", {}
 
     def __init__(self, path):
         try:
@@ -328,7 +328,7 @@ class TiktokenTokenizer:
     """The tokenizer of LLaMA 3: byte-pair ranks, `base64 rank` a line, and 256 special tokens after them.
 
     As SentencePieceTokenizer, but it adds no space."""
-    between = " "
+    between, added = " ", {}
 
     def __init__(self, path):
         try:
@@ -354,7 +354,8 @@ def load_tokenizer(path):
     """A tokenizer.model, or that of a folder, of the kind that its content says. Raises UserError."""
     path = tokenizer_path(path) if os.path.isdir(path) else path
     if not os.path.exists(path) and os.path.exists(os.path.join(os.path.dirname(path), "tokenizer.json")):
-        raise UserError(f"{path}: missing; put the release's original one there (tokenizer.json is not read)")
+        raise UserError(f"{path}: missing; tokenizer.json is not read: add tokenizer.model from the page of "
+                        "these weights, or of those they were tuned from (Llama 3: from its folder original)")
     buffer = map_file(path)
     start = buffer[:4096] if len(buffer) < 32 << 20 else b""   # that of LLaMA 3 has 2 MB
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", start):
@@ -364,10 +365,23 @@ def load_tokenizer(path):
     raise UserError(f"{path}: neither a sentencepiece model nor byte-pair ranks; download it again")
 
 
+def added_tokens(folder):
+    """{text: id} of what a folder adds to the tokens of its tokenizer.model, as its JSON files say."""
+    older, newer = (os.path.join(folder, name) for name in ("added_tokens.json", "tokenizer_config.json"))
+    added, newest = (read_json(path) if os.path.exists(path) else {} for path in (older, newer))
+    try:
+        by_id = newest.get("added_tokens_decoder") or {}
+        return added | {token["content"]: int(i) for i, token in by_id.items()}
+    except DAMAGE as e:
+        raise UserError(f"{newer}: added_tokens_decoder: {shown(e)}")
+
+
 def tokenizer_path(folder):
-    """Where tokenizer.model is: beside the weights, or one folder up, as Meta released LLaMA 1 and 2."""
-    own, above = (os.path.join(folder, *up, "tokenizer.model") for up in ((), (os.pardir,)))
-    return above if not os.path.exists(own) and is_meta(folder) and os.path.exists(above) else own
+    """Where tokenizer.model is: beside the weights; in original/, as the pages of Llama 3 have it; or one
+    folder up, as Meta released LLaMA 1 and 2."""
+    places = ["", "original"] + [os.pardir] * is_meta(folder)
+    files = [os.path.join(folder, place, "tokenizer.model") for place in places]
+    return next(filter(os.path.exists, files), files[0])
 
 
 # ---------------------------------------------------------------------------------------- weights
@@ -390,15 +404,18 @@ def load_llama(folder):
     beside it. Raises UserError for a missing, additional or ill-sized tensor."""
     meta = is_meta(folder)
     description, tensors, extra = os.path.join(folder, "params.json" if meta else "config.json"), {}, {}
-    stated = read_json(description)
     try:
         if meta:
+            stated = read_json(description)
             tensors = read_meta(folder, stated)
             config = meta_config(stated, tensors)
-        else:
+        else:   # weights first: if they are none of a LLaMA, this says more than what a description lacks
             tensors = {name: t for name, t in read_tensors(folder).items() if not name.endswith(OLD)}
             extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith(EXTRA)}
-            config = hf_config(stated, tensors)
+            for name, t in tensors.items():
+                if not t.is_floating_point() and t.dtype.itemsize < 8:   # CLIP's position_ids have 8 bytes
+                    raise UserError(f"{folder}: {QUANTISED} ({shown(name)} is {str(t.dtype)[6:]})")
+            config = hf_config(read_json(description), tensors)
     except KeyError as e:
         strange = [name for name in tensors if not name.startswith(("model.", "lm_head."))]
         raise UserError(f"{description}: not a LLaMA (no {shown(e)}); {likely_reason(strange)}")
@@ -409,6 +426,7 @@ def load_llama(folder):
         raise UserError(f"{folder}: described as {config.layers:,} layers, but its weights have {layers:,}; "
                         "is a file of it missing?")
     tokenizer, rows = load_tokenizer(folder), config.vocab_size
+    tokenizer.added = added_tokens(folder)
     if tokenizer.vocab_size > rows:
         raise UserError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.model, but {rows} in the "
                         "weights; they do not belong together")
@@ -425,13 +443,15 @@ def hf_config(stated, tensors):
     """config.json -> LLaMAConfig. Raises ValueError for what would change the arithmetic, or one of DAMAGE.
 
     embed_tokens says how large the vocabulary is: it grows when tokens are added."""
+    stated = {key: value for key, value in stated.items() if value is not None}   # null: the default
     if stated.get("hidden_act", "silu") != "silu":
         raise ValueError(f"its hidden_act is {stated['hidden_act']!r}, not 'silu'")
     if stated.get("sliding_window") and stated.get("use_sliding_window", True):   # as a Mistral's
         raise ValueError(f"its attention sees {stated['sliding_window']} tokens back, a LLaMA's all")
     if other := [key for key in NOT_LLAMA if stated.get(key) not in (None, 1, [])]:
         raise ValueError(f"its {other[0]} is {stated[other[0]]!r}; a LLaMA has no such thing")
-    rope = dict(stated.get("rope_parameters") or stated.get("rope_scaling") or {})   # transformers 5 or older
+    rope = stated.get("rope_parameters") or stated.get("rope_scaling") or {}   # transformers 5 or older
+    rope = {key: value for key, value in rope.items() if value is not None}
     theta = rope.pop("rope_theta", stated.get("rope_theta", 1e4))
     stated = {"rms_norm_eps": 1e-6, **stated, "rope_theta": theta, "rope_scaling": rope or None}
     fields = {field: stated[key] for field, key in HF_CONFIG.items() if key in stated}

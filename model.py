@@ -15,6 +15,7 @@ import functools
 import os
 import re
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -505,8 +506,7 @@ class VideoChat(nn.Module):
         self.clip, self.video_tokens = clip.requires_grad_(False), video_tokens
         self.llm, self.tokenizer = language_model, tokenizer
         words = language_model.model.embed_tokens.weight.detach()
-        rows = last_added(words, tokenizer.vocab_size)
-        if rows is None:
+        if (rows := added_rows(words, tokenizer, tokenizer.added)) is None:
             rows = words.float().mean(0, keepdim=True).repeat(2, 1)   # (2, D_llm)
         self.start_end = nn.Parameter(rows[:2 * marked].to(words.dtype).clone())
 
@@ -560,7 +560,7 @@ def read_branch_file(path):
     tuned = any("vision_tower." in name for name in tensors)
     names = {}
     for name, t in tensors.items():
-        name = re.sub(r"^(module\.)?(model\.vision_tower\.|backbone\.|vision_model\.|model\.)?", "", name)
+        name = re.sub(r"^(model\.vision_tower\.|backbone\.|vision_model\.|model\.)", "", name)
         names[re.sub(r"^(timesFPN|BTAdapter)_", "btadapter_", name)] = t
     if any(re.match(r"btadapter_[ST]\.", name) for name in names):
         raise UserError(f"{path}: a branch for EVA-CLIP-g, not for CLIP; only CLIP's are read")
@@ -617,6 +617,11 @@ def make_projector(tensors, visual, width, source):
     """{weight, bias} -> Linear; {0.weight, 0.bias, 2.weight, 2.bias} (LLaVA-1.5) -> Linear, GELU, Linear."""
     if not tensors:
         raise UserError(f"{source}: holds no mm_projector; this is a LLaMA, not a LLaVA")
+    weights = [tensors[name].shape for name in sorted(tensors) if name.endswith("weight")]
+    if weights and (*weights[-1][:1], *weights[0][1:]) != (width, visual):
+        sizes = " and ".join(str(tuple(shape)) for shape in weights[:2])
+        raise UserError(f"{source}: its mm_projector is {sizes}, but this CLIP gives {visual} numbers and "
+                        f"this LLaMA takes {width}; it belongs to another pair")
     module = nn.Linear(visual, width)
     if "weight" not in tensors:
         module = nn.Sequential(module, nn.GELU(), nn.Linear(width, width))
@@ -630,19 +635,17 @@ def projector_part(tensors):
     return {name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)}
 
 
-def last_added(words, vocab_size):
-    """The start and end row, the last two of words (V, D_llm), or None. LLaVA appends <im_patch>, <im_start>,
-    <im_end> to the tokenizer's words, its v0 a <pad> before them, and Video-ChatGPT the same three for
-    videos. Dozens of rows more are a table filled up to a round size."""
-    return words[-2:] if 2 <= len(words) - vocab_size <= 8 else None
+def added_rows(words, tokenizer, named):
+    """words (V, D_llm) -> the start and end row among them (2, D_llm), or None.
 
-
-def start_end_rows(tensors, vocab_size):
-    """(2, D_llm) or None: the start and end row among {name: tensor}. Our own files name the two; the
-    released ones hold all word embeddings, with the two among them."""
-    rows = tensors.get("model.video_start_end.weight")
-    words = tensors.get("model.embed_tokens.weight", tensors.get("embed_tokens.weight"))
-    return rows if rows is not None or words is None or words.ndim != 2 else last_added(words, vocab_size)
+    named: {text: id} of added tokens, which tell the two. Where they do not, it is the last two: LLaVA
+    appends <im_patch>, <im_start>, <im_end> to the tokenizer's words, its v0 a <pad> before them, and
+    Video-ChatGPT the same three for videos. Dozens of rows more are a table filled up to a round size."""
+    for kind in ("vid", "im"):
+        ids = [named.get(f"<{kind}_{place}>") for place in ("start", "end")]
+        if all(type(i) is int and 0 <= i < len(words) for i in ids):
+            return words[ids]
+    return words[-2:] if 2 <= len(words) - tokenizer.vocab_size <= 8 else None
 
 
 def is_marked(llava):
@@ -726,9 +729,16 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     tokens = tokens or learned_for or "branch"
     if tokens not in VIDEO_TOKENS:
         raise UserError(f"{chat_file}: tuned for {weightfile.shown(tokens)}, no kind of video tokens here")
+    if learned_for and learned_for != tokens:
+        warnings.warn(f"{chat_file}: tuned for {weightfile.shown(learned_for)}, not for {tokens}: answers "
+                      "may be wrong; --no-tuned passes it by")
     kind, needed = VIDEO_TOKENS[tokens], {"clip": clip_path, "llava": llava}
     if kind.reads_branch and not branch_file:
         branch_file = needed["branch"] = chat_file if with_branch else pretrained
+        if with_branch and os.path.exists(pretrained) and \
+                os.path.getmtime(pretrained) > os.path.getmtime(chat_file):
+            warnings.warn(f"{pretrained}: newer than {chat_file}, whose own branch counts: not read; "
+                          f"--branch {pretrained} reads it instead of chat.bin")
     missing = [f"{os.path.basename(path)} (python -m weights get {name} --out {folder})"
                for name, path in needed.items() if not os.path.exists(path)]
     if missing:
@@ -745,13 +755,16 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     branch = load_branch(branch_file, clip, skip_last=1) if kind.reads_branch else None
     chat = VideoChat(clip, kind(mm_projector, branch), language_model, tokenizer, is_marked(llava))
     for file in (projector_file, chat_file):   # the later one counts
-        if (rows := start_end_rows(sources[file], tokenizer.vocab_size)) is not None:
+        rows = sources[file].get("model.video_start_end.weight")   # of our own files
+        words = sources[file].get("model.embed_tokens.weight", sources[file].get("embed_tokens.weight"))
+        if rows is None and words is not None and words.ndim == 2:   # the released ones have all words
+            same = len(words) == language_model.config.vocab_size
+            rows = added_rows(words, tokenizer, tokenizer.added if same else {})
+        if rows is not None:
             if rows.shape not in ((2, width), (0, width)):
                 raise UserError(f"{file}: start and end rows of {tuple(rows.shape)}, needed are (2, {width})")
             chat.start_end.data = rows
     description = f"tuned for {learned_for or 'video'}" if learned else "without chat.bin"
-    if learned_for and learned_for != tokens:
-        description += f", used with {tokens}"
     return OpenChat(chat.requires_grad_(False), tokens, description, llava, state)
 
 

@@ -33,6 +33,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Bytes of a header, a pickle, a zip's directory or a JSON file, at most: a byte can ask for an object of 90.
 # A LLaMA of 70B needs 0.1 MB, the log in a checkpoint of mmengine about 1.
 MAX_HEADER = 4 << 20
+WRAPPERS = re.compile(   # what DDP, torch.compile, peft and FSDP put before names or into them
+    r"^(module\.|_orig_mod\.|base_model\.model\.)+"
+    r"|\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 DAMAGE = (   # what reading a file raises that is not what it claims
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError, struct.error,
     zipfile.BadZipFile, pickle.UnpicklingError)
@@ -57,7 +60,8 @@ def read_tensors(path):
             for shard in sorted(set(shards)):
                 tensors |= read_file(os.path.join(path, shard))
             return tensors
-    raise UserError(f"{path}: no model.safetensors or pytorch_model.bin (nor an index of shards) in it")
+    raise UserError(f"{path}: no model.safetensors or pytorch_model.bin (nor an index of shards) in it; "
+                    f"{likely_reason(os.listdir(path))}")
 
 
 def read_file(path):
@@ -65,14 +69,20 @@ def read_file(path):
     buffer = map_file(path)
     try:
         if buffer[:4] == b"PK\x03\x04":
-            return read_zip_pickle(buffer)
+            return unwrapped(read_zip_pickle(buffer))
         if buffer[8:9] == b"{":
-            return read_safetensors(buffer)
+            return unwrapped(read_safetensors(buffer))
     except DAMAGE as e:
         kind = "" if type(e) is ValueError else f"{type(e).__name__}: "   # the former are our own
         raise UserError(f"{path}: damaged, or no weight data ({kind}{shown(e, 250)}); refused")
     raise UserError(f"{path}: neither safetensors nor a torch.save file of torch 1.6 or later: it begins "
                     f"with {bytes(buffer[:30])!r}; download it whole, from Git LFS with `git lfs pull`")
+
+
+def unwrapped(tensors):
+    """{name: tensor}, under the names that the model itself has. See WRAPPERS."""
+    bare = {WRAPPERS.sub("", name): t for name, t in tensors.items()}
+    return bare if len(bare) == len(tensors) else tensors
 
 
 def shown(text, longest=100):
@@ -126,6 +136,8 @@ def read_safetensors(buffer):
     header = json.loads(buffer[8:at], object_pairs_hook=list)   # a dict would lose a name's double
     entries, start = [(name, dict(entry)) for name, entry in header if name != "__metadata__"], at
     for name, entry in sorted(entries, key=lambda entry: entry[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{shown(name)} is {shown(entry['dtype'])}; is it {QUANTISED}")
         dtype, shape = DTYPES[entry["dtype"]], sizes(entry["shape"])
         begin, end = sizes(entry["data_offsets"])
         if begin != at - start or end - begin != math.prod(shape) * dtype.itemsize:
@@ -204,8 +216,15 @@ def same(value=(), *_):
     return value
 
 
+def without_attributes(rebuild, kind, arguments, *_):
+    """A tensor that somebody gave attributes: what it would be without them."""
+    return rebuild(*arguments)
+
+
 KNOWN = {   # the names that a pickle may ask for, or modules with all their names, and what it gets
-    "torch._utils._rebuild_tensor_v2": Described, "torch._utils._rebuild_parameter": same, "torch.Size": same,
+    "torch._utils._rebuild_tensor_v2": Described, "torch._utils._rebuild_parameter": same,
+    "torch._utils._rebuild_parameter_with_state": same, "torch.Size": same, "torch.Tensor": same,
+    "torch._tensor._rebuild_from_type_v2": without_attributes,
     "torch.jit._pickle": same, "__torch__": Record, "collections.OrderedDict": Record,
     **{f"torch.{name}Storage": dtype for name, dtype in zip(
         "Double Float Half BFloat16 Bool Long Int Short Char Byte".split(), DTYPES.values(), strict=True)},
@@ -329,9 +348,12 @@ def make_tensor(described, buffer, entries):
 
 # ---------------------------------------------------------------------------------------- into a module
 SHOWN_ROWS = 10
-LIKELY = {   # what a name that is left over says about the file that it comes from
-    r"lora_[AB]": "an adapter (LoRA), not a whole model: merge it into its model first",
-    r"\.(qweight|qzeros|absmax|g_idx)$": "quantised by another program: take the release in fp16 or bf16",
+QUANTISED = "quantised by another program: take the release in fp16 or bf16"
+LIKELY = {   # what a tensor's name that is left over says about its file, or a file's name about its folder
+    r"lora_[AB]|^adapter_":
+        "an adapter (LoRA), not a whole model: merge it into the model that it was trained on",
+    r"(?i)gptq|awq|gguf|ggml": f"a model {QUANTISED}",
+    r"-of-\d+\.": "shards without their list: get the file that ends in .index.json as well",
     r"^(model\.)?language_model\.|^multi_modal_projector":
         "a LLaVA rewritten for transformers: take the original release",
     r"^model\.embed_tokens|^model\.layers\.\d|^tok_embeddings": "a LLaMA, or a relative such as Qwen",

@@ -391,7 +391,7 @@ def test_missing_and_empty_paths_are_refused(tmp_path):
     (tmp_path / "empty.pt").touch()
     refused(tmp_path / "nowhere", "No such file")
     refused(tmp_path / "empty.pt", "empty")
-    refused(tmp_path, "config.json")
+    refused(tmp_path, "no model.safetensors")
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):

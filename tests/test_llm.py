@@ -412,8 +412,15 @@ def test_tiktoken_merges_by_rank_within_words(tiktoken_tokenizer):
 
 def test_a_folder_with_only_tokenizer_json_says_what_to_put_there(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="tokenizer.model.*original"):
+    with pytest.raises(UserError, match="add tokenizer.model from the page .*original"):
         load_tokenizer(tmp_path)
+
+
+def test_the_tokenizer_of_llama_3_is_found_where_its_page_has_it(folder):
+    path = folder("mha")
+    (path / "original").mkdir()
+    shutil.move(path / "tokenizer.model", path / "original")
+    assert load_llama(path)[1].vocab_size == 60
 
 
 @pytest.mark.parametrize("content", [
@@ -519,7 +526,10 @@ def put(name, *shape, dtype=torch.bfloat16):
     (put("model.layers.0.self_attn.q_proj.bias", 32), "1 unexpected.*q_proj.bias"),
     (put("model.layers.0.self_attn.inv_freq", 4), "1 unexpected.*inv_freq"),
     (put("model.norm.weight", 31), r"model.norm.weight +\(31,\) \w+ +\(32,\)"),
-    (put("model.norm.weight", 32, dtype=torch.int8), "int8"),
+    (put("model.norm.weight", 32, dtype=torch.int64), "int64"),
+    (put("model.layers.0.mlp.up_proj.qweight", 4, 48, dtype=torch.int32), "quantised by another.*int32"),
+    (put("model.layers.0.mlp.up_proj.weight", 48, 32, dtype=torch.int8), "quantised by another.*int8"),
+    (put("model.layers.0.mlp.up_proj.weight.absmax", 24, dtype=torch.uint8), "quantised by another.*uint8"),
     (put("model.embed_tokens.weight", 50, 32), "60 tokens .* but 50")])
 def test_tensors_that_do_not_fit_are_named(folder, change, message):
     path = folder("mha")
@@ -540,6 +550,36 @@ def test_a_config_that_does_not_fit_is_refused(folder, changes, message):
     edit(path / "config.json", **changes)
     with pytest.raises(UserError, match=message):
         load_llama(path)
+
+
+def test_that_weights_are_quantised_is_said_before_what_their_description_lacks(folder):
+    path = folder("mha")
+    edit_tensors(path, put("model.layers.0.mlp.up_proj.qweight", 4, 48, dtype=torch.int32))
+    (path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="quantised by another program: take the release in fp16"):
+        load_llama(path)
+
+
+def test_an_adapter_in_the_place_of_a_model_is_called_that(folder):
+    path = folder("mha")
+    for file in ("model.safetensors", "config.json"):
+        os.remove(path / file)
+    write_safetensors(path / "adapter_model.safetensors", {"x.lora_A.weight": torch.zeros(8, 32)})
+    with pytest.raises(UserError, match="it looks like an adapter"):
+        load_llama(path)
+
+
+def test_null_in_a_config_is_the_default(folder):
+    path = folder("mha")
+    stated = json.loads((path / "config.json").read_text())
+    keys = {"rope_theta", "rope_scaling", "rope_parameters", "head_dim", "num_key_value_heads", "hidden_act",
+            "tie_word_embeddings", "sliding_window", "max_position_embeddings"}
+    configs = []
+    for nulls in ({}, dict.fromkeys(keys)):
+        text = json.dumps({key: value for key, value in stated.items() if key not in keys} | nulls)
+        (path / "config.json").write_text(text)
+        configs.append(load_llama(path)[0].config)
+    assert configs[0] == configs[1] and configs[0].rope_theta == 1e4
 
 
 @pytest.mark.parametrize("name", ["gqa", "llama3", "linear"])

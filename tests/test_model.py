@@ -1,6 +1,7 @@
 """The branch, its losses and the video tokens, against the released code and against first principles."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -426,8 +427,33 @@ def test_a_projector_file_brings_start_and_end_rows_if_words_were_added(world, t
     assert torch.equal(open_chat(tmp_path).load().start_end, words[-2:]) == taken
 
 
+PADDED = {   # where a folder says which tokens were added: the file, what it says
+    "as LLaVA": ("added_tokens.json", {"<im_patch>": 300, "<im_start>": 301, "<im_end>": 302}),
+    "as Video-ChatGPT": (
+        "added_tokens.json", {"<im_start>": 0, "<im_end>": 1, "<vid_start>": 301, "<vid_end>": 302}),
+    "as transformers since": ("tokenizer_config.json", {"added_tokens_decoder": {
+        "1": {"content": "<s>"}, "301": {"content": "<im_start>"}, "302": {"content": "<im_end>"}}})}
+
+
+@pytest.mark.parametrize("layout", PADDED)
+@pytest.mark.parametrize("added", [8, 20])
+def test_start_and_end_rows_of_a_padded_vocabulary_are_those_that_the_folder_names(
+        world, tmp_path, layout, added):
+    llama = llava_folder(world, tmp_path, linear(), added)
+    file, stated = PADDED[layout]
+    (tmp_path / "llava" / file).write_text(json.dumps(stated))
+    words = llama.model.embed_tokens.weight
+    assert torch.equal(open_chat(tmp_path).load().start_end, words[[301, 302]])
+    # a projector file whose table is as long has them at the same place; one of another length, at its end
+    for length, places in ((300 + added, [301, 302]), (307, [305, 306])):
+        words = torch.randn(length, 32)
+        torch.save({**linear(), "model.embed_tokens.weight": words}, tmp_path / "mm_projector.bin")
+        assert torch.equal(open_chat(tmp_path).load().start_end, words[places])
+
+
 @pytest.mark.parametrize("tensors, message", [
-    ({"model.mm_projector.weight": torch.zeros(48, 16)}, "1 missing, 1 of another size"),
+    ({"model.mm_projector.weight": torch.zeros(48, 16)},
+     r"is \(48, 16\), but this CLIP gives 32 .* takes 32"),
     ({"model.layers.0.mlp.up_proj.weight": torch.zeros(2, 2)}, "holds no mm_projector; .* like a LLaMA"),
     ({**mlp2x(), "model.mm_projector.4.weight": torch.zeros(32, 32)}, "1 unexpected"),
     ({**linear(), "model.embed_tokens.weight": torch.zeros(303, 16)},
@@ -444,6 +470,47 @@ def test_a_kind_of_video_tokens_that_is_not_known_is_refused(world, tmp_path):
     write_safetensors(tmp_path / "chat.bin", linear(), {"tokens": "magic"})
     with pytest.raises(UserError, match="chat.bin: tuned for magic, no kind"):
         open_chat(tmp_path)
+    with pytest.warns(UserWarning, match="chat.bin: tuned for magic, not for mean: .*--no-tuned"):
+        open_chat(tmp_path, "mean")
+
+
+def test_a_branch_that_is_newer_than_the_one_that_counts_is_mentioned(world, tmp_path):
+    llava_folder(world, tmp_path, linear())
+    branch = branch_tensors(Branch(32, 2, 64, 1), "model.vision_tower.")
+    write_safetensors(tmp_path / "chat.bin", {**linear(), **branch}, {"tokens": "branch"})
+    open_chat(tmp_path)
+    os.utime(tmp_path / "chat.bin", (1, 1))
+    with pytest.warns(UserWarning, match="branch.pth: newer than .*chat.bin"):
+        open_chat(tmp_path)
+    open_chat(tmp_path, branch_file=tmp_path / "branch.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod."])
+def test_wrapped_and_mixed_files_give_the_same_chat(world, tmp_path, wrapper, dtype):
+    """Every second tensor in fp32, as where norms were kept so; every name as DDP or torch.compile has it."""
+    chats = []
+    for name in ("plain", "mixed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        llava_folder(world, folder, linear())
+        (folder / "clip").unlink()
+        shutil.copytree(world / "clip", folder / "clip")
+        torch.save(linear(4), folder / "mm_projector.bin")
+        branch = branch_tensors(Branch(32, 2, 64, 1), "model.vision_tower.")
+        torch.save({**linear(5), **branch}, folder / "chat.bin")
+        for file in "clip/model.safetensors", "llava/model.safetensors", "mm_projector.bin", "chat.bin":
+            tensors = {key: t.clone().bfloat16() for key, t in read_file(folder / file).items()}
+            if name == "mixed":
+                tensors = {wrapper + key: t.float() if i % 2 else t
+                           for i, (key, t) in enumerate(tensors.items())}
+            write_safetensors(folder / file, tensors)
+        torch.manual_seed(0)
+        chats.append(open_chat(folder).load(dtype))
+    plain, mixed = (chat.state_dict() for chat in chats)
+    assert {t.dtype for t in mixed.values()} == {dtype}
+    assert plain.keys() == mixed.keys()
+    assert all(torch.equal(t, mixed[key]) for key, t in plain.items() if "branch" not in key)
 
 
 def test_a_llama_without_any_projector_is_refused(world, tmp_path):
@@ -455,7 +522,7 @@ def test_a_llama_without_any_projector_is_refused(world, tmp_path):
 # ---------------------------------------------------------------------------------------------------- prompts
 class Words:
     """A tokenizer that gives every new word the next id."""
-    bos_id, eos_id, vocab, between = 1, 2, {}, ""
+    bos_id, eos_id, vocab, between, added = 1, 2, {}, "", {}
 
     def encode(self, text):
         words = filter(None, text.replace("\n", " \n ").split(" "))

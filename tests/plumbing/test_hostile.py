@@ -165,6 +165,11 @@ DISGUISES = {   # what it is: the pickle, and what is said about it
     "the opcode OBJ": (b"\x80\x02(cos\nsystem\nX\1\0\0\0ao.", "os.system"),
     "NEWOBJ_EX": (b"\x80\x04c__torch__\nM\n)}\x92.", "opcode"),
     "an out-of-band buffer": (b"\x80\x05\x97.", "opcode"), "an empty pickle": (b"", "empty"),
+    "an object made in the place of a tensor": (
+        b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nN" + text(TOUCH) + b"\x85NtR.",
+        "os.system"),
+    "a text called in the place of a tensor": (
+        b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(" + text("x") + b"N)NtR.", "not callable"),
     "an empty stack": (b"\x80\x02.", "damaged"), "no mark": (b"\x80\x02t.", "damaged")}
 
 
@@ -360,7 +365,7 @@ HEADERS = {
     "tensors that overlap": ({"a": entry(), "b": entry()}, "damaged"),
     "a hole": ({"a": entry((1,), (0, 4)), "b": entry((2,), (8, 16))}, "damaged"),
     "an end before the beginning": ({"a": entry((4,), (16, 0))}, "damaged"),
-    "an unknown dtype": ({"a": entry(dtype="F8_E4M3")}, "KeyError: 'F8_E4M3'"),
+    "an unknown dtype": ({"a": entry(dtype="F8_E4M3")}, "F8_E4M3; is it quantised"),
     "a dtype that is a list": ({"a": entry(dtype=["F32"])}, "damaged"),
     "a dtype that is a number": ({"a": entry(dtype=8)}, "damaged"),
     "no dtype": ({"a": {}}, "damaged"),
@@ -485,6 +490,21 @@ def test_a_description_of_a_clip_is_checked_before_it_is_built(weights, section,
     refused(open_chat, weights, message)
 
 
+@pytest.mark.parametrize("file, content, message", [
+    ("added_tokens.json", b"[]", "JSON object"), ("added_tokens.json", b'{"<im_start>": [1]}', None),
+    ("added_tokens.json", b'{"<im_start>": 1e999, "<im_end>": -1}', None),
+    ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "added_tokens_decoder"),
+    ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', "added_tokens_decoder"),
+    ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {"content": []}}}', "added_tokens_decoder")])
+def test_added_tokens_that_cannot_be_are_refused_or_do_not_count(weights, file, content, message):
+    expected = open_chat(weights).chat.start_end
+    (weights / "llava" / file).write_bytes(content)
+    if message:
+        refused(open_chat, weights, message)
+    else:
+        assert torch.equal(open_chat(weights).chat.start_end, expected)
+
+
 RANKS = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
 TOKENIZERS = {
     "a rank of 10^18": (RANKS + b"YWI= 1000000000000000000\n", "not 0"),
@@ -586,7 +606,7 @@ def test_a_branch_that_cannot_be_is_refused(weights, tensors, message):
      "video_start_end.weight": torch.zeros(2)}])
 def test_a_projector_that_cannot_be_is_refused(weights, tensors):
     torch.save({f"model.{name}": t for name, t in tensors.items()}, weights / "chat.bin")
-    refused(open_chat, weights, "does not fit|start and end rows")
+    refused(open_chat, weights, "does not fit|start and end rows|another pair")
 
 
 def test_scalars_where_a_clip_of_openai_has_matrices_are_refused(weights):

@@ -47,7 +47,7 @@ def opened(tokens="branch", **sizes):
         clip, llama = CLIP(CLIPConfig()).image_only(), LLaMA(LLaMAConfig(**sizes))
         branch = model.Branch(depth=3, gated=False) if tokens == "branch" else None
         kind = model.VIDEO_TOKENS[tokens](torch.nn.Linear(1024, 4096), branch)
-        words = dataclasses.make_dataclass("Words", ["vocab_size"])(32000)
+        words = dataclasses.make_dataclass("Words", ["vocab_size", "added"])(32000, {})
         return model.OpenChat(model.VideoChat(clip, kind, llama, words), tokens, "", "", [])
 
 

@@ -36,6 +36,48 @@ def test_torch_files_are_read_without_executing_them(tmp_path):
     same(found, {**tensors(), "p": torch.ones(2)})
 
 
+def test_parameters_and_tensors_with_attributes_are_read_without_them(tmp_path):
+    """As Megatron, DeepSpeed and torch.nn.Buffer leave them."""
+    parameter, buffer = torch.nn.Parameter(torch.ones(2)), torch.nn.Buffer(torch.ones(3))
+    tensor = torch.ones(4)
+    parameter.partition_dim = tensor.note = 0
+    torch.save({"p": parameter, "b": buffer, "t": tensor}, tmp_path / "w")
+    found = weightfile.read_file(tmp_path / "w")
+    same(found, {"p": torch.ones(2), "b": torch.ones(3), "t": torch.ones(4)})
+
+
+@pytest.mark.parametrize("wrapped", [
+    "module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "base_model.model.{}",
+    "_fsdp_wrapped_module.{}", "model._orig_mod.{}", "a.0._checkpoint_wrapped_module.{}"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_what_a_wrapper_put_into_names_is_left_out(tmp_path, wrapped, kind):
+    tensors = {wrapped.format(name): torch.ones(2) for name in ("a.weight", "my_module.b", "module")}
+    write = weightfile.write_safetensors if kind == "safetensors" else lambda path, t: torch.save(t, path)
+    write(tmp_path / "w", tensors)
+    kept = {"model._orig_mod.{}": "model.{}", "a.0._checkpoint_wrapped_module.{}": "a.0.{}"}.get(wrapped, "{}")
+    assert weightfile.read_file(tmp_path / "w").keys() == {
+        kept.format(name) for name in ("a.weight", "my_module.b", "module")}
+
+
+def test_names_that_only_a_wrapper_tells_apart_stay_as_they_are(tmp_path):
+    torch.save({"a": torch.ones(2), "module.a": torch.ones(3)}, tmp_path / "w")
+    assert weightfile.read_file(tmp_path / "w").keys() == {"a", "module.a"}
+
+
+@pytest.mark.parametrize("files, reason", [
+    (["adapter_config.json", "adapter_model.safetensors"], "an adapter .LoRA., .* merge"),
+    (["config.json", "adapter_model.bin", "non_lora_trainables.bin"], "an adapter"),
+    (["vicuna-7b.Q4_K_M.gguf"], "quantised by another program: take the release in fp16"),
+    (["config.json", "gptq_model-4bit-128g.safetensors"], "quantised"),
+    (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "index.json"),
+    (["tf_model.h5"], "another kind"), ([], "part of a model")])
+def test_a_folder_without_weights_is_judged_by_what_it_has(tmp_path, files, reason):
+    for file in files:
+        (tmp_path / file).touch()
+    with pytest.raises(UserError, match=f"no model.safetensors .*; .*{reason}"):
+        weightfile.read_tensors(tmp_path)
+
+
 def test_a_transposed_view_and_shared_storage_survive(tmp_path):
     t = torch.arange(12.0).view(3, 4)
     torch.save({"t": t.T, "row": t[1], "again": t}, tmp_path / "w")
@@ -103,7 +145,7 @@ def test_a_load_that_does_not_fit_is_a_line_with_the_likely_reason_and_a_table_o
         weightfile.load_into(module, {"weight": torch.zeros(3, 5), "x.lora_A": torch.zeros(1)}, "file.bin")
     assert str(e.value).splitlines() == [
         "file.bin: does not fit this model: 1 missing, 1 unexpected, 1 of another size or dtype; "
-        "it looks like an adapter (LoRA), not a whole model: merge it into its model first",
+        "it looks like an adapter (LoRA), not a whole model: merge it into the model that it was trained on",
         f"{'':28}{'name':58}in the file           in the model",
         f"  missing                   {'bias':58}-                     (3,) float32",
         f"  unexpected                {'x.lora_A':58}(1,) float32          -",
@@ -126,7 +168,6 @@ def test_a_table_ends_after_ten_rows_and_says_how_many_more_there_are():
 @pytest.mark.parametrize("name, reason", [
     ("model.layers.0.self_attn.q_proj.bias", "Qwen"), ("model.layers.0.self_attn.q_norm.weight", "Qwen"),
     ("model.layers.0.mlp.experts.0.w1.weight", "Qwen"),
-    ("model.layers.0.mlp.up_proj.qweight", "quantised"),
     ("language_model.model.norm.weight", "original release"),
     ("vision_model.post_layernorm.bias", "a CLIP"),
     ("down_blocks.0.conv1.weight", "another kind")])
