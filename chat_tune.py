@@ -5,8 +5,9 @@
     video       videos: projector and branch; the LLaMA is frozen, as in the paper           -> chat.bin
 
     python chat_tune.py --stage video   # the toy world of `python -m toy render`: ten minutes on two cores
-    torchrun --nproc_per_node 8 chat_tune.py --stage video --clip weights/clip --llm weights/llava \\
-        --branch weights/branch.pth --annotations video_chatgpt_training.json --root videos
+    torchrun --nproc_per_node 8 chat_tune.py --stage video --clip weights/released/clip \\
+        --llm weights/released/llava --branch out/branch/branch.pth \\
+        --annotations video_chatgpt_training.json --root videos
 
 In --out: last.pth (what is trained, and the optimizer; the same command goes on from it, also after
 SIGTERM), log.jsonl, curve.png, and the result: chat.bin, or a Hugging Face LLaVA folder `llava`. With
@@ -29,7 +30,7 @@ from clip import load_clip
 from llm import load_llama, save_llama, tokenizer_path
 from model import (IGNORE_INDEX, VIDEO_TOKENS, VideoChat, is_marked, load_branch, make_projector,
                    projector_part, prompt_ids, save_chat)
-from plumbing import cli, pictures, training
+from plumbing import cli, memory, pictures, training
 from plumbing.cli import UserError
 
 
@@ -70,7 +71,8 @@ STAGES = {   # learned: beginnings of names. The gates stay as pretraining left 
     "language": PICTURES | {"learned": (*PROJECTOR, "llm")},
     "video": RELEASED | {"learned": (*PROJECTOR, "video_tokens.branch.btadapter")}}
 TOY = {   # the stage video without --annotations
-    "clip": "weights/tiny/clip", "llm": "weights/tiny/llava", "branch": "weights/tiny/branch.pth",
+    "clip": cli.shipped("weights/tiny/clip"), "llm": cli.shipped("weights/tiny/llava"),
+    "branch": cli.shipped("weights/tiny/branch.pth"),
     "annotations": "out/shapes/train_talks.jsonl", "eval_annotations": "out/shapes/test_talks.jsonl",
     "root": "out/shapes", "num_frames": 8, "batch_size": 16, "lr": 1e-3, "steps": 800}
 
@@ -161,6 +163,7 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     # ----------------------------------------------------------------------------------------------- model
     chat = build(cfg).to(device)
+    memory.choose_threads(chat)
     for name, p in chat.named_parameters():
         p.requires_grad_(name.startswith(STAGES[cfg.stage]["learned"]))
     trained = {name: p for name, p in chat.named_parameters() if p.requires_grad}

@@ -1,6 +1,6 @@
 """Video files -> clip tensors: frames by time, the pixels that CLIP sees, data sets.
 
-    python data.py video.mp4    # what it is, and a picture of its frames with their times   -> sheet.png
+    python data.py video.mp4    # what it is, and a picture of its frames with their times   -> out/sheet.png
 
 A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W), uint8 RGB. Time is counted in seconds from the
 moment at which the first frame is shown. plumbing/video.py finds frames in a file, and lets no file do harm.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from plumbing.cli import UserError, run
+from plumbing.cli import UserError, make_folder, run
 from plumbing.pictures import contact_sheet, thumbnail
 from plumbing.video import EXTENSIONS, TOLERANCE, VideoError, open_regular, open_video
 
@@ -363,7 +363,7 @@ class Config:
     start: float = 0            # seconds into the video at which to begin,
     end: float = math.inf       # and to end
     seed: int = 0               # for the rule train
-    out: str = "sheet.png"      # the contact sheet
+    out: str = "out/sheet.png"  # the contact sheet
 
 
 def main(cfg):
@@ -372,6 +372,7 @@ def main(cfg):
           f"{found.fps:.2f} frames/s, {found.duration:.2f} s")
     found = sample_frames(cfg.video, cfg.num_frames, cfg.rule, cfg.seed, (cfg.start, cfg.end))
     times, pictures = zip(*((t, thumbnail(picture)) for t, picture in found))
+    make_folder(os.path.dirname(os.path.abspath(cfg.out)))
     contact_sheet(torch.stack(pictures), times, cfg.out)
     print(f"{cfg.out}: {len(times)} frames, at {', '.join(f'{t:.2f}' for t in times)} s")
 

@@ -20,13 +20,13 @@ from torch.utils.data import Dataset
 import data
 from metrics import recall_at_k, retrieval_metrics
 from model import encode_texts, encode_videos, load_encoder
-from plumbing import cli, training, weightfile
+from plumbing import cli, memory, training, weightfile
 from plumbing.cli import UserError
 
 
 @dataclasses.dataclass
 class Config:
-    weights: str = "weights/tiny"    # folder with clip and branch.pth
+    weights: str = cli.shipped("weights/tiny")   # folder with clip and branch.pth
     branch: str = ""                 # another branch file than the one in --weights
     batch_size: int = 16             # videos at a time
     workers: int = 1                 # processes that decode
@@ -87,6 +87,7 @@ def main(cfg):
         cli.replaceable(cfg.save, "file that --save wrote", lambda start: b'"right": {"dtype"' in start)
     # -------------------------------------------------------------------------------------- model and data
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, here.device)
+    memory.choose_threads(encoder)
     dataset = EvaluationSet(cfg, setting, encoder.clip.config.image_size)
     # ------------------------------------------------------------------------------------------ evaluation
     row, branch, mean, broken = encode_videos(encoder, dataset, here.device, cfg.batch_size, cfg.workers,

@@ -1,7 +1,7 @@
 """Stage 1: teach the branch from video-text pairs, beside a frozen CLIP, with 70 % of its tokens hidden.
 
     python pretrain.py              # the toy world of `python -m toy render`: ten minutes on two cores
-    torchrun --nproc_per_node 8 pretrain.py --clip weights/clip --annotations results_2M_train.csv \\
+    torchrun --nproc_per_node 8 pretrain.py --clip weights/released/clip --annotations results_2M_train.csv \\
         --root WebVid --workers 8   # the released run
 
 In --out: branch.pth (the branch in half precision, under the released names), branch_best.pth (the same, of
@@ -28,7 +28,7 @@ from clip import load_clip
 from metrics import retrieval_metrics, twin_accuracy
 from model import (Branch, Pretraining, VideoEncoder, branch_tensors, encode_pairs, mbca_loss, tube_mask,
                    vtc_loss)
-from plumbing import cli, pictures, training
+from plumbing import cli, memory, pictures, training
 from plumbing.cli import UserError
 
 
@@ -80,10 +80,10 @@ RECIPES = {
     "released": RELEASED,
     "paper": RELEASED | {"mbca_weight": 1.0, "mbta_weight": 1.0, "text_length": 32, "batch_size": 640,
                          "factors": {}},
-    "toy": RELEASED | {"clip": "weights/tiny/clip", "annotations": "out/shapes/train_captions.jsonl",
-                       "root": "out/shapes", "min_area": 0.8, "together": 2, "batch_size": 64, "lr": 1e-5,
-                       "steps": 400, "anneal": True, "eval_annotations": "out/shapes/test_captions.jsonl",
-                       "eval_every": 400}}
+    "toy": RELEASED | {"clip": cli.shipped("weights/tiny/clip"), "root": "out/shapes",
+                       "annotations": "out/shapes/train_captions.jsonl", "min_area": 0.8, "together": 2,
+                       "batch_size": 64, "lr": 1e-5, "steps": 400, "anneal": True, "eval_every": 400,
+                       "eval_annotations": "out/shapes/test_captions.jsonl"}}
 NAMES = ("mean-pooled CLIP", "branch")   # what is compared
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -175,6 +175,7 @@ def main(cfg):
     clip.vision_model.post_layernorm.float()   # the gradient passes the image tower's last two steps
     clip.visual_projection.float()
     model = Pretraining(VideoEncoder(clip, branch)).to(device)
+    memory.choose_threads(model)
     ddp = nn.parallel.DistributedDataParallel(model) if here.size > 1 else model
     # ------------------------------------------------------------------------------------------- optimizer
     trained = {f"backbone.{name}": p for name, p in branch.named_parameters()}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import data
 from model import encode_texts, load_encoder
-from plumbing import cli, training
+from plumbing import cli, memory, training
 from plumbing.cli import UserError
 from plumbing.pictures import boxed, contact_sheet
 from plumbing.store import Store, state_of
@@ -34,7 +34,7 @@ NUM_FRAMES, TEXT_LENGTH = 8, 77   # of a window; tokens of a query
 class Config:
     what: str                        # the text to search for; or the word index
     folder: str = ""                 # after index: where your videos are
-    weights: str = "weights/tiny"    # folder with clip and branch.pth
+    weights: str = cli.shipped("weights/tiny")   # folder with clip and branch.pth
     branch: str = ""                 # another branch file than the one in --weights
     index: str = "out/index"         # folder of the index; it lists the videos of one FOLDER, the last
     window: float = 4.0              # seconds of video, about, that one row of the index stands for
@@ -57,6 +57,7 @@ def main(cfg):
     clip, branch = os.path.join(cfg.weights, "clip"), cfg.branch or os.path.join(cfg.weights, "branch.pth")
     weights = [VERSION, state_of(clip), state_of(branch)]   # before they are read
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, device)
+    memory.choose_threads(encoder)
     if cfg.what == "index":
         return index(cfg, store, weights, encoder, device)
     search(cfg, store, weights, encode_texts(encoder, tokenizer, [cfg.what], TEXT_LENGTH, device, cfg.amp)[0])
@@ -178,7 +179,7 @@ def search(cfg, store, weights, query):
         middles = [(start + end) / 2 for _, start, end in hits]
         frames = [boxed(picture) for (path, *_), middle in zip(hits, middles)
                   for _, picture in data.frames(path, [middle])]
-        names = [os.path.basename(path).encode(errors="backslashreplace").decode() for path, *_ in hits]
+        names = [f"{score:.3f} {os.path.basename(path)}" for score, (path, *_) in zip(scores.tolist(), hits)]
         contact_sheet(torch.stack(frames), middles, cfg.sheet, names=names)
 
 

@@ -106,6 +106,11 @@ def run(main, Config, **flags):
 
 
 # ------------------------------------------------------------------------------------------------------ files
+def shipped(path):
+    """A path in this checkout -> the same, as seen from the folder one is in: defaults are found anywhere."""
+    return os.path.relpath(os.path.join(os.path.dirname(__file__), os.pardir, path))
+
+
 def make_folder(path):
     """Makes a folder and those above it, where they are missing. Raises UserError."""
     try:

@@ -7,6 +7,7 @@ from plumbing.quant import fast_bf16
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEMES = {"auto": None, "none": None, "int8": "int8", "int4": "int4"}
+SMALL = 3e7   # parameters; below, threads wait for each other longer than they work
 LARGE = 1e9   # parameters of a LLaMA; from there on, what it reads for every token decides how fast it is
 
 
@@ -26,6 +27,13 @@ def choose(dtype, quantize, device, parameters):
     quickest = "bf16" if dtype == "bf16" and device.type == "cpu" else None
     words = dtype if quantize == "none" else f"{quantize} and {dtype}"
     return DTYPES[dtype], SCHEMES[quantize] or quickest, words
+
+
+def choose_threads(module):
+    """One for a small model on a CPU: the processes of a loader want cores, too. Else as many as torch takes
+    by itself."""
+    if sum(p.numel() for p in module.parameters()) < SMALL:
+        torch.set_num_threads(1)
 
 
 def read(path):

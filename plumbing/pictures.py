@@ -9,6 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 from plumbing.cli import replaceable, write_atomic
 from plumbing.video import resize_bicubic
 
+FEW = 30   # points of a line, up to which each is marked
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
 THUMBNAIL = 240   # pixels, the width of a frame on a contact sheet
 OURS = PngInfo()
@@ -47,7 +48,9 @@ def plot(path, panels, height=360):
         for colour, (label, points) in zip(COLOURS * 9, series.items()):
             line = [(left + (x - x0) * wide, bottom + (min(y, y1) - y0) * high)
                     for x, y in points if math.isfinite(y)]
-            draw.line(line, colour, 2) if len(line) > 1 else draw.point(line, colour)
+            draw.line(line, colour, 2)
+            for x, y in line if len(line) <= FEW else ():
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
             draw.line((label_x, top - 14, label_x + 18, top - 14), colour, 3)
             draw.text((label_x + 24, top - 23), label, "black", font)
             label_x += 44 + draw.textlength(label, font)
@@ -116,7 +119,7 @@ def contact_sheet(frames, times, path, names=None):
     draw = ImageDraw.Draw(sheet)
     for i, (frame, seconds) in enumerate(zip(frames, times)):
         x, y = i % columns * (width + 4) + 2, i // columns * (height + 24) + 2
-        label = f"{i}: {seconds:.2f} s" + (f", {names[i]}" if names else "")
+        label = f"{i}: {seconds:.2f} s" + (f", {ascii(names[i])[1:-1]}" if names else "")   # all the font has
         draw.text((x + 2, y + height + 2), label, "black", font)
         draw.rectangle((x + width, y, x + 2 * width, y + height + 22), "white")   # cuts a long name
         sheet.paste(image_of(frame).resize((width, height)), (x, y))

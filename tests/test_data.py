@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from av.stream import Disposition
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
 import data
@@ -566,6 +566,14 @@ def test_contact_sheet_is_a_grid_of_all_frames(tmp_path, clips):
     assert number(torch.tensor(sheet[2:162, 246:486]).permute(2, 0, 1)) == number(frames[1])
     assert (sheet[164:182, 2:60] < 100).any()     # the label
     assert os.listdir(tmp_path) == ["sheet.png"]
+
+
+def test_a_sheet_shows_what_its_font_lacks_as_escapes(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda image, at, text, *_: drawn.append(text))
+    frames = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    contact_sheet(frames, [1.5], tmp_path / "sheet.png", ["0.9 \u4e2d\n\udcff.mp4"])
+    assert drawn == [r"0: 1.50 s, 0.9 \u4e2d\n\udcff.mp4"]
 
 
 def test_data_py_prints_what_a_video_is_and_writes_its_contact_sheet(tmp_path, clips, capsys):

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 from metrics import retrieval_metrics, twin_accuracy
 from model import encode_pairs, encode_texts, load_encoder
-from plumbing import cli
+from plumbing import cli, memory
 from toy.world import COLOURS, MOTIONS, SAMPLE, SHAPES, SIZE, TURNS, draw, read_clips
 
 STATIC, CPU = {"colour": list(COLOURS), "shape": SHAPES}, torch.device("cpu")
@@ -43,6 +43,7 @@ def score(cfg):
     rows, by_motion = {}, {}   # {model, or motions of twins and how many: [a seed's metrics, or accuracy]}
     for file in cfg.branches.split(","):
         encoder, tokenizer = load_encoder(cfg.out, file)
+        memory.choose_threads(encoder)
         features = static_features(clips, lambda texts: encode_texts(encoder, tokenizer, texts, 32, CPU))
         branch, mean, text = encode_pairs(encoder, tokenizer, dataset, CPU, 64)
         for name, video in (("mean-pooled CLIP", mean), ("branch", branch)):

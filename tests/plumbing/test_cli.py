@@ -2,6 +2,7 @@
 import dataclasses
 import os
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -84,3 +85,18 @@ def test_a_plot_is_drawn_also_of_one_point_nothing_and_nan(tmp_path):
     pictures.plot(tmp_path / "p.png", [("a", series), ("b", {"y": [(1, 1)]}), ("c", {})])
     picture = Image.open(tmp_path / "p.png")
     assert picture.size == (900, 1080) and len(picture.getcolors(1 << 20)) > 10
+
+
+def test_few_points_of_a_plot_are_marked_one_too(tmp_path):
+    for count in (1, 3, 200):
+        pictures.plot(tmp_path / "p.png", [("a", {"x": [(i, 1.0) for i in range(1, count + 1)]})])
+        blue = (np.asarray(Image.open(tmp_path / "p.png"))[54:] == (31, 119, 180)).all(-1)   # under the legend
+        assert (blue.sum(0).max() > 3) == (count < 200)   # higher than a line
+
+
+def test_the_default_of_a_script_is_found_from_any_folder(tmp_path, monkeypatch):
+    for folder in (tmp_path, os.path.dirname(os.path.dirname(cli.__file__)), "/"):
+        monkeypatch.chdir(folder)
+        assert os.path.isdir(cli.shipped("weights/tiny"))
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(cli.__file__)))
+    assert cli.shipped("weights/tiny") == "weights/tiny"

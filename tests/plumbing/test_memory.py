@@ -40,6 +40,14 @@ def test_what_is_asked_for_is_chosen():
     assert memory.choose("bf16", "int4", GPU, 1e6) == (torch.bfloat16, "int4", "int4 and bf16")
 
 
+def test_one_thread_computes_a_small_model(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    for width in (10_000, 100):
+        memory.choose_threads(torch.nn.Linear(width, width, device="meta"))
+    assert chosen == [1]
+
+
 # ------------------------------------------------------------------------------------------------------- need
 def opened(tokens="branch", **sizes):
     """A chat of the released size on the meta device: sizes and no numbers."""
