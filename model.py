@@ -215,7 +215,8 @@ def backbone_states(clip, video, depth, skip_last=0, kept=None, at_once=None):
     rows = [[] for _ in range(depth)]
     if kept is not None:   # the same patches in every frame of a clip
         visible = F.pad(kept + 1, (1, 0)).repeat_interleave(T, dim=0).split(at_once)   # (frames, 1+n); 0: CLS
-    for c, frames in enumerate(video.flatten(0, 1).split(at_once)):                    # (frames, 3, H, W)
+    chunks = tqdm(video.flatten(0, 1).split(at_once), "CLIP", leave=False, disable=None, delay=2)
+    for c, frames in enumerate(chunks):                                                # (frames, 3, H, W)
         for i, state in enumerate(clip.image_states(frames)):                          # i layers are done
             if i > last - depth:
                 rows[i - 1 - last + depth].append(state if kept is None else pick(state, visible[c]))
@@ -694,6 +695,8 @@ class OpenChat:
             chat.llm = quant.quantized(chat.llm, scheme, self.llava, self.llava_state)
         if clip_in_int8(scheme, device):
             quant.quantize(chat.clip.vision_model, "int8")
+        for layer in tqdm(chat.llm.model.layers, "weights", leave=False, disable=None, delay=2):
+            layer.to(device=device, dtype=dtype)
         return chat.to(device=device, dtype=dtype).eval()
 
 

@@ -277,7 +277,7 @@ def quantized(model, scheme, folder, sources):
                 os.remove(older)
         shapes = {f"{name}.{part}": t for name, linear, kind in found
                   for part, t in kind.empty(*linear.weight.shape).items()}
-        layers = tqdm(found, f"quantising to {scheme}, once", delay=2)
+        layers = tqdm(found, f"quantising to {scheme}, once", disable=None, delay=2)
         values = (t for _, linear, kind in layers for t in kind.convert(linear.weight).values())
         try:   # tensor by tensor: no two layers are in memory
             store.put(key, shapes, values=values)
