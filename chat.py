@@ -19,6 +19,7 @@ import time
 
 STARTED = time.perf_counter()   # before torch is imported, which takes most of the time to the first answer
 try:
+    import codecs
     import concurrent.futures
     import contextlib
     import dataclasses
@@ -30,6 +31,7 @@ try:
     import warnings
 
     import torch
+    from tqdm import tqdm
 
     import clip
     import data
@@ -44,11 +46,10 @@ except KeyboardInterrupt:   # no traceback for those who change their mind this 
     sys.exit(130)
 IMPORT_SECONDS = time.perf_counter() - STARTED
 
-HERE = os.path.dirname(os.path.abspath(__file__))   # what is shipped lies beside this file
-SMALL = 30_000_000     # parameters; below, threads wait more than they work
 ROOM = 64              # tokens that an answer should have; for these, old turns are forgotten
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command
 SETTINGS = ("temperature", "top_p", "max_new_tokens", "seed")   # can change between two answers
+ALIASES = {"exit": "/quit", "quit": "/quit", "help": "/help", "?": "/help"}   # with and without a stroke
 CONVERSATION = "nanoBT conversation"   # how a saved one says what it is
 HELP = '''\
 """              begins and ends a question of several lines
@@ -57,7 +58,7 @@ HELP = '''\
 /video PATH      another video, a new conversation
 /reset           a new conversation
 /set             what can be changed for the next answers
-/set NAME VALUE  changes it
+/set NAME VALUE  changes it; /set NAME shows it
 /stats           what the last answer took
 /save FILE       the conversation, as JSON
 /quit            leave; so does Ctrl-D
@@ -66,9 +67,9 @@ Ctrl-C           stop an answer'''
 
 @dataclasses.dataclass
 class Config:
-    video: str = os.path.join(HERE, "assets", "sample.mp4")   # a video file
+    video: str = cli.shipped("assets/sample.mp4")   # a video file
     question: str | None = None      # ask only this, and leave
-    weights: str = os.path.join(HERE, "weights", "tiny")      # a folder with clip, llava, branch.pth
+    weights: str = cli.shipped("weights/tiny")   # a folder with clip, llava, branch.pth
     branch: str | None = None        # a branch file in the place of branch.pth: what pretrain.py wrote
     chat: str | None = None          # a file in the place of chat.bin: what chat_tune.py wrote
     tuned: bool = True               # use what was tuned on video; --no-tuned is the zero-shot setting
@@ -125,7 +126,8 @@ def decoding(path, num_frames, rule, size):
 
     def decode():
         pixels, times = torch.empty(num_frames, 3, size, size, dtype=torch.uint8), []
-        for t, picture in data.sample_frames(path, num_frames, rule):
+        found = data.sample_frames(path, num_frames, rule)
+        for t, picture in tqdm(found, "frames", num_frames, leave=False, disable=None, delay=2):
             if left.is_set():
                 return None
             small = pictures.thumbnail(picture)
@@ -245,11 +247,12 @@ class Session:
     def introduce(self, more=""):
         """Says what is looked at."""
         seen = self.seen
-        line = (f"video {near(seen.path)} ({seen.duration:.1f} s, {len(seen.times)} frames, "
+        line = (f"video {seen.path} ({seen.duration:.1f} s, {len(seen.times)} frames, "
                 f"{len(self.video_tokens)} video tokens{', seen before' * seen.before})")
         say(line + more)
-        own_weights = self.cfg.branch or self.cfg.chat or self.cfg.weights != Config.weights
-        if not own_weights and os.path.realpath(seen.path) != Config.video:
+        shipped = [*map(os.path.realpath, (Config.weights, Config.video))]
+        weights, video = map(os.path.realpath, (self.cfg.weights, seen.path))
+        if weights == shipped[0] and video != shipped[1] and not (self.cfg.branch or self.cfg.chat):
             say("(the shipped weights know coloured shapes and nothing else; README.md says how to get more)")
 
     def stats(self):
@@ -294,7 +297,8 @@ class Session:
 
         What was said becomes a turn of the conversation, also where Ctrl-C or an error breaks it off."""
         began, cfg, chat, tokens, said = time.perf_counter(), self.cfg, self.chat, [], ""
-        question = question.encode(errors="replace").decode()   # input may be other than UTF-8
+        if re.search("[\0\ud800-\udfff\ufffd]", question):   # what bytes other than UTF-8 are read as
+            raise UserError(f"a question must be UTF-8, and this is not: {ascii(question[:40])}")
         ids, room = self.prompt(question)
         with torch.inference_mode():
             embeds = chat.splice(ids, self.video_tokens)[None]   # (1, S, D_llm)
@@ -331,11 +335,6 @@ class Session:
             say(f"(cut after {cfg.max_new_tokens} tokens, see --max_new_tokens)")
         if cfg.verbose:
             say(self.stats())
-
-
-def near(path):
-    """A path as it is shown: relative if it lies in the folder where one is."""
-    return path.removeprefix(os.getcwd() + os.sep)
 
 
 def write_out(text):
@@ -388,23 +387,27 @@ def check_settings(cfg):
             raise UserError(f"--{name} {getattr(cfg, name)}: needed is {needed}")
 
 
-def change(session, name, value):
-    """/set NAME VALUE. Raises UserError, and then everything is as it was."""
-    if name not in SETTINGS:
+def settings(session, name=None, value=None):
+    """/set NAME VALUE changes what counts for the next answers, and shows it; without a value it shows it,
+    without a name all. Raises UserError, and then everything is as it was."""
+    if name not in (None, *SETTINGS):
         raise UserError(f"/set {name}: can be changed are {', '.join(SETTINGS)}")
-    try:
-        cfg = dataclasses.replace(session.cfg, **{name: type(getattr(session.cfg, name))(value)})
-    except ValueError:
-        kind = "whole number" if isinstance(getattr(session.cfg, name), int) else "number"
-        raise UserError(f"/set {name} {value}: not a {kind}")
-    check_settings(cfg)
-    session.cfg = cfg
+    if value is not None:
+        kind = type(getattr(session.cfg, name))
+        try:
+            cfg = dataclasses.replace(session.cfg, **{name: kind(value)})
+        except ValueError:
+            raise UserError(f"/set {name} {value}: not a {'whole ' * (kind is int)}number")
+        check_settings(cfg)
+        session.cfg = cfg
+    for setting in SETTINGS if name is None else [name]:
+        say(f"{setting} {getattr(session.cfg, setting)}")
 
 
 def run_command(session, line):
     """A line that begins with "/". -> False where it asks to leave. Raises UserError."""
     command, _, rest = line.partition(" ")
-    words, path = rest.split(), os.path.expanduser(rest.strip())
+    words, path = rest.split(), terminal.path_of(rest.strip())
     match command, len(words):
         case "/quit", 0:
             return False
@@ -421,16 +424,15 @@ def run_command(session, line):
         case "/video", n if n:
             session.open(path)
             session.introduce()
-        case "/set", 0:
-            say("\n".join(f"{name} {getattr(session.cfg, name)}" for name in SETTINGS))
-        case "/set", 2:
-            change(session, *words)
+        case "/set", n if n <= 2:
+            settings(session, *words)
         case "/stats", 0:
             say(session.stats())
         case "/save", n if n:
             save_conversation(session, path)
         case _:
-            raise UserError(f"{line}: not a command; /help lists them")
+            usage = [entry for entry in HELP.splitlines() if entry.split()[0] == command]
+            raise UserError("\n".join(usage) or f"{line}: not a command; /help lists them")
     return True
 
 
@@ -439,19 +441,18 @@ def converse(session):
     program."""
     while True:
         try:
-            line = question = terminal.read_line("> ").strip()
-            if line.startswith(terminal.QUOTES):
-                question = terminal.rest_of(line)
+            line = terminal.read_line("> ").strip()
         except EOFError:
             return say("")
         except KeyboardInterrupt:
             say("\nCtrl-D or /quit leaves")
             continue
+        line = ALIASES.get(line.removeprefix("/"), line)
         try:
             if line.startswith("/"):
                 if not run_command(session, line):
                     return
-            elif question:
+            elif question := terminal.rest_of(line) if line.startswith(terminal.QUOTES) else line:
                 session.ask(question, write_out)
         except KeyboardInterrupt:
             say("(stopped)")
@@ -485,13 +486,12 @@ def begin(cfg):
     check_memory(opened, dtype, scheme, device, viewer.num_frames)
     with viewer.looking(cfg.video) as see:
         chat = opened.load(dtype, scheme, device)
-        if parameters < SMALL:
-            torch.set_num_threads(1)
+        memory.choose_threads(chat)
         loaded = time.perf_counter()
         seen = see(chat)
     session = Session(dataclasses.replace(cfg, tokens=opened.tokens), chat, viewer)
     session.show(seen)
-    session.introduce(f"; weights {near(cfg.weights)} ({opened.description}), {precision}")
+    session.introduce(f"; weights {cfg.weights} ({opened.description}), {precision}")
     if cfg.verbose:
         say(f"(import {IMPORT_SECONDS:.2f} s, weights {loaded - began:.2f} s, then waited for the video "
             f"{time.perf_counter() - loaded:.2f} s)")
@@ -515,13 +515,16 @@ def main(cfg):
     session = begin(cfg)
     if cfg.question is not None:
         return answer_line(session, cfg.question)
-    sys.stdin.reconfigure(errors="surrogateescape")   # names of files need not be UTF-8
     if sys.stdin.isatty():
+        sys.stdin.reconfigure(errors="surrogateescape")   # names of files need not be UTF-8
         say("Ask about the video; /help lists commands, Ctrl-D leaves.")
         with terminal.history(terminal.history_file()):
             return converse(session)
+    utf16 = sys.stdin.buffer.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)   # PowerShell's
+    sys.stdin.reconfigure(encoding="utf-16" if utf16 else "utf-8-sig",
+                          errors="replace" if utf16 else "surrogateescape")
     for line in sys.stdin:
-        if question := line.removeprefix("\ufeff").strip():   # how editors on Windows begin a file
+        if question := line.strip():
             answer_line(session, question)
 
 

@@ -1,7 +1,9 @@
-"""What a conversation on a terminal needs: pictures made of characters, questions of several lines, a
+"""What a conversation on a terminal needs: pictures made of characters, questions of several lines, paths, a
 history."""
 import contextlib
 import os
+import shlex
+import signal
 import sys
 
 import torch.nn.functional as F
@@ -63,11 +65,27 @@ def read_line(prompt):
 
 def rest_of(line):
     """A line that begins with three quotes -> the text between these and the next ones, which may be lines
-    further down. Lines after the first keep their indentation: they may be code."""
+    further down. Lines after the first keep their indentation: they may be code. "" after Ctrl-C or
+    Ctrl-D."""
     lines = [line.removeprefix(QUOTES).strip()]
     while not lines[-1].endswith(QUOTES):
-        lines.append(read_line("... ").rstrip())
+        try:
+            lines.append(read_line("... ").rstrip())
+        except (EOFError, KeyboardInterrupt):
+            say("\n(cancelled)")
+            return ""
     return "\n".join(lines).removesuffix(QUOTES).strip("\n").rstrip()
+
+
+def path_of(text):
+    """A path that was typed, or dropped into the terminal, which quotes it or escapes its spaces -> the path.
+    The text itself is the path where there is such a file."""
+    typed = os.path.expanduser(text)
+    try:
+        words = shlex.split(text)
+    except ValueError:   # an apostrophe of the name
+        return typed
+    return os.path.expanduser(words[0]) if len(words) == 1 and not os.path.lexists(typed) else typed
 
 
 def history_file():
@@ -80,8 +98,8 @@ def history_file():
 
 @contextlib.contextmanager
 def history(path):
-    """Within it, arrow-up also finds what was typed in earlier runs; at the end the new lines are added to
-    the file.
+    """Within it, arrow-up also finds what was typed in earlier runs, and a paste of several lines is one
+    line to input(). At the end, also where the terminal is closed, the new lines are added to the file.
 
     A file that cannot be read or written is named once, and nothing is kept."""
     try:
@@ -101,6 +119,8 @@ def history(path):
         yield
         return
     readline.set_history_length(HISTORY)
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))   # ends the block as all else does
     before = readline.get_current_history_length()
     try:
         yield

@@ -37,11 +37,12 @@ ASK = ("-q", "what?")
 
 @pytest.fixture
 def call(monkeypatch, capsys, weights, video):
-    """call(flags..., stdin=text) -> (exit code, stdout, stderr) of chat.py, run in this process."""
+    """call(flags..., stdin=text or bytes) -> (exit code, stdout, stderr) of chat.py, run in this process."""
     def call(*flags, stdin="", video=video, weights=weights):
         flags = (video, "--weights", weights, "--max_new_tokens", 9, *flags)
         monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        stdin = io.BufferedReader(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode()))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, encoding="utf-8"))
         code = 0
         try:
             cli.run(chat.main, chat.Config, **chat.FLAGS)
@@ -181,9 +182,19 @@ def test_json_is_one_object_a_question(call):
     assert second["cached"] > 0   # the sentence before the question
 
 
-def test_a_byte_order_mark_is_no_part_of_a_question(call):
-    _, out, _ = call("--json", stdin="\ufeffwhat moves?\n")   # editors on Windows begin a file with it
-    assert json.loads(out)["question"] == "what moves?"
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])   # as programs of Windows write
+def test_a_byte_order_mark_says_how_questions_are_written(call, encoding):
+    mark = "\ufeff" * (encoding == "utf-16-be")   # the others write it by themselves
+    _, out, _ = call("--json", stdin=f"{mark}what moves?\r\nwhich w\u00e4y?\r\n".encode(encoding))
+    assert [json.loads(line)["question"] for line in out.splitlines()] == ["what moves?", "which w\u00e4y?"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32", "latin-1"])
+def test_other_text_than_utf8_is_refused(call, encoding):
+    code, out, err = call(stdin="which w\u00e4y?\n".encode(encoding))
+    assert refused((code, out, err.splitlines(keepends=True)[-1]), "must be UTF-8")
+    code, out, err = call("-q", "what \udcff?")
+    assert refused((code, out, err.splitlines(keepends=True)[-1]), "must be UTF-8", r"\udcff")
 
 
 def test_a_video_that_alone_fills_the_context_is_told_by_its_frames(short):
@@ -197,10 +208,6 @@ def test_json_is_refused_where_someone_talks(monkeypatch):
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
     with pytest.raises(UserError, match="^--json: is for -q and piped questions"):
         chat.main(chat.Config(json=True))
-
-
-def test_a_question_that_is_not_utf8_is_asked_all_the_same(call):
-    assert call("-q", "what \udcff?")[0] == 0
 
 
 def test_a_reader_who_leaves_ends_the_program_without_a_word(weights, video):
@@ -458,8 +465,11 @@ def test_a_conversation_is_saved_as_json_and_replaces_only_such_a_file(session, 
     assert (tmp_path / "thesis.json").read_text() == '{"title": "On chat"}'
 
 
-def test_set_changes_the_next_answer(session):
-    assert chat.run_command(session, "/set max_new_tokens 3")
+def test_set_changes_the_next_answer_and_shows_one_setting_or_all(session, capsys):
+    for line in ("/set max_new_tokens 3", "/set max_new_tokens", "/set"):
+        assert chat.run_command(session, line)
+        err = capsys.readouterr().err
+        assert "max_new_tokens 3\n" in err and ("seed 0" in err) == (line == "/set")
     said(session)
     assert session.cost.tokens == 3 and session.cost.cut == "max_new_tokens"
 
@@ -467,7 +477,7 @@ def test_set_changes_the_next_answer(session):
 @pytest.mark.parametrize("words, complaint", [
     ("temperature hot", "not a number"), ("temperature nan", "0 or more"), ("top_p 0", "more than 0"),
     ("seed 1.5", "not a whole number"), ("seed -1", "0 to 2"), ("max_new_tokens 0", "1 or more"),
-    ("weights other", "can be changed are temperature, top_p")])
+    ("weights other", "can be changed are temperature, top_p"), ("weights", "can be changed are")])
 def test_a_setting_that_cannot_be_is_refused_and_changes_nothing(session, words, complaint):
     before = session.cfg
     with pytest.raises(UserError, match=complaint):
@@ -495,7 +505,15 @@ def test_quit_leaves(session):
     assert chat.run_command(session, "/quit") is False
 
 
-@pytest.mark.parametrize("line", ["/", "/dance", "/frame", "/quit now", "/video", "/reset all"])
+@pytest.mark.parametrize("line, usage", [
+    ("/quit now", "/quit "), ("/video", "/video PATH "), ("/save", "/save FILE "), ("/reset all", "/reset "),
+    ("/set a b c", "/set .*\n/set NAME VALUE ")])
+def test_a_command_that_is_typed_wrong_says_how_it_is_used(session, line, usage):
+    with pytest.raises(UserError, match=f"^{usage}"):
+        chat.run_command(session, line)
+
+
+@pytest.mark.parametrize("line", ["/", "/dance", "/frame"])
 def test_what_is_no_command_is_said_in_one_line(session, line):
     with pytest.raises(UserError, match=f"^{line}: not a command; /help lists them$"):
         chat.run_command(session, line)
@@ -510,6 +528,25 @@ def test_a_new_video_begins_a_new_conversation_and_a_bad_one_changes_nothing(ses
     assert vars(session) == before and session.turns
     chat.run_command(session, f"/video {write_video(tmp_path / 'other video.mp4')}")
     assert session.turns == [] and session.seen.path.endswith("other video.mp4")
+
+
+def test_paths_may_be_as_a_terminal_writes_what_is_dropped_into_it(session, tmp_path):
+    path = write_video(tmp_path / "my film.mp4")
+    for typed in (f"'{path}' ", path.replace(" ", "\\ "), path):
+        chat.run_command(session, f"/video {typed}")
+        assert session.seen.path == path
+    for command in ("save", "frames"):
+        chat.run_command(session, f"/{command} '{tmp_path}/my {command}'")
+        assert (tmp_path / f"my {command}").exists()
+
+
+def test_shipped_weights_say_what_they_know_before_a_video_of_ones_own(capsys, video, monkeypatch, weights):
+    monkeypatch.chdir(os.path.dirname(chat.__file__))
+    for fields, said in ((dict(), 0), (dict(video="assets/sample.mp4"), 0), (dict(video=video), 1),
+                         (dict(video=video, weights="weights/tiny/"), 1),
+                         (dict(video=video, weights=weights), 0)):
+        chat.begin(chat.Config(**fields))
+        assert capsys.readouterr().err.count("(the shipped weights know coloured shapes") == said, fields
 
 
 # ------------------------------------------------------------------------------------------------- bad videos

@@ -159,7 +159,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(status)
 
 
-UP = b"\x1b[A"
+UP, CTRL_D = b"\x1b[A", b"\x04"
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +185,7 @@ def talk(weights, video, tmp_path_factory):
     person.type('"""what moves,')
     person.until(lambda: person.text.endswith("\n... "))
     t.answers.append(person.do('and which way?"""'))
+    t.pasted = person.do("\x1b[200~what\n  moves\nthere?\x1b[201~")
     t.help = person.do("/help")
     t.wide = person.do("/frames")
     person.resize(40)
@@ -196,10 +197,15 @@ def talk(weights, video, tmp_path_factory):
     t.still = person.do("/frames")
     t.video = person.do(f"/video {other}")
     t.others = person.do("/frames")
+    t.words = [person.do(word) for word in ("help", "?", "/?")]
     t.reset, t.dance, t.nothing = person.do("/reset"), person.do("/dance"), person.do("")
     person.interrupt()
     t.ctrl_c = person.prompt()
-    t.code = person.leave(b"\x04")
+    person.type('"""what')
+    person.until(lambda: person.text.endswith("\n... "))
+    person.press(CTRL_D)
+    t.cancelled = person.prompt()
+    t.code = person.leave(CTRL_D)
     return t
 
 
@@ -231,20 +237,28 @@ def test_stats_say_what_the_last_answer_took(talk):
 def test_arrow_up_brings_a_question_back(talk):
     with open(talk.folder / "talk.json") as f:
         asked = [turn["question"] for turn in json.load(f)["turns"]]
-    assert asked == ["what moves?", "which way?", "which way?", "what moves,\nand which way?"]
+    assert asked[:3] == ["what moves?", "which way?", "which way?"]
 
 
-def test_three_quotes_hold_a_question_of_several_lines(talk):
-    assert "(cut after 5 tokens" in talk.answers[2]
+def test_three_quotes_or_a_paste_hold_a_question_of_several_lines(talk):
+    assert "(cut after 5 tokens" in talk.answers[2] and "(cut after 5 tokens" in talk.pasted
+    with open(talk.folder / "talk.json") as f:
+        asked = [turn["question"] for turn in json.load(f)["turns"]]
+    assert asked[3:] == ["what moves,\nand which way?", "what\n  moves\nthere?"]
+
+
+def test_ctrl_d_within_three_quotes_cancels_the_question(talk):
+    assert talk.cancelled.endswith("(cancelled)\n")
 
 
 def test_set_changes_the_next_answer_and_shows_what_can_be_changed(talk):
-    assert talk.set == ["", "temperature 0.0\ntop_p 1.0\nmax_new_tokens 5\nseed 0\n"]
+    assert talk.set == ["max_new_tokens 5\n", "temperature 0.0\ntop_p 1.0\nmax_new_tokens 5\nseed 0\n"]
 
 
 def test_help_names_every_command(talk):
     for command in ('"""', "/frames", "/video", "/reset", "/set", "/stats", "/save", "/quit", "Ctrl-C"):
         assert command in talk.help
+    assert talk.words == [talk.help] * 3
 
 
 def test_frames_fit_into_80_and_into_40_columns(talk):
@@ -282,17 +296,18 @@ def test_ctrl_d_leaves_with_exit_code_0(talk):
 
 
 def test_the_shipped_weights_answer_a_question_of_the_run_before(talk):
-    """A second run: what was typed in the first is still above the first line."""
+    """A second run: what was typed in the first is still above the first line. Its terminal is closed."""
     person = Terminal("--max_new_tokens", 50, columns=80, state=talk.folder)
     assert "sample.mp4" in person.prompt()
     person.press(UP)
-    person.until(lambda: person.text.endswith("/dance"))
+    person.until(lambda: person.text.endswith('"""what'))
     person.press(b"\x15")   # Ctrl-U: not that one
     with open(os.path.join(os.path.dirname(chat.__file__), "assets", "sample.answers")) as f:
         assert person.do("What colour is the shape?") == f.readline()
-    assert person.leave(b"/quit\r") == 0
+    os.close(person.fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(person.pid, 0)[1]) == 129
     lines = (talk.folder / "nanobt" / "history").read_text().splitlines()
-    assert lines.count("what moves?") == 1 and lines[-2:] == ["What colour is the shape?", "/quit"]
+    assert lines.count("what moves?") == 1 and lines[-2:] == ['"""what', "What colour is the shape?"]
 
 
 # --------------------------------------------------------------------------------------- lines that are typed
@@ -304,6 +319,21 @@ def test_a_question_ends_where_a_line_ends_with_three_quotes(monkeypatch, lines,
     rest = iter(lines[1:])
     monkeypatch.setattr(terminal, "read_line", lambda prompt: next(rest))
     assert terminal.rest_of(lines[0]) == text and next(rest, None) is None
+
+
+@pytest.mark.parametrize("text, path", [
+    ("/a b/c d.mp4", "/a b/c d.mp4"), ("'/a b/c d.mp4'", "/a b/c d.mp4"), ('"/a b/c d.mp4"', "/a b/c d.mp4"),
+    (r"/a\ b/c\ d.mp4", "/a b/c d.mp4"), (r"'/it'\''s.mp4'", "/it's.mp4"), ("/it's.mp4", "/it's.mp4"),
+    ("~/v.mp4", "/home/me/v.mp4"), (r"~/a\ b.mp4", "/home/me/a b.mp4"), ("'a' 'b'", "'a' 'b'"), ("", "")])
+def test_a_path_may_be_quoted_or_escaped(monkeypatch, text, path):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert terminal.path_of(text) == path
+
+
+def test_a_file_with_quotes_in_its_name_is_found_by_this_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "'a.mp4'").touch()
+    assert (terminal.path_of("'a.mp4'"), terminal.path_of("'b.mp4'")) == ("'a.mp4'", "b.mp4")
 
 
 @pytest.mark.parametrize("base, path", [
