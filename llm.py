@@ -542,3 +542,138 @@ def save_llama(folder, model, tokenizer_model_path, extra={}, dtype=torch.float1
     write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
     write_atomic(os.path.join(folder, "tokenizer.model"), lambda f: f.write(words))
     write_atomic(os.path.join(folder, "config.json"), lambda f: f.write(text.encode()))
+
+
+# ---------------------------------------------------------------------------------------- LoRA
+ADAPTED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+           "mlp.up_proj", "mlp.down_proj")   # Linears of a layer that LoRA may change; lm_head is none
+PEFT = re.compile(r"(.*)\.lora_([AB])(?:\.default)?\.weight")   # names in its files; .default. in training
+ARITHMETIC = (   # settings of peft with which W + alpha / r * B A is not what was trained
+    "fan_in_fan_out", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
+
+
+class LoRALinear(nn.Module):
+    """A Linear that is frozen, and what it learns: base(x) + alpha / r * B A dropout(x) (Hu et al. 2021,
+    arXiv 2106.09685). A (r, K) is drawn as for any Linear and B (N, r) is zero: it begins as its base."""
+    def __init__(self, base, rank, alpha, dropout=0.0):
+        super().__init__()
+        (N, K), device = base.weight.shape, base.weight.device
+        self.base, self.alpha, self.dropout = base, alpha, nn.Dropout(dropout)
+        self.lora_A = nn.Linear(K, rank, bias=False, device=device)   # fp32, whatever the base is
+        self.lora_B = nn.Linear(rank, N, bias=False, device=device)
+        nn.init.zeros_(self.lora_B.weight)
+        self.train(base.training)
+
+    @property
+    def change(self):
+        """-> alpha / r, A (r, K), B (N, r), as `merged` takes them."""
+        A, B = self.lora_A.weight, self.lora_B.weight
+        return self.alpha / len(A), A, B
+
+    def forward(self, x):
+        scale, A, _ = self.change
+        return self.base(x) + (scale * self.lora_B(self.lora_A(self.dropout(x.to(A.dtype))))).to(x.dtype)
+
+
+@torch.no_grad()
+def merged(weight, changes):
+    """weight (N, K), changes [(scale, A (r, K), B (N, r))] -> W + sum of scale * B A, in the dtype of W.
+
+    All is added in fp32 and rounded once. A call for each change rounds in between, as peft does."""
+    total = weight.float()
+    for scale, A, B in changes:
+        total = total + scale * (B.float() @ A.float())
+    return total.to(weight.dtype) if changes else weight
+
+
+def layer_linears(model):
+    """{name in a LLaMA: its Linear, or the LoRALinear in its place}, without lm_head."""
+    return {f"model.layers.{i}.{part}": block.get_submodule(part)
+            for i, block in enumerate(model.model.layers) for part in ADAPTED}
+
+
+def add_lora(model, rank=64, alpha=128, dropout=0.0, adapter=None):
+    """Freezes a LLaMA and puts LoRALinears into its layers. -> model
+
+    adapter: an Adapter to go on with, where there is one, at its own rank and alpha."""
+    model.requires_grad_(False)
+    for name, linear in layer_linears(model).items():
+        if adapter is None:
+            model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout))
+        elif name in adapter.changes:
+            scale, A, B = adapter.changes[name]
+            model.set_submodule(name, lora := LoRALinear(linear, len(A), scale * len(A), dropout))
+            lora.lora_A.weight.data.copy_(A)
+            lora.lora_B.weight.data.copy_(B)
+    return model
+
+
+def merge_lora(model):
+    """Adds what its LoRALinears have learned to the weights, and puts the Linears back. -> model"""
+    for name, lora in layer_linears(model).items():
+        if isinstance(lora, LoRALinear):
+            lora.base.weight.data = merged(lora.base.weight, [lora.change])
+            model.set_submodule(name, lora.base)
+    return model
+
+
+@dataclass
+class Adapter:
+    """What LoRA has learned for a LLaMA, as it lies in a folder."""
+    changes: dict   # {name of a Linear: (alpha / r, A (r, K), B (N, r))}, mapped
+    extra: dict     # {name: tensor} of a projector that was trained along
+    base: str       # the LLaMA that was frozen, as the folder calls it, or ""
+
+
+def read_adapter(folder, model):
+    """peft's folder: adapter_config.json, adapter_model.safetensors or .bin -> Adapter for this LLaMA.
+
+    Raises UserError for what does not fit or is not plain LoRA, with the first offender."""
+    description, along, *files = (os.path.join(folder, name) for name in (
+        "adapter_config.json", "non_lora_trainables.bin", "adapter_model.safetensors", "adapter_model.bin"))
+    stated, file = read_json(description), next(filter(os.path.exists, files), files[-1])
+    r, alpha = stated.get("r"), stated.get("lora_alpha")
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise UserError(f"{description}: no LoRA has r {shown(r)} and lora_alpha {shown(alpha)}")
+    for key, usual in {"bias": "none", **dict.fromkeys(ARITHMETIC)}.items():
+        if (value := stated.get(key)) and value != usual:
+            raise UserError(f"{description}: {key} is {shown(value)}; only plain LoRA is read")
+    linears, changes, tensors = layer_linears(model), {}, {}
+    for key, t in read_file(file).items():
+        name, half = found.groups() if (found := PEFT.fullmatch(key)) else (key, None)
+        if name not in linears:
+            raise UserError(f"{file}: {shown(key)} is for no Linear of this LLaMA's layers")
+        N, K = linears[name].weight.shape
+        if t.shape != (wanted := (r, K) if half == "A" else (N, r)) or not t.is_floating_point():
+            raise UserError(f"{file}: {shown(key)} is {tuple(t.shape)} {str(t.dtype)[6:]}, needed are floats "
+                            f"{wanted}; is it an adapter for another LLaMA?")
+        tensors[name, half] = t
+    for name, half in tensors:
+        if (name, "A") not in tensors or (name, "B") not in tensors:
+            raise UserError(f"{file}: {name} has lora_{half} alone; A and B are needed")
+        changes[name] = alpha / r, tensors[name, "A"], tensors[name, "B"]
+    extra = read_file(along, empty=True) if os.path.exists(along) else {}
+    if strange := [key for key in extra if not key.startswith(EXTRA)]:
+        raise UserError(f"{along}: {shown(strange[0])} is neither LoRA nor a projector; not read")
+    return Adapter(changes, extra, str(stated.get("base_model_name_or_path") or ""))
+
+
+def save_adapter(folder, model, base="", dropout=0.0, dtype=torch.float32):
+    """Writes what the LoRALinears of a model have learned as read_adapter, and peft, read it.
+
+    base: what the frozen LLaMA is called. dropout: of training, only noted down. Raises UserError."""
+    loras = {name: m for name, m in layer_linears(model).items() if isinstance(m, LoRALinear)}
+    one, tensors = next(iter(loras.values())), {}
+    for name, lora in loras.items():
+        for half, t in zip("AB", lora.change[1:]):
+            tensors[f"base_model.model.{name}.lora_{half}.weight"] = t.to(dtype)
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
+        "r": one.lora_A.out_features, "lora_alpha": one.alpha, "lora_dropout": dropout,
+        "target_modules": sorted({name.rpartition(".")[2] for name in loras}), "fan_in_fan_out": False,
+        "modules_to_save": None, "inference_mode": True}
+    text = json.dumps(settings, indent=2) + "\n"
+    make_folder(folder)
+    write_safetensors(os.path.join(folder, "adapter_model.safetensors"), tensors, {"format": "pt"})
+    write_atomic(os.path.join(folder, "adapter_config.json"), lambda f: f.write(text.encode()))

@@ -64,12 +64,13 @@ def read_tensors(path):
                     f"{likely_reason(os.listdir(path))}")
 
 
-def read_file(path):
-    """One weight file -> {name: tensor}; TorchScript's modules get dotted names. Raises UserError."""
+def read_file(path, empty=False):
+    """One weight file -> {name: tensor}; TorchScript's modules get dotted names. Raises UserError, also for
+    no tensors, unless it may be `empty`."""
     buffer = map_file(path)
     try:
         if buffer[:4] == b"PK\x03\x04":
-            return unwrapped(read_zip_pickle(buffer))
+            return unwrapped(read_zip_pickle(buffer, empty))
         if buffer[8:9] == b"{":
             return unwrapped(read_safetensors(buffer))
     except DAMAGE as e:
@@ -274,7 +275,7 @@ class DataPickle(pickle._Unpickler):
                  0x81: dispatch[ord("R")]}       # NEWOBJ: an object is made by a call of its class
 
 
-def read_zip_pickle(buffer):
+def read_zip_pickle(buffer, empty=False):
     """{name: tensor} of a torch.save or TorchScript archive, mapped from `buffer`. Raises one of DAMAGE."""
     if buffer.rfind(b"PK\x05\x06", max(0, len(buffer) - 22 - 0xFFFF)) < 0:   # where the directory ends
         raise ValueError(f"cut: {len(buffer):,} bytes where about {expected_length(buffer):,} are expected; "
@@ -291,7 +292,7 @@ def read_zip_pickle(buffer):
             raise ValueError("it is nested too deeply")
         if isinstance(value, Described):
             tensors[name] = make_tensor(value, buffer, entries)
-    if not tensors:
+    if not tensors and not empty:
         raise ValueError("it holds no tensors")
     return tensors
 

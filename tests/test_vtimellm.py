@@ -1,0 +1,209 @@
+"""VTimeLLM: LoRA, prompts, frames, video tokens and folders of weights, against recordings of the released
+code and against first principles."""
+import json
+import os
+
+import pytest
+import torch
+
+from llm import (LLaMA, LoRALinear, add_lora, hf_config, layer_linears, merge_lora, merged, read_adapter,
+                 save_adapter)
+from plumbing.cli import UserError
+from plumbing.weightfile import map_file, read_file, read_metadata, read_safetensors
+
+RECORDED = os.path.join(os.path.dirname(__file__), "fixtures", "vtimellm_")
+WEIGHTS = read_file(RECORDED + "weights.safetensors")
+STATED = read_metadata(RECORDED + "weights.safetensors")   # config.json and adapter_config.json
+CASES = read_file(RECORDED + "cases.safetensors")
+with open(RECORDED + "cases.json") as recorded:
+    TEXTS = json.load(recorded)
+
+
+def part(name):
+    """{name: tensor} of one file of the release: base, projector, stage2 or stage3."""
+    return {key.removeprefix(name + "."): t for key, t in WEIGHTS.items() if key.startswith(name + ".")}
+
+
+def llama():
+    """The recorded LLaMA: width 64, 2 layers, 1500 words, fp32."""
+    model = LLaMA(hf_config(json.loads(STATED["base_config"]), part("base")))
+    model.load_state_dict(part("base"))
+    return model.eval()
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """adapter(stage, other tensors, name of its file, what was trained along, settings...) -> its folder."""
+    def write(stage="stage2", tensors=None, file="adapter_model.bin", along={}, **settings):
+        folder = tmp_path / stage
+        folder.mkdir(exist_ok=True)
+        stated = {**json.loads(STATED[stage]), **settings}
+        (folder / "adapter_config.json").write_text(json.dumps(stated))
+        torch.save({k: t.clone() for k, t in (tensors or part(stage)).items()}, folder / file)
+        torch.save(along, folder / "non_lora_trainables.bin")
+        return folder
+    return write
+
+
+def near(a, b, bound=1e-5):
+    return (a - b).abs().max() <= bound * b.abs().max()
+
+
+def picked(t):
+    """Of a recorded matrix: its norm, then 32 evenly spaced values."""
+    t = t.detach().flatten()
+    return torch.cat([t.norm()[None], t[torch.linspace(0, len(t) - 1, 32).long()]])
+
+
+# ------------------------------------------------------------------------------------------------------- LoRA
+IDS = torch.arange(40).view(2, 20) * 31 % 1500
+
+
+def lively(model):
+    """Gives every lora_B some numbers, as training would."""
+    torch.manual_seed(0)
+    for linear in layer_linears(model).values():
+        torch.nn.init.normal_(linear.lora_B.weight, std=0.1)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_step_0_a_llama_with_lora_is_itself_to_the_bit(dtype):
+    before = llama().to(dtype)(IDS)
+    assert torch.equal(add_lora(llama().to(dtype), 8, 16, 0.05)(IDS), before)
+
+
+@torch.no_grad()
+def test_merged_equals_unmerged():
+    model, plain = lively(add_lora(llama(), 8, 16)), llama()(IDS)
+    unmerged = model(IDS)
+    assert near(merge_lora(model)(IDS), unmerged) and not near(unmerged, plain, 0.1)
+    assert model.state_dict().keys() == llama().state_dict().keys()
+
+
+def test_the_gradients_are_where_they_must_be():
+    """Of each lora_B from step 0; of each lora_A once B is not zero; of nothing else."""
+    model = add_lora(llama(), 8, 16)
+    for step in range(2):
+        model.zero_grad()
+        model(IDS).logsumexp(-1).sum().backward()
+        moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        halves = "AB"[1 - step:]
+        assert moved == {f"{name}.lora_{half}.weight" for name in layer_linears(model) for half in halves}
+        lively(model)
+    assert len(moved) == 28
+
+
+def test_dropout_is_on_in_training_alone_and_only_within_lora():
+    model = lively(add_lora(llama(), 8, 16, dropout=0.5))
+    assert torch.equal(model(IDS), model(IDS))   # added to a model in eval mode
+    assert not torch.equal(model.train()(IDS), model(IDS))
+    lora = layer_linears(model)["model.layers.0.mlp.up_proj"]
+    torch.nn.init.zeros_(lora.lora_B.weight)
+    x = torch.randn(3, 64)
+    assert torch.equal(lora(x), lora.base(x))
+
+
+def test_a_new_lora_begins_as_any_linear_and_as_zero():
+    torch.manual_seed(0)
+    lora = LoRALinear(torch.nn.Linear(64, 48, bias=False), 8, 16)
+    assert (lora.lora_A.weight.shape, lora.lora_B.weight.shape) == ((8, 64), (48, 8))
+    assert not lora.lora_B.weight.any()
+    assert 0.1 < lora.lora_A.weight.abs().max() <= 64 ** -0.5   # Kaiming-uniform, a = sqrt 5
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_what_is_saved_is_read_again_and_goes_on_as_it_was(tmp_path, file):
+    model = lively(add_lora(llama(), 4, 10))
+    save_adapter(tmp_path, model, "vicuna", dropout=0.05)
+    if file.endswith(".bin"):
+        tensors = read_file(tmp_path / "adapter_model.safetensors")
+        torch.save({name: t.clone() for name, t in tensors.items()}, tmp_path / file)
+        os.remove(tmp_path / "adapter_model.safetensors")
+    read = read_adapter(tmp_path, llama())
+    assert read.base == "vicuna" and read.extra == {} and len(read.changes) == 14
+    again = add_lora(llama(), adapter=read)
+    assert torch.equal(again(IDS), model(IDS))
+    assert sum(p.requires_grad for p in again.parameters()) == 28
+
+
+def test_our_folders_have_the_names_and_settings_of_the_released_ones(tmp_path):
+    save_adapter(tmp_path, add_lora(llama(), 8, 16), "vicuna", dropout=0.05)
+    written = read_safetensors(map_file(tmp_path / "adapter_model.safetensors"))   # names as they are
+    assert written.keys() == part("stage2").keys()
+    own = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert own == {key: json.loads(STATED["stage2"])[key] for key in own}
+
+
+def test_an_adapter_for_some_linears_leaves_the_others_alone(adapter):
+    some = {name: t for name, t in part("stage2").items() if "q_proj" in name}
+    model = llama()
+    add_lora(model, adapter=read_adapter(adapter(tensors=some), model))
+    assert [n for n, m in layer_linears(model).items() if isinstance(m, LoRALinear)] == [
+        f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("stage, layer", [("stage2", 0), ("stage3", 1)])
+def test_merged_weights_equal_the_released_code(adapter, stage, layer):
+    """Stage 3's recording is stage 3 on top of stage 2."""
+    stages = ["stage2", "stage3"][:1 + (stage == "stage3")]
+    base, kind = llama(), f"merged_{stage}_layer{layer}."
+    adapters = [read_adapter(adapter(name), base) for name in stages]
+    for name, linear in layer_linears(base).items():
+        if f"layers.{layer}." in name:
+            weight = merged(linear.weight, [a.changes[name] for a in adapters])
+            assert near(picked(weight), CASES[f"{kind}{name}.weight"], 1e-6)
+
+
+def test_in_fp16_a_merge_for_each_stage_is_the_released_code_to_the_bit(adapter):
+    """Both at once are rounded once: a step of fp16 away in 29 % of the numbers."""
+    base, differ = llama(), []
+    adapters = [read_adapter(adapter(stage), base) for stage in ("stage2", "stage3")]
+    for name, linear in layer_linears(base).items():
+        if "layers.0." in name:
+            half, changes = linear.weight.half(), [a.changes[name] for a in adapters]
+            expected = CASES[f"merged_half_layer0.{name}.weight"]
+            assert torch.equal(merged(merged(half, changes[:1]), changes[1:]).flatten()[::8], expected)
+            once = merged(half, changes).flatten()[::8]
+            assert near(once, expected, 2 ** -10)
+            differ.append(once != expected)
+    assert 0.2 < torch.cat(differ).float().mean() < 0.4
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("bias", "all"), ("bias", "lora_only"), ("fan_in_fan_out", True), ("use_dora", True),
+    ("use_rslora", True), ("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4}),
+    ("modules_to_save", ["lm_head"]),
+    ("r", 0), ("r", "8"), ("r", True), ("lora_alpha", None), ("lora_alpha", -1)])
+def test_what_would_change_the_arithmetic_is_refused_in_a_line(adapter, setting, value):
+    with pytest.raises(UserError, match=f"adapter_config.json: .*{setting}.*") as e:
+        read_adapter(adapter(**{setting: value}), llama())
+    assert "\n" not in str(e.value)
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda t: {**t, FIRST: t[FIRST][:, :32]}, r"is \(8, 32\) float32, needed are floats \(8, 64\)"),
+    (lambda t: {**t, FIRST: t[FIRST][:4]}, r"is \(4, 64\) float32, needed are floats \(8, 64\)"),
+    (lambda t: {**t, FIRST: t[FIRST].long()}, "int64, needed are floats"),
+    (lambda t: {**t, FIRST.replace("layers.0", "layers.2"): t[FIRST]}, "layers.2.* is for no Linear"),
+    (lambda t: {**t, FIRST.replace("_A", "_magnitude"): t[FIRST]}, "lora_magnitude.* is for no Linear"),
+    (lambda t: {k: x for k, x in t.items() if k != FIRST}, "layers.0.self_attn.q_proj has lora_B alone")])
+def test_an_adapter_for_another_llama_is_refused_with_the_first_offender(adapter, spoil, message):
+    with pytest.raises(UserError, match=f"adapter_model.bin: .*{message}"):
+        read_adapter(adapter(tensors=spoil(part("stage2"))), llama())
+
+
+def test_names_of_a_checkpoint_in_training_are_read_too(adapter):
+    tensors = {name.replace(".weight", ".default.weight"): t for name, t in part("stage2").items()}
+    assert len(read_adapter(adapter(tensors=tensors), llama()).changes) == 14
+
+
+def test_a_projector_beside_an_adapter_is_read_and_anything_else_is_named(adapter):
+    name, t = "base_model.model.model.mm_projector.bias", torch.ones(64)
+    assert read_adapter(adapter(along={name: t}), llama()).extra.keys() == {"model.mm_projector.bias"}
+    with pytest.raises(UserError, match="non_lora_trainables.bin: model.norm.weight is neither"):
+        read_adapter(adapter(along={"base_model.model.model.norm.weight": t}), llama())
