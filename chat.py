@@ -14,38 +14,67 @@ standard error. Exit codes: 0, 2 for bad input, 130 for Ctrl-C.
 The model sees the video once, as a few frames. What it saw is kept on disk, so that the next chat about this
 video begins at once. -v says where the time goes.
 """
-import sys
 import time
 
 STARTED = time.perf_counter()   # before torch is imported, which takes most of the time to the first answer
-try:
-    import codecs
-    import concurrent.futures
-    import contextlib
-    import dataclasses
-    import json
-    import math
-    import os
-    import re
-    import threading
-    import warnings
+import dataclasses
+import os
+from typing import Annotated
 
-    import torch
-    from tqdm import tqdm
+from plumbing import cli
 
-    import clip
-    import data
-    import model
-    from llm import KVCache, generate, stream_text
-    from model import LONGEST, TEMPLATES, VIDEO_INDEX, VIDEO_TOKENS, open_chat, prompt_ids
-    from plumbing import cli, memory, pictures, quant, terminal, training, video
-    from plumbing.cli import UserError, say
-    from plumbing.store import Store, code_of, state_of
-except KeyboardInterrupt:   # no traceback for those who change their mind this early
-    print("chat.py: interrupted", file=sys.stderr)
-    sys.exit(130)
+
+@dataclasses.dataclass
+class Config:
+    video: str = cli.shipped("assets/sample.mp4")   # a video file
+    question: str | None = None      # ask only this, and leave
+    weights: str = cli.shipped("weights/tiny")   # a folder with clip, llava, branch.pth
+    branch: str | None = None        # a branch file in the place of branch.pth: what pretrain.py wrote
+    chat: str | None = None          # a file in the place of chat.bin: what chat_tune.py wrote
+    tuned: bool = True               # use what was tuned on video; --no-tuned is the zero-shot setting
+    tokens: str | None = None        # branch, mean or st_pool; None: what the weights are for
+    template: str = "vicuna_v1"      # of prompts, vicuna_v1 or none: as the weights were tuned
+    num_frames: cli.Count | None = None   # frames that the model sees; None: 100, or 8 for the toy world
+    temperature: cli.Amount = 0.0    # 0: the likeliest token; more: more varied; the released chat has 0.2
+    top_p: Annotated[float, 0.001, 1] = 1.0   # draw from the likeliest tokens that have this probability
+    max_new_tokens: cli.Count = 256  # an answer's length at most
+    seed: cli.Whole = 0              # every answer starts from it: the same question, the same answer
+    device: cli.Device = "auto"      # where to compute
+    dtype: str = "auto"              # fp32, bf16, fp16 for what is not rounded; auto: what is quick
+    quantize: str = "auto"           # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
+    cache: bool = True               # keep what the model saw of a video on disk
+    cache_dir: str | None = None     # where; None: $XDG_CACHE_HOME/nanobt or ~/.cache/nanobt
+    json: bool = False               # one JSON object a question on standard output
+    verbose: bool = False            # say where the time goes
+
+
+FLAGS = {"positional": ["video"], "short": {"question": "q", "verbose": "v"},
+         "hint": "; a question goes behind -q"}
+if __name__ == "__main__":
+    CONFIG = cli.start(Config, **FLAGS)   # before the slow imports: a typing error shows at once
+
+import codecs
+import concurrent.futures
+import contextlib
+import json
+import re
+import sys
+import threading
+import warnings
+
+import torch
+from tqdm import tqdm
+
+import clip
+import data
+import model
+from llm import KVCache, generate, stream_text
+from model import LONGEST, TEMPLATES, VIDEO_INDEX, VIDEO_TOKENS, open_chat, prompt_ids
+from plumbing import memory, pictures, quant, terminal, training, video
+from plumbing.cli import UserError, say
+from plumbing.store import Store, code_of, state_of
+
 IMPORT_SECONDS = time.perf_counter() - STARTED
-
 ROOM = 64              # tokens that an answer should have; for these, old turns are forgotten
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command
 SETTINGS = ("temperature", "top_p", "max_new_tokens", "seed")   # can change between two answers
@@ -63,33 +92,6 @@ HELP = '''\
 /save FILE       the conversation, as JSON
 /quit            leave; so does Ctrl-D
 Ctrl-C           stop an answer'''
-
-
-@dataclasses.dataclass
-class Config:
-    video: str = cli.shipped("assets/sample.mp4")   # a video file
-    question: str | None = None      # ask only this, and leave
-    weights: str = cli.shipped("weights/tiny")   # a folder with clip, llava, branch.pth
-    branch: str | None = None        # a branch file in the place of branch.pth: what pretrain.py wrote
-    chat: str | None = None          # a file in the place of chat.bin: what chat_tune.py wrote
-    tuned: bool = True               # use what was tuned on video; --no-tuned is the zero-shot setting
-    tokens: str | None = None        # branch, mean or st_pool; None: what the weights are for
-    template: str = "vicuna_v1"      # of prompts, vicuna_v1 or none: as the weights were tuned
-    num_frames: int | None = None    # frames that the model sees; None: 100, or 8 for the toy world
-    temperature: float = 0.0         # 0: the likeliest token; more: more varied; the released chat has 0.2
-    top_p: float = 1.0               # draw from the likeliest tokens that together have this probability
-    max_new_tokens: int = 256        # an answer's length at most
-    seed: int = 0                    # every answer starts from it: the same question, the same answer
-    device: str = "auto"             # cpu, cuda or auto
-    dtype: str = "auto"              # fp32, bf16, fp16 for what is not rounded; auto: what is quick
-    quantize: str = "auto"           # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
-    cache: bool = True               # keep what the model saw of a video on disk
-    cache_dir: str | None = None     # where; None: $XDG_CACHE_HOME/nanobt or ~/.cache/nanobt
-    json: bool = False               # one JSON object a question on standard output
-    verbose: bool = False            # say where the time goes
-
-
-FLAGS = {"positional": ["video"], "short": {"question": "q", "verbose": "v"}}
 
 
 # ---------------------------------------------------------------------------------------------------- looking
@@ -377,16 +379,6 @@ def save_conversation(session, path):
     say(f"wrote {path}")
 
 
-def check_settings(cfg):
-    """Raises UserError for a value with which nothing can be sampled."""
-    for name, good, needed in (("temperature", 0 <= cfg.temperature < math.inf, "0 or more"),
-                               ("top_p", 0 < cfg.top_p <= 1, "more than 0 and at most 1"),
-                               ("max_new_tokens", cfg.max_new_tokens >= 1, "1 or more"),
-                               ("seed", 0 <= cfg.seed < 2 ** 63, "0 to 2^63 - 1")):
-        if not good:
-            raise UserError(f"--{name} {getattr(cfg, name)}: needed is {needed}")
-
-
 def settings(session, name=None, value=None):
     """/set NAME VALUE changes what counts for the next answers, and shows it; without a value it shows it,
     without a name all. Raises UserError, and then everything is as it was."""
@@ -398,7 +390,7 @@ def settings(session, name=None, value=None):
             cfg = dataclasses.replace(session.cfg, **{name: kind(value)})
         except ValueError:
             raise UserError(f"/set {name} {value}: not a {'whole ' * (kind is int)}number")
-        check_settings(cfg)
+        cli.check(cfg)
         session.cfg = cfg
     for setting in SETTINGS if name is None else [name]:
         say(f"{setting} {getattr(session.cfg, setting)}")
@@ -499,13 +491,7 @@ def begin(cfg):
 
 
 def main(cfg):
-    for flag, known in (("tokens", (None, *VIDEO_TOKENS)), ("template", TEMPLATES), ("dtype", memory.DTYPES),
-                        ("quantize", memory.SCHEMES)):
-        if getattr(cfg, flag) not in known:
-            raise UserError(f"--{flag} {getattr(cfg, flag)}: choose one of {', '.join(filter(None, known))}")
-    check_settings(cfg)
-    if cfg.num_frames is not None:
-        cli.at_least(cfg, num_frames=1)
+    cli.check(cfg, tokens=VIDEO_TOKENS, template=TEMPLATES, dtype=memory.DTYPES, quantize=memory.SCHEMES)
     if cfg.question is not None and not cfg.question.strip():
         raise UserError("--question: it is empty")
     if cfg.json and cfg.question is None and sys.stdin.isatty():
@@ -529,4 +515,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, **FLAGS)
+    cli.run(main, CONFIG)

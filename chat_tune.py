@@ -13,8 +13,45 @@ In --out: last.pth (what is trained, and the optimizer; the same command goes on
 SIGTERM), log.jsonl, curve.png, and the result: chat.bin, or a Hugging Face LLaVA folder `llava`. With
 --eval_annotations the share of exactly right answers is printed, for each kind of question.
 """
-import collections
 import dataclasses
+from typing import Annotated
+
+from plumbing import cli
+from plumbing.cli import Amount, Count, Whole
+
+
+@dataclasses.dataclass
+class Config:
+    stage: Annotated[str, "projector", "language", "video"]   # a row of the table
+    clip: str | None = None          # CLIP: a Hugging Face folder or OpenAI's ViT-L-14.pt
+    llm: str | None = None           # LLaVA folder (LLaMA is enough for the stage projector)
+    annotations: str | None = None   # conversations as Video-ChatGPT has them, JSON(L); else the toy world
+    root: str | None = None          # folder that the names in it are relative to
+    out: str = "out/chat"            # folder for checkpoint, log, curve and result
+    branch: str | None = None        # branch file, for --tokens branch
+    drop_path: cli.Rate = 0.1        # stochastic depth of the branch, as in pretraining
+    tokens: str | None = None        # what the LLaMA sees of a video: branch, mean or st_pool
+    template: str = "vicuna_v1"      # how prompts are put together: a key of model.TEMPLATES
+    num_frames: Count | None = None  # frames of a video
+    batch_size: Count | None = None  # conversations a step, over all processes
+    lr: Amount | None = None         # peak; linear up over 3 % of the run, then half a cosine
+    clip_norm: Amount = 1.0          # of the gradient
+    epochs: Count | None = None      # passes over the data
+    steps: Count | None = None       # steps in all, instead of epochs
+    eval_annotations: str | None = None   # questions with exact answers, under the same --root
+    eval_only: bool = False          # no training, only the questions: the zero-shot setting
+    workers: Whole = 1               # decoding processes, for each training process
+    save_every: Count = 200          # steps between checkpoints
+    log_every: Count = 10            # steps between log lines
+    seed: Whole = 0                  # every random number follows from it
+    device: cli.Device = "auto"      # where to compute
+    amp: bool = True                 # half precision on a GPU
+
+
+if __name__ == "__main__":
+    CONFIG = cli.start(Config)   # before the slow imports: a typing error shows at once
+
+import collections
 import math
 import os
 import signal
@@ -28,39 +65,10 @@ from tqdm import tqdm
 import data
 from clip import load_clip
 from llm import load_llama, save_llama, tokenizer_path
-from model import (IGNORE_INDEX, VIDEO_TOKENS, VideoChat, is_marked, load_branch, make_projector,
+from model import (IGNORE_INDEX, TEMPLATES, VIDEO_TOKENS, VideoChat, is_marked, load_branch, make_projector,
                    projector_part, prompt_ids, save_chat)
-from plumbing import cli, memory, pictures, training
+from plumbing import memory, pictures, training
 from plumbing.cli import UserError
-
-
-@dataclasses.dataclass
-class Config:
-    stage: str                       # a row of the table: projector, language or video
-    clip: str | None = None          # CLIP: a Hugging Face folder or OpenAI's ViT-L-14.pt
-    llm: str | None = None           # LLaVA folder (LLaMA is enough for the stage projector)
-    annotations: str | None = None   # conversations as Video-ChatGPT has them, JSON(L); else the toy world
-    root: str | None = None          # folder that the names in it are relative to
-    out: str = "out/chat"            # folder for checkpoint, log, curve and result
-    branch: str | None = None        # branch file, for --tokens branch
-    drop_path: float = 0.1           # stochastic depth of the branch, as in pretraining
-    tokens: str | None = None        # what the LLaMA sees of a video: branch, mean or st_pool
-    template: str = "vicuna_v1"      # how prompts are put together: a key of model.TEMPLATES
-    num_frames: int | None = None    # frames of a video
-    batch_size: int | None = None    # conversations a step, over all processes
-    lr: float | None = None          # peak; linear up over 3 % of the run, then half a cosine
-    clip_norm: float = 1.0           # of the gradient
-    epochs: int | None = None        # passes over the data
-    steps: int | None = None         # steps in all, instead of epochs
-    eval_annotations: str | None = None   # questions with exact answers, under the same --root
-    eval_only: bool = False          # no training, only the questions: the zero-shot setting
-    workers: int = 1                 # decoding processes, for each training process
-    save_every: int = 200            # steps between checkpoints
-    log_every: int = 10              # steps between log lines
-    seed: int = 0                    # every random number follows from it
-    device: str = "auto"             # cpu, cuda or auto
-    amp: bool = True                 # half precision on a GPU
-
 
 RELEASED = {"tokens": "branch", "branch": "", "num_frames": 100, "batch_size": 8, "lr": 2e-5, "epochs": 3,
             "steps": 0, "eval_annotations": ""}
@@ -79,20 +87,17 @@ TOY = {   # the stage video without --annotations
 
 def complete(cfg):
     """A Config with its stage's settings in the place of None. Raises UserError."""
-    cli.one_of(cfg, stage=STAGES)
+    cli.check(cfg, tokens=VIDEO_TOKENS, template=TEMPLATES)
     toy = cfg.stage == "video" and not cfg.annotations
     if cfg.epochs is not None and cfg.steps is None:
         cfg = dataclasses.replace(cfg, steps=0)   # else the table's steps would count
     cfg = cli.fill(cfg, STAGES[cfg.stage] | (TOY if toy else {}))
     if toy and not os.path.exists(cfg.annotations):
         raise UserError(f"{cfg.annotations}: not there; `python -m toy render` makes it")
-    cli.one_of(cfg, tokens=VIDEO_TOKENS)
     if VIDEO_TOKENS[cfg.tokens].reads_branch and not cfg.branch:
         raise UserError(f"--tokens {cfg.tokens} needs --branch FILE")
     if cfg.eval_only and not cfg.eval_annotations:
         raise UserError("--eval_only needs --eval_annotations")
-    cli.at_least(cfg, batch_size=1, num_frames=1, steps=0, epochs=1, lr=0, clip_norm=0, drop_path=0, seed=0,
-                 workers=0, save_every=1, log_every=1)
     return cfg
 
 
@@ -244,4 +249,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    cli.run(main, Config)
+    cli.run(main, CONFIG)

@@ -5,13 +5,31 @@
 A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W), uint8 RGB. Time is counted in seconds from the
 moment at which the first frame is shown. plumbing/video.py finds frames in a file, and lets no file do harm.
 """
+import dataclasses
+import math
+
+from plumbing import cli
+
+
+@dataclasses.dataclass
+class Config:
+    video: str                  # the file to look at
+    num_frames: cli.Count = 16  # frames on the sheet
+    rule: str = "uniform"       # by which rule they are chosen: uniform, seq, test, train or linspace
+    start: cli.Amount = 0       # seconds into the video at which to begin,
+    end: float = math.inf       # and to end
+    seed: cli.Whole = 0         # for the rule train
+    out: str = "out/sheet.png"  # the contact sheet
+
+
+if __name__ == "__main__":
+    CONFIG = cli.start(Config, positional=["video"])   # before the slow imports: a typing error shows at once
+
 import array
 import bisect
 import csv
-import dataclasses
 import itertools
 import json
-import math
 import os
 import types
 
@@ -21,10 +39,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from plumbing.cli import UserError, make_folder, run
+from plumbing.cli import UserError
 from plumbing.pictures import contact_sheet, thumbnail
 from plumbing.video import EXTENSIONS, TOLERANCE, VideoError, open_regular, open_video
-
 
 PICTURES = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]   # Pillow's names: no format that runs another program
 
@@ -355,27 +372,16 @@ def read_picture(path):
 
 
 # ------------------------------------------------------------------------------------------------------ main
-@dataclasses.dataclass
-class Config:
-    video: str                  # the file to look at
-    num_frames: int = 16        # frames on the sheet
-    rule: str = "uniform"       # by which rule they are chosen: uniform, seq, test, train or linspace
-    start: float = 0            # seconds into the video at which to begin,
-    end: float = math.inf       # and to end
-    seed: int = 0               # for the rule train
-    out: str = "out/sheet.png"  # the contact sheet
-
-
 def main(cfg):
     found = probe(cfg.video)
     print(f"{cfg.video}: {found.codec}, {found.width} x {found.height}, turned by {found.rotation} degrees, "
           f"{found.fps:.2f} frames/s, {found.duration:.2f} s")
     found = sample_frames(cfg.video, cfg.num_frames, cfg.rule, cfg.seed, (cfg.start, cfg.end))
     times, pictures = zip(*((t, thumbnail(picture)) for t, picture in found))
-    make_folder(os.path.dirname(os.path.abspath(cfg.out)))
+    cli.make_folder(os.path.dirname(os.path.abspath(cfg.out)))
     contact_sheet(torch.stack(pictures), times, cfg.out)
     print(f"{cfg.out}: {len(times)} frames, at {', '.join(f'{t:.2f}' for t in times)} s")
 
 
 if __name__ == "__main__":
-    run(main, Config, positional=["video"])
+    cli.run(main, CONFIG)

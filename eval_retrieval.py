@@ -9,6 +9,33 @@
 goes to stdout; where the paper has numbers, they stand below ours. Runs under torchrun too.
 """
 import dataclasses
+from typing import Annotated
+
+from plumbing import cli
+
+Sets = Annotated[str, "own", "msrvtt", "didemo", "lsmdc", "activitynet", "k400", "hmdb51", "ucf101"]
+
+
+@dataclasses.dataclass
+class Config:
+    weights: str = cli.shipped("weights/tiny")   # folder with clip and branch.pth
+    branch: str = ""                 # another branch file than the one in --weights
+    batch_size: cli.Count = 16       # videos at a time
+    workers: cli.Whole = 1           # processes that decode
+    device: cli.Device = "auto"      # where to compute
+    amp: bool = True                 # half precision on a GPU
+    annotations: str = ""            # JSONL {"video", "caption"}, the set's own file, or lines "path label"
+    root: str = ""                   # folder that the names in it are relative to
+    dataset: Sets = "own"            # how a set is read; the last three are of actions
+    classes: str = ""                # to recognise actions: the names of the classes, one a line
+    skip_broken: bool = False        # leave out videos that cannot be read; else the first is an error
+    save: str = ""                   # write the features there (safetensors)
+    from_: str = ""                  # score what --save wrote, without model and videos
+
+
+if __name__ == "__main__":
+    CONFIG = cli.start(Config)   # before the slow imports: a typing error shows at once
+
 import os
 import pathlib
 import sys
@@ -20,25 +47,8 @@ from torch.utils.data import Dataset
 import data
 from metrics import recall_at_k, retrieval_metrics
 from model import encode_texts, encode_videos, load_encoder
-from plumbing import cli, memory, training, weightfile
+from plumbing import memory, training, weightfile
 from plumbing.cli import UserError
-
-
-@dataclasses.dataclass
-class Config:
-    weights: str = cli.shipped("weights/tiny")   # folder with clip and branch.pth
-    branch: str = ""                 # another branch file than the one in --weights
-    batch_size: int = 16             # videos at a time
-    workers: int = 1                 # processes that decode
-    device: str = "auto"             # cpu, cuda or auto
-    amp: bool = True                 # half precision on a GPU
-    annotations: str = ""            # JSONL {"video", "caption"}, the set's own file, or lines "path label"
-    root: str = ""                   # folder that the names in it are relative to
-    dataset: str = "own"             # own, msrvtt, didemo, lsmdc, activitynet; actions: k400, hmdb51, ucf101
-    classes: str = ""                # to recognise actions: the names of the classes, one a line
-    skip_broken: bool = False        # leave out videos that cannot be read; else the first is an error
-    save: str = ""                   # write the features there (safetensors)
-    from_: str = ""                  # score what --save wrote, without model and videos
 
 
 @dataclasses.dataclass
@@ -69,8 +79,6 @@ SETTINGS = {   # all numbers of the paper are of ViT-L/14; msrvtt is its 1k-A sp
 
 def main(cfg):
     # ----------------------------------------------------------------------------------------------- setup
-    cli.at_least(cfg, batch_size=1)
-    cli.one_of(cfg, dataset=SETTINGS)
     if cfg.from_:
         features, about = weightfile.read_file(cfg.from_), weightfile.read_metadata(cfg.from_)
         if about.get("dataset") not in SETTINGS or not {"mean", "branch", "text", "right"} <= features.keys():
@@ -237,4 +245,4 @@ def read_labels(path, classes, offset):
 
 
 if __name__ == "__main__":
-    cli.run(main, Config)
+    cli.run(main, CONFIG)

@@ -13,6 +13,57 @@ the step, so the run then equals an undisturbed one, bit for bit on a CPU. SIGTE
 evaluation that is under way (torchrun waits 30 s for it) and ends with exit code 143.
 """
 import dataclasses
+from typing import Annotated
+
+from plumbing import cli
+from plumbing.cli import Amount, Count, Rate, Share, Whole
+
+Recipe = Annotated[str, "released", "paper", "toy"]
+Precision = Annotated[str, "auto", "fp32", "bf16", "fp16"]
+
+
+@dataclasses.dataclass
+class Config:
+    recipe: Recipe | None = None     # whose settings, for flags that are not given
+    clip: str | None = None          # CLIP: a Hugging Face folder or OpenAI's ViT-L-14.pt
+    annotations: str | None = None   # WebVid's CSV, or a JSONL of {"video", "caption"}; else the toy world
+    root: str | None = None          # folder that the videos' names are relative to
+    out: str = "out/branch"          # folder for checkpoints, log and curve
+    # model
+    depth: Annotated[int, 2, 99] = 4   # layers of the branch
+    gated: bool = True               # learnable gates between branch and CLIP (else sums)
+    drop_path: Rate = 0.1            # stochastic depth of the branch's last layer; earlier ones less
+    mask_ratio: Rate = 0.7           # patches hidden from the branch, the same ones in every frame
+    mbca_weight: Amount | None = None   # of the loss MBCA (Eq. 8); VTC (Eq. 6) has 1
+    mbta_weight: Amount | None = None   # of the loss MBTA (Eq. 7)
+    # data
+    num_frames: Count = 8            # frames of a clip
+    min_area: Share | None = None    # least share of the picture that a training crop keeps
+    text_length: Count | None = None   # tokens of a caption that are read
+    together: Count | None = None    # neighbouring lines that always share a batch (2: twins)
+    workers: Whole = 1               # decoding processes, for each training process
+    # optimizer
+    batch_size: Count | None = None  # clips a step, over all processes; each is contrasted with all others
+    lr: Amount | None = None         # base, for what the recipe gives no factor
+    weight_decay: Amount = 0.05      # on everything, as in the released run
+    clip_norm: Amount = 5.0          # of the gradient of all parameters together
+    epochs: Count | None = None      # passes over the data
+    steps: Count | None = None       # steps in all, instead of epochs
+    anneal: bool | None = None       # lower the learning rate to zero (as released: to 97 % of its peak)
+    # run
+    eval_annotations: str | None = None   # a retrieval set to watch, under the same --root
+    eval_every: Whole | None = None  # steps between evaluations on it; 0: an epoch
+    save_every: Count = 200          # steps between checkpoints
+    log_every: Count = 10            # steps between log lines
+    seed: Whole = 0                  # every random number follows from it
+    device: cli.Device = "auto"      # where to compute
+    precision: Precision = "auto"    # auto: fp32 on a CPU, bf16 on a GPU that has it
+    checkpointed: bool = False       # keep less of the branch for the gradient, and compute it twice
+
+
+if __name__ == "__main__":
+    CONFIG = cli.start(Config)   # before the slow imports: a typing error shows at once
+
 import math
 import os
 import time
@@ -28,48 +79,8 @@ from clip import load_clip
 from metrics import retrieval_metrics, twin_accuracy
 from model import (Branch, Pretraining, VideoEncoder, branch_tensors, encode_pairs, mbca_loss, tube_mask,
                    vtc_loss)
-from plumbing import cli, memory, pictures, training
+from plumbing import memory, pictures, training
 from plumbing.cli import UserError
-
-
-@dataclasses.dataclass
-class Config:
-    recipe: str | None = None        # whose settings, for flags that are not given: released, paper or toy
-    clip: str | None = None          # CLIP: a Hugging Face folder or OpenAI's ViT-L-14.pt
-    annotations: str | None = None   # WebVid's CSV, or a JSONL of {"video", "caption"}; else the toy world
-    root: str | None = None          # folder that the videos' names are relative to
-    out: str = "out/branch"          # folder for checkpoints, log and curve
-    # model
-    depth: int = 4                   # layers of the branch
-    gated: bool = True               # learnable gates between branch and CLIP (else sums)
-    drop_path: float = 0.1           # stochastic depth of the branch's last layer; earlier ones less
-    mask_ratio: float = 0.7          # patches hidden from the branch, the same ones in every frame
-    mbca_weight: float | None = None   # of the loss MBCA (Eq. 8); VTC (Eq. 6) has 1
-    mbta_weight: float | None = None   # of the loss MBTA (Eq. 7)
-    # data
-    num_frames: int = 8              # frames of a clip
-    min_area: float | None = None    # least share of the picture that a training crop keeps
-    text_length: int | None = None   # tokens of a caption that are read
-    together: int | None = None      # neighbouring lines that always share a batch (2: twins)
-    workers: int = 1                 # decoding processes, for each training process
-    # optimizer
-    batch_size: int | None = None    # clips a step, over all processes; each is contrasted with all others
-    lr: float | None = None          # base, for what the recipe gives no factor
-    weight_decay: float = 0.05       # on everything, as in the released run
-    clip_norm: float = 5.0           # of the gradient of all parameters together
-    epochs: int | None = None        # passes over the data
-    steps: int | None = None         # steps in all, instead of epochs
-    anneal: bool | None = None       # lower the learning rate to zero (as released: to 97 % of its peak)
-    # run
-    eval_annotations: str | None = None   # a retrieval set to watch, under the same --root
-    eval_every: int | None = None    # steps between evaluations on it; 0: an epoch
-    save_every: int = 200            # steps between checkpoints
-    log_every: int = 10              # steps between log lines
-    seed: int = 0                    # every random number follows from it
-    device: str = "auto"             # cpu, cuda or auto
-    precision: str = "auto"          # fp32, bf16, fp16 or auto: fp32 on a CPU, bf16 on a GPU that has it
-    checkpointed: bool = False       # keep less of the branch for the gradient, and compute it twice
-
 
 # docs/paper-vs-code.md says why paper and code differ. factors: of the learning rate, by a part of a name
 RELEASED = {"mbca_weight": 0.1, "mbta_weight": 0.8, "min_area": 0.08, "text_length": 64, "together": 1,
@@ -91,17 +102,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def complete(cfg):
     """A Config with its recipe's settings in the place of None. Raises UserError."""
     cfg = dataclasses.replace(cfg, recipe=cfg.recipe or ("released" if cfg.annotations else "toy"))
-    cli.one_of(cfg, recipe=RECIPES, precision=["auto", *PRECISIONS])
     if cfg.epochs is not None and cfg.steps is None:
         cfg = dataclasses.replace(cfg, steps=0)   # else the recipe's steps would count
     cfg = cli.fill(cfg, RECIPES[cfg.recipe])
     if cfg.recipe == "toy" and not os.path.exists(cfg.annotations):
         raise UserError(f"{cfg.annotations}: not there; `python -m toy render` makes it")
-    cli.at_least(cfg, batch_size=2, together=1, depth=2, num_frames=1, text_length=2, steps=0, epochs=1, lr=0,
-                 clip_norm=0, weight_decay=0, mbca_weight=0, mbta_weight=0, mask_ratio=0, drop_path=0, seed=0,
-                 workers=0, eval_every=0, save_every=1, log_every=1)
-    if cfg.mask_ratio >= 1 or cfg.drop_path >= 1:
-        raise UserError(f"--mask_ratio {cfg.mask_ratio}, --drop_path {cfg.drop_path}: must be less than 1")
     return cfg
 
 
@@ -273,4 +278,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    cli.run(main, Config)
+    cli.run(main, CONFIG)

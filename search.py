@@ -7,6 +7,31 @@
 only read. Give `index` again after an interruption, or later: it encodes what is new or changed.
 """
 import dataclasses
+from typing import Annotated
+
+from plumbing import cli
+
+
+@dataclasses.dataclass
+class Config:
+    what: str                        # the text to search for; or the word index
+    folder: str = ""                 # after index: where your videos are
+    weights: str = cli.shipped("weights/tiny")   # folder with clip and branch.pth
+    branch: str = ""                 # another branch file than the one in --weights
+    index: str = "out/index"         # folder of the index; it lists the videos of one FOLDER, the last
+    window: Annotated[float, 0.1, 1e9] = 4.0   # seconds of video, about, that one row of the index stands for
+    batch_size: cli.Count = 16       # windows of a video at a time
+    workers: cli.Whole = 1           # processes that decode
+    device: cli.Device = "auto"      # where to compute
+    amp: bool = True                 # half precision on a GPU
+    top: cli.Count = 5               # hits to show
+    sheet: str = ""                  # a PNG with a picture of each hit
+
+
+FLAGS = {"positional": ["what", "folder"], "hint": "; quotes go around a text"}
+if __name__ == "__main__":
+    CONFIG = cli.start(Config, **FLAGS)   # before the slow imports: a typing error shows at once
+
 import functools
 import hashlib
 import json
@@ -20,7 +45,7 @@ from tqdm import tqdm
 
 import data
 from model import encode_texts, load_encoder
-from plumbing import cli, memory, training
+from plumbing import memory, training
 from plumbing.cli import UserError
 from plumbing.pictures import boxed, contact_sheet
 from plumbing.store import Store, state_of
@@ -30,27 +55,7 @@ VERSION = 1   # of the rows that `index` makes: whoever changes how, counts up
 NUM_FRAMES, TEXT_LENGTH = 8, 77   # of a window; tokens of a query
 
 
-@dataclasses.dataclass
-class Config:
-    what: str                        # the text to search for; or the word index
-    folder: str = ""                 # after index: where your videos are
-    weights: str = cli.shipped("weights/tiny")   # folder with clip and branch.pth
-    branch: str = ""                 # another branch file than the one in --weights
-    index: str = "out/index"         # folder of the index; it lists the videos of one FOLDER, the last
-    window: float = 4.0              # seconds of video, about, that one row of the index stands for
-    batch_size: int = 16             # windows of a video at a time
-    workers: int = 1                 # processes that decode
-    device: str = "auto"             # cpu, cuda or auto
-    amp: bool = True                 # half precision on a GPU
-    top: int = 5                     # hits to show
-    sheet: str = ""                  # a PNG with a picture of each hit
-
-
-FLAGS = {"positional": ["what", "folder"]}
-
-
 def main(cfg):
-    cli.at_least(cfg, batch_size=1, window=0.1, top=1)
     if not cfg.what.strip() or (cfg.what == "index") != bool(cfg.folder):
         raise UserError('give `index FOLDER`, or one text in quotes, as "a dog jumps over a fence"')
     device, store = training.pick_device(cfg.device), Store(cfg.index)
@@ -184,4 +189,4 @@ def search(cfg, store, weights, query):
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, **FLAGS)
+    cli.run(main, CONFIG)

@@ -24,8 +24,8 @@ class Config:
     stage: str                # what to measure: frames, flat, line, chat, pretrain or gpu
     data: str = "out/bench"   # where the clips and weights are, or will be
     pictures: str = "docs"    # folder for the pictures
-    runs: int = 5             # measurements of each; the medians are shown
-    layers: int = 32          # of the 7B; fewer for a quick look, the work of a layer stays the same
+    runs: cli.Count = 5       # measurements of each; the medians are shown
+    layers: cli.Count = 32    # of the 7B; fewer for a quick look, the work of a layer stays the same
 
 
 STAGES = {"frames": "frames", "flat": "frames", "line": "chat", "chat": "chat",   # stage: its file
@@ -35,9 +35,8 @@ STAGES = {"frames": "frames", "flat": "frames", "line": "chat", "chat": "chat", 
 def main(cfg):
     if cfg.stage not in STAGES:
         raise cli.UserError(f"{cfg.stage}: no such stage; choose one of {', '.join(STAGES)}")
-    cli.at_least(cfg, runs=1, layers=1)
     getattr(importlib.import_module(f"bench.{STAGES[cfg.stage]}"), cfg.stage)(cfg)
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, positional=["stage"])
+    cli.run(main, cli.start(Config, positional=["stage"]))

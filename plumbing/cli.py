@@ -1,11 +1,15 @@
 """What every script needs and no reader of the method: flags, errors of one line, files written whole."""
 import argparse
+import contextlib
 import dataclasses
+import difflib
 import inspect
 import os
 import re
 import select
+import signal
 import sys
+import typing
 import warnings
 
 
@@ -14,29 +18,82 @@ class UserError(Exception):
 
 
 # ----------------------------------------------------------------------------------------------- command line
-def parse(Config, argv=None, positional=(), short={}):
+# Types for fields of a Config: a number, the least and the most that it can be; a word, all that it can be
+Count = typing.Annotated[int, 1, 10 ** 9]
+Whole = typing.Annotated[int, 0, 10 ** 9]
+Amount = typing.Annotated[float, 0, 1e9]
+Share = typing.Annotated[float, 0, 1]
+Rate = typing.Annotated[float, 0, 0.99]   # of what is left out
+Device = typing.Annotated[str, "auto", "cpu", "cuda"]
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message.removeprefix("argument "))
+
+
+def parse(Config, argv=None, positional=(), short={}, hint=""):
     """Command line -> Config. Each field of the dataclass is a flag, and its trailing comment the help. A
     field whose flag is a word of Python ends in `_`. positional: fields without a flag; short: {field:
-    letter}."""
+    letter}; hint: what to say of a word too many. Raises UserError."""
     comments = dict(re.findall(r"^    (\w+):.*? # (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=sys.modules[Config.__module__].__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
-        kind = getattr(field.type, "__args__", [field.type])[0]   # `int | None`: an int, if given
-        required = field.default is dataclasses.MISSING
-        options = {"default": None if required else field.default}
+        kind, *limits = kind_of(field)
+        options = {"default": None if field.default is dataclasses.MISSING else field.default}
         shown = "" if options["default"] is None else f" (default: {field.default})"
         options["help"] = (comments.get(field.name, "") + shown).replace("%", "%%").strip()
         if field.name in positional:
-            parser.add_argument(field.name, type=kind, nargs=None if required else "?", **options)
+            parser.add_argument(field.name, type=kind, nargs="?", **options)
             continue
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options.update(type=kind, required=required, metavar=kind.__name__.upper())
+            metavar = "|".join(limits) if kind is str and limits else kind.__name__.upper()
+            options.update(type=kind, metavar=metavar)
         letter = [f"-{short[field.name]}"] if field.name in short else []
-        parser.add_argument(*letter, "--" + field.name.rstrip("_"), dest=field.name, **options)
-    return Config(**vars(parser.parse_intermixed_args(argv)))   # flags may stand between positional ones
+        parser.add_argument(*letter, flag_of(field), dest=field.name, **options)
+    values, unknown = parser.parse_known_intermixed_args(argv)   # flags may stand between the others
+    if unknown and unknown[0].startswith("-"):
+        names = [field.name.rstrip("_") for field in dataclasses.fields(Config)]
+        near = difflib.get_close_matches(unknown[0].strip("-").split("=")[0], names, 1)
+        advice = f"did you mean --{near[0]}?" if near else "--help lists them"
+        raise UserError(f"{unknown[0]}: no such flag; {advice}")
+    if unknown:
+        raise UserError(f"{unknown[0]}: one word too many{hint}")
+    for field in dataclasses.fields(Config):
+        if field.default is dataclasses.MISSING and getattr(values, field.name) is None:
+            raise UserError(f"{field.name if field.name in positional else flag_of(field)}: needed")
+    cfg = Config(**vars(values))
+    check(cfg)
+    return cfg
+
+
+def flag_of(field):
+    return "--" + field.name.rstrip("_")
+
+
+def kind_of(field):
+    """A field of a Config -> its type, and what else its annotation says. `int | None` is an int."""
+    given = typing.get_args(field.type)
+    return typing.get_args(given[0]) or given[:1] if type(None) in given else given or (field.type,)
+
+
+def check(cfg, **choices):
+    """Raises UserError for the first field whose value its type excludes, or which is not among its choices:
+    {field: table}, for tables in modules that import torch."""
+    for field in dataclasses.fields(cfg):
+        (kind, *limits), value = kind_of(field), getattr(cfg, field.name)
+        limits = choices.get(field.name, limits)
+        if value is None or not limits:
+            continue
+        if kind is str:
+            good, needed = value in limits, f"choose one of {', '.join(limits)}"
+        else:
+            good, needed = limits[0] <= value <= limits[1], "must be from {:g} to {:g}".format(*limits)
+        if not good:   # as NaN is
+            raise UserError(f"{flag_of(field)} {value}: {needed}")
 
 
 def fill(cfg, row):
@@ -46,20 +103,6 @@ def fill(cfg, row):
     if lacking := [f"--{name}" for name, value in vars(cfg).items() if value is None]:
         raise UserError(f"{', '.join(lacking)}: needed")
     return cfg
-
-
-def at_least(cfg, **bounds):
-    """Raises UserError for the first field of `cfg` that is below its bound, or not a number."""
-    for name, bound in bounds.items():
-        if not getattr(cfg, name) >= bound:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {bound}")
-
-
-def one_of(cfg, **choices):
-    """Raises UserError for the first field of `cfg` that is none of its choices."""
-    for name, known in choices.items():
-        if getattr(cfg, name) not in known:
-            raise UserError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(known)}")
 
 
 def say(text):
@@ -75,18 +118,18 @@ def forget_output(stream):
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def run(main, Config, **flags):
-    """The end of every script: bad input is one line and exit code 2, Ctrl-C is 130. A reader of standard
-    output who has left (`| head -1`) ends the program without a word."""
+def program():
+    """The name of this script as it was typed; of `python -m toy`, the folder's."""
     folder, name = os.path.split(sys.argv[0])
-    name = os.path.basename(folder) if name == "__main__.py" else name   # of `python -m toy`
-    warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"   # no line of source code
-    for stream, way in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, stream) is None:   # closed
-            setattr(sys, stream, open(os.devnull, way))
-    sys.stdout.reconfigure(errors="backslashreplace")   # names of files need not be UTF-8
+    return os.path.basename(folder) if name == "__main__.py" else name
+
+
+@contextlib.contextmanager
+def errors_of_one_line():
+    """Bad input ends the program with one line and exit code 2, Ctrl-C with 130. A reader of standard output
+    who has left (`| head -1`) ends it without a word."""
     try:
-        main(parse(Config, **flags))
+        yield
         sys.stdout.flush()
     except BrokenPipeError:
         poll = select.poll()
@@ -98,11 +141,35 @@ def run(main, Config, **flags):
         message = str(e).strip()
         if message.startswith("Caught "):   # in a loader's process; the message ends that process's traceback
             message = re.sub(r"^[\w.]+Error: ", "", message.splitlines()[-1])
-        say(f"{name}: {message}")
+        say(f"{program()}: {message}")
         sys.exit(2)
     except KeyboardInterrupt:
-        say(f"{name}: interrupted")
-        sys.exit(130)
+        interrupted()
+
+
+def interrupted(*_):
+    say(f"{program()}: interrupted")
+    sys.exit(130)
+
+
+def start(Config, **flags):
+    """The beginning of every script -> its Config. It stands before the imports, which take seconds: a typing
+    error is told at once. flags: see parse."""
+    signal.signal(signal.SIGINT, interrupted)   # no traceback of whatever is imported just then
+    warnings.formatwarning = lambda message, *_, **__: f"{program()}: {message}\n"   # no line of source code
+    for stream, way in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:   # closed
+            setattr(sys, stream, open(os.devnull, way))
+    sys.stdout.reconfigure(errors="backslashreplace")   # names of files need not be UTF-8
+    with errors_of_one_line():
+        return parse(Config, **flags)
+
+
+def run(main, cfg):
+    """The end of every script. cfg: what start returned."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with errors_of_one_line():
+        main(cfg)
 
 
 # ------------------------------------------------------------------------------------------------------ files

@@ -350,7 +350,7 @@ def loss(*features):
     raise RuntimeError("a mistake")
 
 pretrain.vtc_loss = loss
-cli.run(pretrain.main, pretrain.Config)
+cli.run(pretrain.main, cli.start(pretrain.Config))
 """)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
     command = [sys.executable, *(torchrun if size > 1 else []), str(script),
@@ -430,10 +430,8 @@ def test_half_precision_halves_the_frozen_towers_and_nothing_that_learns(world, 
 @pytest.mark.parametrize("change, message", [
     ({"annotations": "nowhere.jsonl"}, "nowhere.jsonl"), ({"clip": "nowhere"}, "nowhere"),
     ({"eval_annotations": "nowhere.jsonl"}, "nowhere.jsonl"), ({"root": None}, "--root: needed"),
-    ({"recipe": "mine"}, "--recipe mine"),
-    ({"precision": "fp8"}, "--precision fp8"), ({"anneal": False, "steps": 11}, "at zero after 5"),
-    ({"workers": -1}, "--workers -1"), ({"batch_size": 3}, "--batch_size 3"),
-    ({"batch_size": 400}, "has only 8 clips"), ({"num_frames": 0}, "--num_frames 0: must be at least 1"),
+    ({"anneal": False, "steps": 11}, "at zero after 5"),
+    ({"batch_size": 3}, "--batch_size 3"), ({"batch_size": 400}, "has only 8 clips"),
     ({"device": "cuda"}, "--device cuda: choose")])
 def test_pretrain_refuses_what_it_cannot_use(world, tmp_path, change, message):
     if change.get("device") == "cuda" and torch.cuda.is_available():

@@ -11,13 +11,8 @@ The rest is the business of the ordinary scripts, and of `python -m toy.ablate`,
 world.
 """
 import dataclasses
-import os
-
-import torch
 
 from plumbing import cli
-from toy import score, tiny_models, world
-from toy.tiny_models import ASSETS
 
 
 @dataclasses.dataclass
@@ -26,9 +21,20 @@ class Config:
     data: str = "out/shapes"           # where the clips, captions and questions are
     out: str = "weights/tiny"          # where the trained models go
     branches: str = "weights/tiny/branch.pth"   # branch files to score, one a seed, with commas between
-    pairs: int = 4000                  # training clips and their twins
-    seed: int = 0                      # everything random follows from it
-    threads: int = 2                   # processes that render, or threads that train
+    pairs: cli.Count = 4000            # training clips and their twins
+    seed: cli.Whole = 0                # everything random follows from it
+    threads: cli.Count = 2             # processes that render, or threads that train
+
+
+if __name__ == "__main__":
+    CONFIG = cli.start(Config, positional=["stage"])   # before the slow imports: an error shows at once
+
+import os
+
+import torch
+
+from toy import score, tiny_models, world
+from toy.tiny_models import ASSETS
 
 
 def sample(cfg):
@@ -47,4 +53,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, positional=["stage"])
+    cli.run(main, CONFIG)

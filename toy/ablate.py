@@ -10,6 +10,25 @@ kept: a study that was interrupted goes on, and what two studies share is run on
 code, remove out/ablate/runs.
 """
 import dataclasses
+
+from plumbing import cli
+
+
+@dataclasses.dataclass
+class Config:
+    stage: str                       # the study: structure, losses, depth, mask or projection
+    clip: str = "out/tiny/clip"      # the frozen CLIP
+    data: str = "out/shapes"         # where the clips and captions are
+    out: str = "out/ablate"          # what CLIP saw, and finished runs
+    pictures: str = "docs"           # folder for the pictures
+    seeds: cli.Count = 3             # runs of each variant
+    steps: cli.Count = 200           # of training
+    processes: cli.Count = 2         # that train side by side, each with one thread
+
+
+if __name__ == "__main__":
+    CONFIG = cli.start(Config, positional=["stage"])   # before the slow imports: a typing error shows at once
+
 import json
 import os
 from typing import Callable
@@ -26,22 +45,10 @@ from clip import load_clip
 from metrics import retrieval_metrics, twin_accuracy
 from model import (Branch, Pretraining, VideoEncoder, backbone_states, encode_texts, mbca_loss, pick,
                    tube_mask, vtc_loss)
-from plumbing import cli, pictures, training
+from plumbing import pictures, training
 from plumbing.store import Store, state_of
 from toy.score import spread, static_accuracy, static_features
 from toy.world import QUIET, read_clips
-
-
-@dataclasses.dataclass
-class Config:
-    stage: str                       # the study: structure, losses, depth, mask or projection
-    clip: str = "out/tiny/clip"      # the frozen CLIP
-    data: str = "out/shapes"         # where the clips and captions are
-    out: str = "out/ablate"          # what CLIP saw, and finished runs
-    pictures: str = "docs"           # folder for the pictures
-    seeds: int = 3                   # runs of each variant
-    steps: int = 200                 # of training
-    processes: int = 2               # that train side by side, each with one thread
 
 
 # -------------------------------------------------------------------------------- variants
@@ -217,7 +224,6 @@ def main(cfg):
     """Every variant of a study with every seed; then the table, and a picture of R@1."""
     if cfg.stage not in STUDIES:
         raise cli.UserError(f"{cfg.stage}: no such study; choose one of {', '.join(STUDIES)}")
-    cli.at_least(cfg, seeds=1, steps=1, processes=1)
     saw(cfg, "train")   # now, since every process will want it
     project, (where, variants) = load_clip(cfg.clip)[0].float().project_image, STUDIES[cfg.stage]
     mean = evaluate(cfg, 1, lambda states: project(states[0][:, :, 0]).mean(1))
@@ -241,4 +247,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, positional=["stage"])
+    cli.run(main, CONFIG)

@@ -10,6 +10,21 @@ A file gets its name when all of it is there and its hash, where one is known, i
 NAME.part. A broken download goes on where it broke if its hash is known, else it begins anew.
 """
 import dataclasses
+
+from plumbing import cli
+
+
+@dataclasses.dataclass
+class Config:
+    stage: str                       # what to do: list or get
+    what: str = ""                   # get: a name from the list
+    out: str = "weights/released"    # get: the folder of weights that files go to
+
+
+FLAGS = dict(positional=["stage", "what"])
+if __name__ == "__main__":
+    CONFIG = cli.start(Config, **FLAGS)   # before the slow imports: a typing error shows at once
+
 import hashlib
 import http.client
 import json
@@ -21,7 +36,6 @@ import urllib.request
 
 from tqdm import tqdm
 
-from plumbing import cli
 from plumbing.cli import UserError, say
 from plumbing.weightfile import shown
 
@@ -29,13 +43,6 @@ TRIES, PAUSE = 5, 2.0   # PAUSE: seconds before the second try, twice as many be
 TIMEOUT = 30            # seconds without a byte, after which a try has failed
 with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "released.json")) as table:
     RELEASED = json.load(table)
-
-
-@dataclasses.dataclass
-class Config:
-    stage: str                       # what to do: list or get
-    what: str = ""                   # get: a name from the list
-    out: str = "weights/released"    # get: the folder of weights that files go to
 
 
 def list_released(cfg):
@@ -141,7 +148,6 @@ def receive(address, part, facts):
 
 
 STAGES = {"list": list_released, "get": get}
-FLAGS = dict(positional=["stage", "what"])
 
 
 def main(cfg):
@@ -151,4 +157,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, **FLAGS)
+    cli.run(main, CONFIG)

@@ -634,7 +634,7 @@ def ended(weights, monkeypatch, capsys):
     """Runs chat.py, which must end with code 2 and say nothing on standard output -> its error."""
     monkeypatch.setattr(sys, "argv", ["chat.py", "-q", "what?", "--weights", str(weights)])
     with pytest.raises(SystemExit) as e:
-        cli.run(chat.main, chat.Config, **chat.FLAGS)
+        cli.run(chat.main, cli.start(chat.Config, **chat.FLAGS))
     out, err = capsys.readouterr()
     assert e.value.code == 2 and not out
     return err
