@@ -1,5 +1,9 @@
 """Every number that is printed, as plain functions of tensors."""
+import collections
+import functools
+import heapq
 import math
+import re
 
 import torch
 
@@ -39,3 +43,168 @@ def twin_accuracy(video, text):
     than to its twin's, 0.5 where both are as near."""
     own, other = (video * text).sum(1), (video * text.view(-1, 2, text.shape[1]).flip(1).flatten(0, 1)).sum(1)
     return (own > other).float() + 0.5 * (own == other).float()
+
+
+# ------------------------------------------------------------------------------------ when does it happen?
+GROUNDING = "mIoU", "R@.3", "R@.5", "R@.7", "right event"
+
+
+def temporal_iou(a, b, epsilon=0.0):
+    """Spans a, b (..., 2), start and end in one unit -> (...), 0 to 1: what both share, as a part of the
+    stretch from the earlier start to the later end (plus epsilon, which scorers of captions add).
+
+    A span that runs backwards, or is nan, has 0; two equal points have 1."""
+    shared = torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0], b[..., 0])
+    hull = torch.maximum(a[..., 1], b[..., 1]) - torch.minimum(a[..., 0], b[..., 0])
+    return torch.where(hull > 0, shared.clamp(min=0) / (hull + epsilon), ((hull == 0) & (shared == 0)).to(a))
+
+
+def grounding_scores(spans, events, asked, digits=None):
+    """The span of an answer, or all K that it might be, against the events of its video -> (5,): the columns
+    GROUNDING, from 0 to 1, means over the K.
+
+    spans (K, 2), events (E, 2) float64; asked: which event is meant. It is the right one if the span agrees
+    better with no other; where n are as good, by a share of 1/n. digits: that IoU is rounded to, or None."""
+    iou = temporal_iou(spans[:, None], events)                      # (K, E)
+    best, mine = iou == iou.amax(1, keepdim=True), iou[:, asked]    # (K, E), (K,)
+    right = (best[:, asked] & (mine > 0)) / best.sum(1)
+    if digits is not None:   # as Python rounds; torch multiplies first, and makes .3 of .295
+        mine = mine.new_tensor([round(x, digits) for x in mine.tolist()])
+    hits = [mine >= share - 1e-9 for share in (0.3, 0.5, 0.7)]   # in binary, .7 - .4 is less than .3
+    return torch.stack([mine, *hits, right], dim=1).mean(0)
+
+
+def interval(values, groups):
+    """Half the width of the normal 95 % interval of values.mean(0), clustered: values (Q, C), groups (Q,) the
+    video of each -> (C,). Answers about one video stand or fall together, so what counts is how many videos
+    there are (Liang and Zeger 1986). nan for one."""
+    numbers, group = groups.unique(return_inverse=True)
+    n = len(numbers)
+    off = values.new_zeros(n, values.shape[1]).index_add(0, group, values - values.mean(0))
+    return 1.96 * (off.square().sum(0) * n / (n - 1 or math.nan)).sqrt() / len(values)
+
+
+# ------------------------------------------------------------------------------------ dense captions
+CAPTIONS = "SODA_c", "METEOR", "CIDEr", "CIDEr, all"
+WORD = re.compile(r"""-[lr][rsc]b- | (?:[a-z]\.){2,} | can(?=not\b) | \w+(?=n't\b) | n't\b
+    | '(?:s|re|ve|ll|d|m)\b | \d+(?:[.,:]\d+)+ | \w+(?:-\w+|'(?!(?:s|re|ve|ll|d|m)\b)\w+)* | & | !!+""", re.X)
+BRACKETS = {ord(sign): f" -{name}- " for sign, name in zip("()[]{}", "lrb rrb lsb rsb lcb rcb".split())}
+FUNCTION = set("a an the of and or to in on at is are was were be been it its he she they his her their them "
+               "as for with from by that this then while out one two".split())   # common: they count a third
+
+
+def words(text):
+    """A caption -> tuple of words in small letters, without commas and the like, near the Penn Treebank's."""
+    return tuple(WORD.findall(re.sub(r"[^\0-\x7f]", " ", text).lower().translate(BRACKETS)))
+
+
+def stem(word):
+    """A word without a common English ending: carries, carried -> carry. Coarser than Porter's."""
+    word = re.sub(r"(?<=\w\w)i(?:es|ed)$", "y", word)
+    word = re.sub(r"(?<=[sxo])es$|(?<=[cs]h)es$|(?<=\w\w[^su])s$", "", word)
+    word = re.sub(r"^(\w*[aeiouy]\w*?)(?:ing|ed|ly)$", r"\1", word)
+    return re.sub(r"(?<=\w\w\w)e$", "", re.sub(r"([^aeiouls])\1$", r"\1", word))   # running -> runn -> run
+
+
+@functools.lru_cache(1 << 16)
+def meteor_exact_stem(prediction, reference):
+    """Two tuples of words -> counts (23,) for `meteor`, of equal words and equal stems. METEOR in full also
+    matches synonyms and paraphrases, which it has lists of; it is some two points higher.
+
+    Of all alignments the one with most words, then most equal ones, fewest chunks, least distance."""
+    stems, beam = [stem(word) for word in reference], [(0, 0, 0, 0, ())]   # the 16 best so far
+    for i, word in enumerate(prediction):
+        places = [j for j, root in enumerate(stems) if root == stem(word)]
+        more = [(n - 1, equal - (word == reference[j]), chunks + (pairs[-1:] != ((i - 1, j - 1),)),
+                 distance + abs(i - j), (*pairs, (i, j)))
+                for n, equal, chunks, distance, pairs in beam
+                for j in places if all(j != other for _, other in pairs)]
+        beam = heapq.nsmallest(16, beam + more)
+    *_, chunks, _, pairs = beam[0]
+    counts = [len(prediction), len(reference)] + [sum(map(FUNCTION.__contains__, side))
+                                                  for side in (prediction, reference)]
+    for equal in (True, False):
+        found = [(prediction[i], reference[j]) for i, j in pairs if (prediction[i] == reference[j]) == equal]
+        counts += [sum((pair[side] in FUNCTION) == common for pair in found)
+                   for common in (False, True) for side in (0, 1)]
+    return torch.tensor([*counts, *[0] * 8, chunks, len(pairs), len(pairs)], dtype=torch.float64)
+
+
+def meteor(counts):
+    """METEOR 1.5 (Denkowski and Lavie 2014), 0 to 1, of pairs that count as one text.
+
+    counts (pairs, 23), as its Java program has them: words of prediction and reference; function words of
+    both; for the matchers exact, stem, synonym, paraphrase: content words of both that it matched, function
+    words of both; then chunks; matched words of both. A pair that is equal in full adds no chunk."""
+    equal = (counts[:, 20] == 1) & (counts[:, :2] == counts[:, 21:]).all(1)
+    total = counts.sum(0)
+    matcher, kind = total.new_tensor([1, 0.6, 0.8, 0.6]), total.new_tensor([0.75, 0.25])   # their weights
+    matched = torch.einsum("m,k,mks->s", matcher, kind, total[4:20].view(4, 2, 2))
+    precision, recall = (matched / (0.75 * total[:2] - 0.5 * total[2:4])).nan_to_num().tolist()
+    if precision * recall == 0:
+        return 0.0
+    chunks = (counts[~equal, 20].sum() / total[21:].mean()).item()
+    return precision * recall / (0.85 * precision + 0.15 * recall) * (1 - 0.6 * chunks ** 0.2)
+
+
+def ngrams(text):
+    """A tuple of words -> its runs of one to four words."""
+    return [text[i:i + n] for n in range(1, 5) for i in range(len(text) - n + 1)]
+
+
+def rarity(texts):
+    """Tuples of words -> how many of them hold a run of words, {run: number}; how many there are."""
+    return collections.Counter(run for text in texts for run in set(ngrams(text))), len(texts)
+
+
+def cider(pairs, rare=None):
+    """CIDEr-D (Vedantam et al. 2015, arXiv 1411.5726) of pairs (prediction, reference) -> (pairs,), 0 to 10.
+
+    rare: `rarity` of a set of references; None: of those of these pairs. A single pair then has 0, whatever
+    it says, as log 1 = 0. The penalty for length counts bigrams, as released."""
+    (holding, n), scores = rare or rarity([reference for _, reference in pairs]), []
+    for pair in pairs:
+        total = 0.0
+        for size in range(1, 5):
+            p, r = ({run: count * (math.log(n) - math.log(max(1, holding[run]))) for run, count
+                     in collections.Counter(ngrams(text)).items() if len(run) == size} for text in pair)
+            shared = sum(min(p[run], r[run]) * r[run] for run in p.keys() & r.keys())
+            total += shared / (math.hypot(*p.values()) * math.hypot(*r.values()) or 1)
+        off = max(1, len(pair[0])) - max(1, len(pair[1]))
+        scores.append(10 / 4 * total * math.exp(-off ** 2 / 72))
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def soda_c(iou, alike):
+    """SODA_c (Fujita et al. 2020) of a video, 0 to 1. iou (G, P): of true and predicted events, each in order
+    of start; alike (G, P): METEOR of their words. It is the best matching that keeps the order: its sum over
+    P is the precision, over G the recall, and their F-measure 2 sum / (P + G)."""
+    best = [0.0] * (iou.shape[1] + 1)
+    for row in (iou * alike).tolist():
+        above, best = best, [0.0]
+        for p, gain in enumerate(row):
+            best.append(max(best[p], above[p + 1], above[p] + gain))
+    return 2 * best[-1] / sum(iou.shape)
+
+
+def caption_scores(gold, found, rare, counts=meteor_exact_stem, exchanged=False):
+    """What was found in a video against what is true, both [(start, end, words)] -> (4,): the columns
+    CAPTIONS, from 0 to 1 (CIDEr: to 10).
+
+    METEOR and CIDEr: a mean over four thresholds, of all pairs that agree in time by as much; a prediction
+    without one is compared with a word that nobody says. rare: of "CIDEr, all". counts: METEOR's, of
+    prediction and reference. exchanged: SODA gives it these the other way round, as VTimeLLM's (2024)."""
+    if not found:
+        return torch.zeros(4, dtype=torch.float64)
+    gold, found = (sorted(side, key=lambda event: event[0]) for side in (gold, found))
+    g, f = (torch.tensor([event[:2] for event in side], dtype=torch.float64) for side in (gold, found))
+    iou = temporal_iou(g[:, None], f, epsilon=1e-8)   # (G, P)
+    alike = [[meteor(counts(*(t, p)[::1 if exchanged else -1])[None]) for *_, p in found] for *_, t in gold]
+    rows = []
+    for share in (0.3, 0.5, 0.7, 0.9):
+        pairs = []
+        for k, (*_, p) in enumerate(found):
+            pairs += [(p, t) for (*_, t), x in zip(gold, iou[:, k]) if x >= share] or [(p, (f"\0{k}",))]
+        rows.append([meteor(torch.stack([counts(*pair) for pair in pairs])), cider(pairs).mean(),
+                     cider(pairs, rare).mean()])
+    return torch.cat([g.new_tensor([soda_c(iou, g.new_tensor(alike))]), g.new_tensor(rows).mean(0)])

@@ -1,4 +1,5 @@
 """metrics.py: as worked by hand, and as recorded from the released code."""
+import json
 import os
 
 import pytest
@@ -6,11 +7,26 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from metrics import retrieval_metrics
+from metrics import grounding_scores, interval, meteor, retrieval_metrics, temporal_iou, words
 from plumbing import weightfile
 from plumbing.cli import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+with open(os.path.join(ROOT, "tests", "fixtures", "vtimellm_metrics.json")) as f:
+    VTIMELLM = json.load(f)   # recorded outputs of the metrics that VTimeLLM's evaluation computes
+
+
+def double(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def java_counts(prediction, reference):
+    """What METEOR's Java program counts about a pair, as recorded; a word that nobody says it never saw."""
+    if "".join(reference).startswith("\0"):
+        pair = next(pair for pair in VTIMELLM["counts"] if pair.startswith(" ".join(prediction) + "|"))
+        length, _, function, *_ = map(float, VTIMELLM["counts"][pair].split())
+        return double([length, 1, function, *[0] * 20])
+    return double([float(n) for n in VTIMELLM["counts"][f"{' '.join(prediction)}|{' '.join(reference)}"].split()])
 
 
 def test_metrics_equal_the_recorded_ones_of_the_released_code():
@@ -43,3 +59,95 @@ def test_captions_of_one_video_do_not_compete_and_the_best_of_them_counts():
 def test_similarities_that_are_not_numbers_are_no_success():
     with pytest.raises(UserError, match="not numbers"):
         retrieval_metrics(torch.tensor([[float("nan"), 0], [0, 1]]))
+
+
+# ------------------------------------------------------------------------------------ when does it happen?
+def test_iou_is_what_two_spans_share():
+    spans = double([[0, 4], [2, 6], [5, 9], [4, 2], [3, 3], [float("nan"), 4]])
+    found = temporal_iou(spans, double([2, 6]))
+    assert found.tolist() == pytest.approx([2 / 6, 1, 1 / 7, 0, 0, 0])
+    assert temporal_iou(double([3, 3]), double([3, 3])) == 1        # two equal points
+    assert temporal_iou(double([4, 2]), double([4, 2])) == 0        # backwards
+    assert temporal_iou(double([3, 3]), double([3, 2])) == 0
+
+
+def test_a_share_that_binary_numbers_miss_by_a_hair_counts():
+    span, event = double([[0.4, 0.7]]), double([[0, 1]])            # 0.29999999999999993
+    assert grounding_scores(span, event, 0).tolist() == pytest.approx([0.3, 1, 0, 0, 1])
+
+
+def test_the_right_event_is_the_one_that_an_answer_agrees_with_most():
+    events = double([[0, 0.4], [0.3, 0.6], [0.6, 1], [0.6, 1]])
+    right = [[grounding_scores(double([span]), events, asked)[4].item() for asked in range(4)]
+             for span in ([0, 0.3], [0.3, 0.5], [0.7, 1], [0.5, 0.5], [float("nan")] * 2)]
+    assert right == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0.5], [0] * 4, [0] * 4]   # the last agree with none
+
+
+def test_an_event_picked_blindly_is_right_as_often_as_there_are_events():
+    events = double([[0, 0.2], [0.3, 0.5], [0.6, 1]])
+    assert grounding_scores(events, events, 1).tolist() == pytest.approx([1 / 3] * 5)
+
+
+def test_an_interval_counts_videos_not_questions():
+    values, video = torch.rand(200, 2, generator=torch.Generator().manual_seed(0)).double(), torch.arange(200)
+    plain = 1.96 * values.std(0) / 200 ** 0.5
+    assert torch.allclose(interval(values, video), plain)
+    assert torch.allclose(interval(values.repeat(5, 1), video.repeat(5)), plain)        # no new videos
+    assert (interval(values.repeat(5, 1), torch.arange(1000)) < plain / 2).all()
+    assert interval(values, video * 0).isnan().all()
+
+
+# ------------------------------------------------------------------------------------ captions
+def test_words_are_those_of_the_penn_treebank_but_for_oddities():
+    different = [text for text, expected in VTIMELLM["tokens"] if " ".join(words(text)) != expected]
+    assert different == ["cannot gonna wanna", "#hashtag @user http://a.bc/d?e=f", "o'clock rock'n'roll",
+                         "A.B.C. Mr. Smith St. Louis", "Ph.D. student", "<b>bold</b>"]
+
+
+def test_meteor_follows_from_the_counts_of_its_java_program():
+    for prediction, reference, expected, swapped in VTIMELLM["pairs"]:
+        a, b = prediction.split(), reference.split()
+        assert meteor(java_counts(a, b)[None]) == pytest.approx(expected, abs=1e-9)
+        assert meteor(java_counts(b, a)[None]) == pytest.approx(swapped, abs=1e-9)
+    for pairs, expected, _, _ in VTIMELLM["sets"]:   # counts are added up: not a mean
+        counts = torch.stack([java_counts(a.split(), b.split()) for a, b in pairs])
+        assert meteor(counts) == pytest.approx(expected, abs=1e-9)
+
+
+def test_our_meteor_is_that_of_exact_and_stem_matches_within_half_a_point():
+    pairs = [[tuple(text.split()) for text in pair.split("|")] for pair in VTIMELLM["exact_stem"]]
+    ours = double([meteor(metrics.meteor_exact_stem(*pair)[None]) for pair in pairs])
+    theirs = double(list(VTIMELLM["exact_stem"].values()))
+    assert (ours - theirs).abs().mean() < 0.005 and torch.corrcoef(torch.stack([ours, theirs]))[0, 1] > 0.995
+
+
+@pytest.mark.parametrize("several", ["plays played playing play", "carries carried carry", "run runs running",
+                                     "dances danced dancing dance", "watches watched watch", "box boxes"])
+def test_forms_of_a_word_have_one_stem(several):
+    assert len({metrics.stem(word) for word in several.split()}) == 1
+
+
+@pytest.mark.parametrize("one, other", [("was", "way"), ("on", "one"), ("king", "kick"), ("thing", "the"),
+                                        ("bus", "but"), ("his", "hit"), ("red", "rest"), ("glass", "glad")])
+def test_other_words_have_other_stems(one, other):
+    assert metrics.stem(one) != metrics.stem(other)
+
+
+def test_cider_equals_the_recorded_one():
+    for pairs, _, mean, each in VTIMELLM["sets"]:
+        found = metrics.cider([(tuple(a.split()), tuple(b.split())) for a, b in pairs])
+        assert found.tolist() == pytest.approx(each, abs=1e-9) and found.mean() == pytest.approx(mean, abs=1e-9)
+
+
+def test_a_perfect_caption_alone_has_cider_only_beside_a_whole_set():
+    caption = ("a", "dog", "jumps", "high")
+    rare = metrics.rarity([caption, ("a", "cat", "sleeps")])
+    assert metrics.cider([(caption, caption)]) == 0 and metrics.cider([(caption, caption)], rare) > 7
+
+
+def test_soda_keeps_the_order_of_events():
+    iou, alike = torch.eye(2).double(), torch.ones(2, 2).double()
+    assert metrics.soda_c(iou, alike) == 1
+    assert metrics.soda_c(iou.flip(0), alike) == 0.5            # only one of two crossing pairs
+    assert metrics.soda_c(iou[:, :1], alike[:, :1]) == 2 / 3    # precision 1, recall 1/2
+    assert metrics.soda_c(torch.ones(1000, 1000).double(), torch.ones(1000, 1000).double()) == 1
