@@ -46,7 +46,7 @@ class Config:
     captions: bool = False           # ask for all events of a video, too
     ask: str = "When does this happen: {}?"                                  # about an event
     ask_all: str = "What happens in the video, and when? List all events."   # with --captions
-    weights: str = "weights/tiny"    # a folder that chat.py opens
+    weights: str = cli.shipped("weights/tiny")   # a folder that chat.py opens
     tokens: str | None = None        # kind of video tokens; None: what the weights are for
     num_frames: int | None = None    # frames that the model sees; None: 100, or 8 for the toy world
     max_new_tokens: int = 256        # of an answer
@@ -149,8 +149,8 @@ def ask(cfg, clips):
     them. Raises UserError."""
     missing = [c["video"] for c in clips if not os.path.exists(data.locate(cfg.root, c["video"]))]
     if missing and not cfg.skip_broken:   # said now, not after an hour
-        raise UserError(f"--root {cfg.root}: {len(missing)} of its clips are not there, the first is {missing[0]}; "
-                        "--skip_broken goes on without them")
+        raise UserError(f"--root {cfg.root}: {len(missing)} of its clips are not there, the first is "
+                        f"{missing[0]}; --skip_broken goes on without them")
     opened, device = open_chat(cfg.weights, cfg.tokens), training.pick_device(cfg.device)
     settings = {name: getattr(cfg, name) for name in ("num_frames", "max_new_tokens", "ask", "ask_all")}
     settings |= {"tokens": opened.tokens, "weights": state_of(cfg.weights)}
@@ -164,6 +164,7 @@ def ask(cfg, clips):
     answers = read_answers(cfg.save)
     parameters = sum(p.numel() for p in opened.chat.llm.parameters())
     dtype, scheme, _ = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
+    memory.choose_threads(opened.chat.llm)
     for row in new_answers(cfg, opened.load(dtype, scheme, device), device, clips, answers):
         answers[key(row, row["event"])] = row
         try:
@@ -278,10 +279,10 @@ def report(cfg, clips, answers, turned):
     if odd["unanswered"] and not cfg.skip_broken or not events:
         raise UserError(f"{cfg.save or cfg.from_}: lacks answers about {odd['unanswered']} of "
                         f"{odd['unanswered'] + len(events)} events; --skip_broken leaves them out")
-    print(f"{cfg.annotations}, protocol {cfg.protocol}: {len(events)} events, {odd['unanswered']} left out\n"
-          f"true spans: {odd['beyond']} reach beyond the clip{'' if released else ' (cut)'}, {turned} began after "
-          f"their end (turned round)\nanswers: {odd['timeless']} without a time, {odd['backwards']} backwards "
-          "(count 0)")
+    print(f"{cfg.annotations}, protocol {cfg.protocol}: {len(events)} events, {odd['unanswered']} left out")
+    print(f"true spans: {odd['beyond']} beyond the clip{'' if released else ' (cut)'}, {turned} ended before "
+          "they began (turned round)")
+    print(f"answers: {odd['timeless']} without a time, {odd['backwards']} backwards (both count 0)")
     asked = torch.stack([true[i] for _, true, i, _ in events])                  # (Q, 2)
     grid = torch.combinations(torch.arange(101, dtype=torch.float64) / 100)     # (5050, 2)
     best = max(grid, key=lambda span: temporal_iou(span, asked).mean())

@@ -15,6 +15,7 @@ import torch
 import chat
 import chat_tune
 import data
+import eval_grounding
 import eval_retrieval
 import model
 import pretrain
@@ -29,7 +30,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STAGE = dict(positional=["stage"])
 SCRIPTS = {   # as it is typed: its module, how it is parsed
     "chat.py": (chat, chat.FLAGS), "chat_tune.py": (chat_tune, {}), "pretrain.py": (pretrain, {}),
-    "eval_retrieval.py": (eval_retrieval, {}), "search.py": (search, search.FLAGS),
+    "eval_retrieval.py": (eval_retrieval, {}), "eval_grounding.py": (eval_grounding, {}), "search.py": (search, search.FLAGS),
     "data.py": (data, dict(positional=["video"])), "-m toy": (toy, STAGE), "-m toy.ablate": (ablate, STAGE),
     "-m bench": (bench, STAGE), "-m weights": (weights, weights.FLAGS)}
 COMMAND = re.compile(r"(?:^\s*|[ |/])(?:python3?|torchrun [^.]*?|\$PYTHON|train) (?:-m torch[^ ]* )?"
