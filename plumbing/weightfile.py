@@ -237,10 +237,6 @@ class DataPickle(pickle._Unpickler):
 
     Nothing is imported, and only what stands in KNOWN is called. The unpickler in C will not do: told so by
     five bytes, it reserves 32 GB for its memo."""
-    def __init__(self, data):
-        self.file, self.storages = io.BytesIO(data), {}   # storages: {key: bytes}
-        super().__init__(self.file)
-
     def find_class(self, module, name):
         for asked in (f"{module}.{name}", module, module.split(".")[0]):
             if asked in KNOWN:
@@ -251,7 +247,6 @@ class DataPickle(pickle._Unpickler):
         kind, dtype, key, _, count = record
         if (kind, type(dtype), type(key), type(count)) != ("storage", torch.dtype, str, int):
             raise ValueError("an unknown record")
-        self.storages[key] = count * dtype.itemsize
         return Storage(dtype, key, count)
 
     def load_empty_dictionary(self):
@@ -277,14 +272,13 @@ class DataPickle(pickle._Unpickler):
 
 def read_zip_pickle(buffer, empty=False):
     """{name: tensor} of a torch.save or TorchScript archive, mapped from `buffer`. Raises one of DAMAGE."""
-    if buffer.rfind(b"PK\x05\x06", max(0, len(buffer) - 22 - 0xFFFF)) < 0:   # where the directory ends
-        raise ValueError(f"cut: {len(buffer):,} bytes where about {expected_length(buffer):,} are expected; "
-                         "get it again")
+    if buffer.rfind(b"PK\x05\x06", max(0, len(buffer) - 22 - 0xFFFF)) < 0:   # its directory stands at the end
+        raise ValueError(f"cut after {len(buffer):,} bytes; get it again")
     entries, tensors = zip_entries(buffer), {}
     start, size = entries["data.pkl"]
     if not 0 < size <= MAX_HEADER:
         raise ValueError(f"data.pkl is packed, empty or too large: {size:,} bytes")
-    content = DataPickle(buffer[start:start + size]).load()
+    content = DataPickle(io.BytesIO(buffer[start:start + size])).load()
     if isinstance(content, Record) and isinstance(content.get("state_dict"), Record):
         content = content["state_dict"]   # a checkpoint has more beside it
     for visits, (name, value) in enumerate(named_values(content)):
@@ -312,20 +306,6 @@ def zip_entries(buffer):
     return entries
 
 
-def expected_length(buffer):
-    """About how many bytes a torch.save file had before it lost its end.
-
-    The pickle comes first and names every storage. Around these and six small files stand their names."""
-    name_length, padding = struct.unpack_from("<26xHH", buffer)
-    start, folder = 30 + name_length + padding, name_length - len("/data.pkl")
-    if not buffer[30:30 + name_length].endswith(b"/data.pkl"):
-        raise ValueError("it is cut, or no torch.save file: it has no directory")
-    unpickler = DataPickle(buffer[start:start + MAX_HEADER])
-    unpickler.load()
-    storages = unpickler.storages.values()
-    return unpickler.file.tell() + sum(storages) + (162 + 3 * folder) * (len(storages) + 6)
-
-
 def named_values(value, name=""):
     """(dotted name, value) of a value and of all that it holds."""
     yield name, value
@@ -348,7 +328,6 @@ def make_tensor(described, buffer, entries):
 
 
 # ---------------------------------------------------------------------------------------- into a module
-SHOWN_ROWS = 10
 QUANTISED = "quantised by another program: take the release in fp16 or bf16"
 LIKELY = {   # what a tensor's name that is left over says about its file, or a file's name about its folder
     r"lora_[AB]|^adapter_":
@@ -362,14 +341,12 @@ LIKELY = {   # what a tensor's name that is left over says about its file, or a 
     r"[bB][tT][aA]dapter|timesFPN": "a BT-Adapter branch", r"mm_projector": "a projector of LLaVA"}
 
 
-def likely_reason(unexpected, misfits=()):
-    """In words, why the names of a file, or the shapes of what goes by these, are not those of the model."""
+def likely_reason(names):
+    """In words, what a file or folder is whose `names` are not those that were expected."""
     for pattern, reason in LIKELY.items():
-        if any(re.search(pattern, name) for name in unexpected):
+        if any(re.search(pattern, name) for name in names):
             return f"it looks like {reason}"
-    if misfits:
-        return "is it a model of another size, or its config.json that of another model?"
-    return "it looks like a model of another kind" if unexpected else "is it only a part of a model?"
+    return "is it of another kind or size, or only a part of a model?"
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
@@ -391,20 +368,19 @@ def load_into(module, tensors, source):
     """Gives `module` exactly the `tensors` of file `source`: same names, same shapes, nothing left over.
 
     Tensors are adopted, not copied: they keep the dtype and the memory map of the file. Raises UserError with
-    the likely reason in its first line and a table of the misfits."""
+    an example of each kind of misfit and the likely reason."""
     wanted = module.state_dict()
-    missing, unexpected = [k for k in wanted if k not in tensors], [k for k in tensors if k not in wanted]
-    misfits = [k for k in wanted if k in tensors and (tensors[k].shape, tensors[k].is_floating_point()) !=
-               (wanted[k].shape, wanted[k].is_floating_point())]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another size or dtype": misfits}
-    rows = [(kind, shown(k), *(f"{tuple(d[k].shape)} {str(d[k].dtype)[6:]}" if k in d else "-"
-                               for d in (tensors, wanted))) for kind, names in kinds.items() for k in names]
-    if rows:
-        counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items() if names)
-        table = [("", "name", "in the file", "in the model"), *rows[:SHOWN_ROWS]]
-        lines = [f"{source}: does not fit this model: {counts}; {likely_reason(unexpected, misfits)}",
-                 *("  {:24}  {:56}  {:20}  {}".format(*row) for row in table)]
-        lines += [f"  ... and {len(rows) - SHOWN_ROWS:,} more"] * (len(rows) > SHOWN_ROWS)
-        raise UserError("\n".join(lines))
+    kinds = {"missing": [name for name in wanted if name not in tensors],
+             "unexpected": [name for name in tensors if name not in wanted],
+             "of another size or dtype": [
+                 name for name in wanted if name in tensors and (wanted[name].shape, True) !=
+                 (tensors[name].shape, tensors[name].is_floating_point())]}
+    if any(kinds.values()):
+        def size(t):
+            return "nothing" if t is None else f"{tuple(t.shape)} {str(t.dtype)[6:]}"
+        examples = [f"{len(names)} {kind}, as {shown(names[0])}: {size(tensors.get(names[0]))} in the file, "
+                    f"{size(wanted.get(names[0]))} in the model" for kind, names in kinds.items() if names]
+        raise UserError(f"{source}: does not fit this model: {'; '.join(examples)}; "
+                        f"{likely_reason(kinds['unexpected'])}")
     module.load_state_dict({**wanted, **tensors}, assign=True)
     return module

@@ -367,7 +367,7 @@ def test_position_ids_of_older_files_are_left_out_and_nothing_else(tiny, tmp_pat
     torch.save({**state, **ids}, tmp_path / "pytorch_model.bin")
     load_clip(tmp_path)
     torch.save({**state, "vision_model.position_ids": torch.arange(16)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="(?s)1 unexpected.*vision_model.position_ids"):
+    with pytest.raises(UserError, match="1 unexpected.*vision_model.position_ids"):
         load_clip(tmp_path)
 
 
@@ -383,8 +383,7 @@ def test_sizes_are_those_of_the_tensors_and_heads_those_of_the_config(tiny, tmp_
 def refused(path, message):
     with pytest.raises(UserError, match=message) as e:
         load_clip(path)
-    assert str(path) in str(e.value)
-    assert ("\n" not in str(e.value) or "does not fit this model" in str(e.value).splitlines()[0])
+    assert str(path) in str(e.value) and "\n" not in str(e.value)
 
 
 def test_missing_and_empty_paths_are_refused(tmp_path):
@@ -418,7 +417,7 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
     ("vision_model.embeddings.patch_embedding.weight", (1 << 40, 3, 0, 0), "no model has"),
     ("text_model.embeddings.token_embedding.weight", (1 << 40, 0), "no model has"),
     ("vision_model.embeddings.position_embedding.weight", (0, 40), "isqrt"),
-    ("visual_projection.weight", (21, 40), "(?s)does not fit.*visual_projection.weight"),
+    ("visual_projection.weight", (21, 40), "does not fit.*visual_projection.weight"),
     ("text_projection.weight", None, "text_projection.weight")])
 def test_tensors_of_sizes_that_make_no_model_are_refused(tmp_path, name, shape, message):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
@@ -443,9 +442,9 @@ def test_an_openai_archive_with_a_tensor_missing_or_unknown_is_refused(openai_mo
     tensors = openai_names(openai_model.state_dict())
     path = tmp_path / "weights.pt"
     torch.save({name: t for name, t in tensors.items() if name != "ln_final.bias"}, path)
-    refused(path, "(?s)1 missing.*text_model.final_layer_norm.bias")
+    refused(path, "1 missing.*text_model.final_layer_norm.bias")
     torch.save({**tensors, "visual.attnpool.c_proj.bias": torch.zeros(3)}, path)
-    refused(path, "(?s)1 unexpected.*visual.attnpool.c_proj.bias")
+    refused(path, "1 unexpected.*visual.attnpool.c_proj.bias")
     torch.save({**tensors, "visual.conv1.weight": torch.zeros(3)}, path)
     refused(path, "not a CLIP")
 

@@ -525,7 +525,7 @@ def put(name, *shape, dtype=torch.bfloat16):
     (drop("lm_head.weight"), "1 missing.*lm_head.weight"), (drop("model.embed_tokens.weight"), "not a LLaMA"),
     (put("model.layers.0.self_attn.q_proj.bias", 32), "1 unexpected.*q_proj.bias"),
     (put("model.layers.0.self_attn.inv_freq", 4), "1 unexpected.*inv_freq"),
-    (put("model.norm.weight", 31), r"model.norm.weight +\(31,\) \w+ +\(32,\)"),
+    (put("model.norm.weight", 31), r"model.norm.weight: \(31,\) \w+ in the file, \(32,\)"),
     (put("model.norm.weight", 32, dtype=torch.int64), "int64"),
     (put("model.layers.0.mlp.up_proj.qweight", 4, 48, dtype=torch.int32), "quantised by another.*int32"),
     (put("model.layers.0.mlp.up_proj.weight", 48, 32, dtype=torch.int8), "quantised by another.*int8"),
@@ -534,7 +534,7 @@ def put(name, *shape, dtype=torch.bfloat16):
 def test_tensors_that_do_not_fit_are_named(folder, change, message):
     path = folder("mha")
     edit_tensors(path, change)
-    with pytest.raises(UserError, match=f"(?s){message}"):
+    with pytest.raises(UserError, match=message):
         load_llama(path)
 
 

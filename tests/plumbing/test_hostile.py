@@ -64,10 +64,7 @@ def refused(load, path, message):
     before, resident = everything_in("."), begin_peak()
     with pytest.raises(UserError, match=message) as e:
         load(path)
-    first, *rows = str(e.value).splitlines()
-    assert str(path) in first and len(first) < 600
-    assert not rows or "does not fit" in first and len(rows) < 14
-    assert all(c.isprintable() for line in (first, *rows) for c in line)
+    assert str(path) in str(e.value) and len(str(e.value)) < 900 and str(e.value).isprintable()
     assert everything_in(".") == before
     assert resident is None or peak() - resident < LIMIT
 
@@ -647,14 +644,6 @@ def test_chat_says_one_line_and_ends_with_2(weights, spoil, monkeypatch, capsys)
     err = ended(weights, monkeypatch, capsys)
     assert err.startswith("chat.py: ") and err.count("\n") == 1 and str(weights) in err
     assert everything_in(".") == before
-
-
-def test_a_load_that_does_not_fit_prints_its_table_below_the_line(weights, monkeypatch, capsys):
-    path = weights / "llava" / "model.safetensors"
-    write_safetensors(path, {name: t for name, t in read_tensors(path).items() if "layers.1.mlp" not in name})
-    first, head, *rows = ended(weights, monkeypatch, capsys).splitlines()
-    assert first.startswith(f"chat.py: {weights}/llava: does not fit this model: 3 missing; ")
-    assert head.split() == ["name", "in", "the", "file", "in", "the", "model"] and len(rows) == 3
 
 
 def test_the_program_itself_ends_with_2_and_no_traceback(weights):

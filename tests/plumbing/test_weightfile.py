@@ -139,30 +139,23 @@ def test_an_index_of_shards_that_is_none_is_one_line(tmp_path, weight_map):
         weightfile.read_tensors(tmp_path)
 
 
-def test_a_load_that_does_not_fit_is_a_line_with_the_likely_reason_and_a_table_of_the_misfits():
+def test_a_load_that_does_not_fit_is_a_line_with_an_example_of_each_kind_and_the_likely_reason():
     module = torch.nn.Linear(2, 3)
+    tensors = {"weight": torch.zeros(3, 5), **{f"x.lora_A.{i}": torch.zeros(1) for i in range(28)}}
     with pytest.raises(UserError) as e:
-        weightfile.load_into(module, {"weight": torch.zeros(3, 5), "x.lora_A": torch.zeros(1)}, "file.bin")
-    assert str(e.value).splitlines() == [
-        "file.bin: does not fit this model: 1 missing, 1 unexpected, 1 of another size or dtype; "
-        "it looks like an adapter (LoRA), not a whole model: merge it into the model that it was trained on",
-        f"{'':28}{'name':58}in the file           in the model",
-        f"  missing                   {'bias':58}-                     (3,) float32",
-        f"  unexpected                {'x.lora_A':58}(1,) float32          -",
-        f"  of another size or dtype  {'weight':58}(3, 5) float32        (3, 2) float32"]
+        weightfile.load_into(module, tensors, "file.bin")
+    assert str(e.value) == (
+        "file.bin: does not fit this model: "
+        "1 missing, as bias: nothing in the file, (3,) float32 in the model; "
+        "28 unexpected, as x.lora_A.0: (1,) float32 in the file, nothing in the model; "
+        "1 of another size or dtype, as weight: (3, 5) float32 in the file, (3, 2) float32 in the model; "
+        "it looks like an adapter (LoRA), not a whole model: merge it into the model that it was trained on")
 
 
 def test_whole_numbers_are_no_weights():
     weights = {"weight": torch.zeros(3, 2, dtype=torch.int8), "bias": torch.zeros(3)}
-    with pytest.raises(UserError, match=r"1 of another size or dtype(.|\n)*\(3, 2\) int8 +\(3, 2\) float32"):
+    with pytest.raises(UserError, match=r"1 of another size or dtype.* \(3, 2\) int8 in the file"):
         weightfile.load_into(torch.nn.Linear(2, 3), weights, "file.bin")
-
-
-def test_a_table_ends_after_ten_rows_and_says_how_many_more_there_are():
-    with pytest.raises(UserError, match="28 unexpected") as e:
-        weightfile.load_into(torch.nn.Identity(), {f"t{i}": torch.zeros(1) for i in range(28)}, "file.bin")
-    lines = str(e.value).splitlines()
-    assert len(lines) == 13 and lines[-1] == "  ... and 18 more"
 
 
 @pytest.mark.parametrize("name, reason", [
@@ -179,18 +172,7 @@ def test_the_likely_reason_is_told_from_the_names_that_are_left_over(name, reaso
 def test_a_name_from_a_file_cannot_speak_to_the_terminal():
     with pytest.raises(UserError) as e:
         weightfile.load_into(torch.nn.Identity(), {"a\x1b[2J\nb" + "c" * 500: torch.zeros(1)}, "file.bin")
-    assert "\x1b" not in str(e.value) and max(map(len, str(e.value).splitlines())) < 160
-
-
-@pytest.mark.parametrize("rows, columns", [(4096, 1024), (64, 64)])
-def test_a_cut_torch_file_says_how_long_it_must_have_been(tmp_path, rows, columns):
-    torch.save({"projector.weight": torch.zeros(rows, columns), "b": torch.zeros(rows)}, tmp_path / "w.bin")
-    whole, cut = os.path.getsize(tmp_path / "w.bin"), rows * columns * 4
-    os.truncate(tmp_path / "w.bin", cut)
-    with pytest.raises(UserError, match=f"cut: {cut:,} bytes where about .* are expected; get it again") as e:
-        weightfile.read_file(tmp_path / "w.bin")
-    about = int(str(e.value).split("about ")[1].split()[0].replace(",", ""))
-    assert abs(about - whole) < 100
+    assert str(e.value).isprintable() and len(str(e.value)) < 300
 
 
 def test_a_cut_safetensors_file_says_how_long_it_must_have_been(tmp_path):
