@@ -119,15 +119,17 @@ def normalise(pixels):
 
 
 def table(rows, width):
-    """An embedding whose numbers are still to be filled in."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    """An embedding whose rows are about of length 1."""
+    module = nn.Embedding(rows, width)
+    nn.init.normal_(module.weight, std=width ** -0.5)
+    return module
 
 
 class ImageEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, patch = config.vision_width, config.patch_size
-        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.class_embedding = nn.Parameter(torch.zeros(width))
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.position_embedding = table(1 + config.patch_tokens, width)
 
@@ -176,27 +178,6 @@ class CLIP(nn.Module):
         self.visual_projection = nn.Linear(config.vision_width, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text_width, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.init_weights()
-
-    def init_weights(self):
-        """Normal, with the deviations that OpenAI's code gives its text tower, here for both; biases 0."""
-        c, image, text = self.config, self.vision_model.embeddings, self.text_model.embeddings
-        nn.init.normal_(image.class_embedding, std=c.vision_width ** -0.5)
-        nn.init.normal_(image.position_embedding.weight, std=c.vision_width ** -0.5)
-        nn.init.normal_(text.token_embedding.weight, std=0.02)
-        nn.init.normal_(text.position_embedding.weight, std=0.01)
-        for tower, projection, width, depth in (
-                (self.vision_model, self.visual_projection, c.vision_width, c.vision_layers),
-                (self.text_model, self.text_projection, c.text_width, c.text_layers)):
-            nn.init.normal_(projection.weight, std=width ** -0.5)
-            for name, parameter in tower.encoder.named_parameters():
-                if name.endswith(".bias"):
-                    nn.init.zeros_(parameter)
-                elif "layer_norm" not in name:
-                    std = (2 * width if "fc1" in name else width) ** -0.5
-                    if "out_proj" in name or "fc2" in name:   # 2 * depth of them add up
-                        std *= (2 * depth) ** -0.5
-                    nn.init.normal_(parameter, std=std)
 
     def image_only(self):
         """Lets go of the text tower, which chat has no use for: in fp32 it would take 0.5 GB. -> itself"""
@@ -212,12 +193,6 @@ class CLIP(nn.Module):
             f"{pixels.dtype} pixels of shape {shape}, but this CLIP sees uint8 (B, 3, {size}, {size})"
         yield from self.vision_model.states(normalise(pixels))
 
-    def text_states(self, ids):
-        """ids: (B, S) int64. Yields text_layers + 1 states (B, S, D), none through final_layer_norm yet."""
-        assert ids.ndim == 2 and ids.shape[1] <= self.config.context_length, \
-            f"ids of shape {tuple(ids.shape)}, but this CLIP reads (B, up to {self.config.context_length})"
-        yield from self.text_model.states(ids)
-
     def project_image(self, tokens):
         """Tokens of the last image state (..., D) -> the shared space (..., P), not normalised.
 
@@ -232,7 +207,9 @@ class CLIP(nn.Module):
 
     def encode_text(self, ids):
         """ids: (B, S) int64 -> (B, P), not normalised: the state at the end token, a row's highest id."""
-        *_, x = self.text_states(ids)
+        assert ids.ndim == 2 and ids.shape[1] <= self.config.context_length, \
+            f"ids of shape {tuple(ids.shape)}, but this CLIP reads (B, up to {self.config.context_length})"
+        *_, x = self.text_model.states(ids)
         x = x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]   # (B, D)
         return self.text_projection(self.text_model.final_layer_norm(x))
 
@@ -322,7 +299,7 @@ def load_clip(path):
     """A Hugging Face CLIP folder, or OpenAI's archive, ViT-L-14.pt -> (CLIP, Tokenizer). Raises UserError.
 
     The vocabulary is merges.txt of the folder, or else OpenAI's own, which ships with this program."""
-    clip, merges = build_clip(*read_clip(path), path), os.path.join(path, "merges.txt")
+    clip, merges = read_clip(path), os.path.join(path, "merges.txt")
     vocabulary = merges if os.path.exists(merges) else VOCABULARY
     tokenizer = Tokenizer.from_file(vocabulary)
     if tokenizer.vocab_size != clip.config.vocab_size:
@@ -332,18 +309,21 @@ def load_clip(path):
 
 
 def read_clip(path):
-    """The same -> (CLIPConfig, {Hugging Face name: tensor}). The tensors map the file. Raises UserError."""
+    """The same -> CLIP in eval mode that asks for no gradients; its tensors map the file. Raises UserError."""
     folder, tensors = os.path.isdir(path), weightfile.read_tensors(path)
     stated = weightfile.read_json(os.path.join(path, "config.json")) if folder else {}
     try:
         if not folder:
             tensors = from_openai(tensors)
         tensors = {name: t for name, t in tensors.items() if not name.endswith(".embeddings.position_ids")}
-        return config_of(tensors, stated), tensors
+        config = config_of(tensors, stated)
     except weightfile.DAMAGE as e:
         reason = f"{type(e).__name__}: {weightfile.shown(e)}; {weightfile.likely_reason(tensors)}"
         raise UserError(f"{path}: not a CLIP that is read here ({reason}); needed is OpenAI's ViT-L-14.pt "
                         "or the folder of Hugging Face")
+    with weightfile.shapes_only():
+        clip = CLIP(config).requires_grad_(False)
+    return weightfile.load_into(clip, tensors, path).eval()
 
 
 def config_of(tensors, stated):
@@ -375,20 +355,10 @@ def config_of(tensors, stated):
     return CLIPConfig(**sizes)
 
 
-def build_clip(config, tensors, source):
-    """What read_clip gave -> CLIP in eval mode that asks for no gradients; it adopts the tensors as they are.
-
-    Raises UserError, naming `source`, where they do not fit."""
-    with weightfile.shapes_only():
-        clip = CLIP(config).requires_grad_(False)
-    return weightfile.load_into(clip, tensors, source).eval()
-
-
 def save_clip(folder, clip, tokenizer, dtype=torch.float16):
     """Writes a Hugging Face CLIP folder: config.json, model.safetensors, merges.txt, vocab.json."""
     c = vars(clip.config)
-    vision, text = ({"model_type": f"clip_{tower}_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-                     "projection_dim": c["projection_dim"], "hidden_size": c[f"{tower}_width"],
+    vision, text = ({"projection_dim": c["projection_dim"], "hidden_size": c[f"{tower}_width"],
                      "num_hidden_layers": c[f"{tower}_layers"], "num_attention_heads": c[f"{tower}_heads"],
                      "intermediate_size": c[f"{tower}_mlp"]} for tower in ("vision", "text"))
     vision |= {"image_size": c["image_size"], "patch_size": c["patch_size"]}

@@ -179,9 +179,9 @@ class LLaMA(nn.Module):
     """The decoder, in fp32, bf16 or fp16. Its state dict is that of a Hugging Face LlamaForCausalLM."""
     def __init__(self, config):
         super().__init__()
-        self.config, words = config, torch.empty(config.vocab_size, config.width)
+        self.config = config
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding.from_pretrained(words, freeze=False),
+            "embed_tokens": nn.Embedding(config.vocab_size, config.width),
             "layers": nn.ModuleList(Block(config, layer) for layer in range(config.layers)),
             "norm": RMSNorm(config.width, config.norm_eps)})
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -224,7 +224,7 @@ class LLaMA(nn.Module):
         assert n >= old, f"cannot shrink a vocabulary of {old} to {n}"
         for module in (self.model.embed_tokens, self.lm_head):
             rows = module.weight.detach()
-            new = rows.float().mean(0, keepdim=True).to(rows.dtype).expand(n - old, -1)
+            new = rows.float().mean(0).to(rows.dtype).expand(n - old, -1)
             module.weight = nn.Parameter(torch.cat((rows, new)), module.weight.requires_grad)   # (n, D)
         self.model.embed_tokens.num_embeddings = self.lm_head.out_features = self.config.vocab_size = n
         self.tie()
@@ -387,9 +387,10 @@ def tokenizer_path(folder):
 # ---------------------------------------------------------------------------------------- weights
 EXTRA = "model.mm_projector.", "mm_projector.", "model.vision_tower."   # what LLaVA stores beside its LLaMA
 OLD = ".rotary_emb.inv_freq"                                            # in older files; recomputed
-NOT_LLAMA = (   # of models that name their tensors alike and compute otherwise
-    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "no_rope_layers",
-    "partial_rotary_factor")
+NOT_LLAMA = {   # of models that name their tensors alike and compute otherwise: what a LLaMA would say
+    "hidden_act": "silu", "sliding_window": None, "no_rope_layers": [], **dict.fromkeys((
+        "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",
+        "partial_rotary_factor"), 1)}
 HF_CONFIG = {   # field of LLaMAConfig: key of config.json
     "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "mlp": "intermediate_size", "norm_eps": "rms_norm_eps", "kv_heads": "num_key_value_heads",
@@ -402,14 +403,14 @@ def load_llama(folder):
 
     The LLaMA adopts the tensors of the files as they are, mapped. extra: {name: tensor} of what LLaVA stores
     beside it. Raises UserError for a missing, additional or ill-sized tensor."""
-    meta = is_meta(folder)
-    description, tensors, extra = os.path.join(folder, "params.json" if meta else "config.json"), {}, {}
+    meta, tensors, extra = is_meta(folder), {}, {}
+    description = os.path.join(folder, "params.json" if meta else "config.json")
     try:
         if meta:
             stated = read_json(description)
             tensors = read_meta(folder, stated)
             config = meta_config(stated, tensors)
-        else:   # weights first: if they are none of a LLaMA, this says more than what a description lacks
+        else:   # weights first: what they are says more than what a description lacks
             tensors = {name: t for name, t in read_tensors(folder).items() if not name.endswith(OLD)}
             extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith(EXTRA)}
             for name, t in tensors.items():
@@ -444,12 +445,9 @@ def hf_config(stated, tensors):
 
     embed_tokens says how large the vocabulary is: it grows when tokens are added."""
     stated = {key: value for key, value in stated.items() if value is not None}   # null: the default
-    if stated.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"its hidden_act is {stated['hidden_act']!r}, not 'silu'")
-    if stated.get("sliding_window") and stated.get("use_sliding_window", True):   # as a Mistral's
-        raise ValueError(f"its attention sees {stated['sliding_window']} tokens back, a LLaMA's all")
-    if other := [key for key in NOT_LLAMA if stated.get(key) not in (None, 1, [])]:
-        raise ValueError(f"its {other[0]} is {stated[other[0]]!r}; a LLaMA has no such thing")
+    for key, usual in NOT_LLAMA.items():
+        if stated.get(key, usual) != usual:
+            raise ValueError(f"its {key} is {stated[key]!r}, that of a LLaMA is {usual!r}")
     rope = stated.get("rope_parameters") or stated.get("rope_scaling") or {}   # transformers 5 or older
     rope = {key: value for key, value in rope.items() if value is not None}
     theta = rope.pop("rope_theta", stated.get("rope_theta", 1e4))

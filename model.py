@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 import llm
-from clip import MLP, Attention, build_clip, load_clip, read_clip
+from clip import MLP, Attention, load_clip, read_clip
 from plumbing import quant, weightfile
 from plumbing.cli import UserError
 from plumbing.pictures import THUMBNAIL
@@ -746,7 +746,7 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
                for name, path in needed.items() if not os.path.exists(path)]
     if missing:
         raise UserError(f"{folder}: lacks {', '.join(missing)}")
-    state, clip = state_of(llava), build_clip(*read_clip(clip_path), clip_path).image_only()
+    state, clip = state_of(llava), read_clip(clip_path).image_only()
     language_model, tokenizer, extra = llm.load_llama(llava)
     width, sources = language_model.config.width, {chat_file: learned, projector_file: given, llava: extra}
     for file in (chat_file, projector_file):

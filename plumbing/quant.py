@@ -19,13 +19,10 @@ else was measured, docs/numbers.md the errors. All is for inference: rounding ha
 (tokens), K inputs, N outputs.
 """
 import contextlib
-import ctypes
 import functools
 import glob
 import itertools
-import mmap
 import os
-import sys
 import warnings
 
 import torch
@@ -77,15 +74,6 @@ def weight_levels():
                for sign in (-1, 1) for rows in (1, 4)):
             return levels
     raise UserError("int8: this machine's product of int8 matrices is not exact; choose --quantize none")
-
-
-def release(t):
-    """Tells Linux that the pages under a tensor are not needed soon. Those mapped from a file leave memory
-    and can be read again. Of 1.6 GB of bf16, 1.3 GB are in memory at most while int8 is made, not 2.6."""
-    if sys.platform == "linux" and t.device.type == "cpu":
-        start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = max(0, (t.data_ptr() + t.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE)
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), 21)   # MADV_PAGEOUT
 
 
 # --------------------------------------------------------------------------------------------------- layers
@@ -145,7 +133,6 @@ class Int8Linear(FrozenLinear):
     @staticmethod
     def convert(weight):
         q, scale = map(torch.cat, zip(*(round_rows(rows, weight_levels()) for rows in weight.split(ROWS))))
-        release(weight)
         return {"weight": q, "scale": scale[:, 0]}
 
     @staticmethod
@@ -154,9 +141,8 @@ class Int8Linear(FrozenLinear):
                 "scale": torch.empty(N, device="meta")}
 
     def product(self, x):
-        if x.device.type != "cpu":   # by parts: lm_head takes gigabytes in fp32, and sums of q overflow fp16
-            parts = zip(self.weight.split(4096), self.scale[:, None].split(4096))
-            return torch.cat([F.linear(x, (q * scale).to(x.dtype)) for q, scale in parts], dim=1)
+        if x.device.type != "cpu":   # weights are scaled first: sums of q overflow fp16
+            return F.linear(x, (self.weight * self.scale[:, None]).to(x.dtype))
         x = x.float()
         q, scale = round_rows(x)
         y = self.whole_numbers(q, scale)
@@ -201,7 +187,6 @@ class Int4Linear(FrozenLinear):
             q, scale, middle = round_groups(rows)
             weights.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 2))   # (rows, K / 2)
             groups.append(torch.stack((scale.T, middle.T), dim=2))   # (K / GROUP, rows, 2)
-        release(weight)
         return {"weight": torch.cat(weights), "groups": torch.cat(groups, dim=1)}
 
     @staticmethod

@@ -78,7 +78,7 @@ def test_every_image_state_equals_transformers(tiny, expected):
 
 
 def test_every_text_state_equals_transformers(tiny, expected):
-    states = list(tiny[0].text_states(expected["ids"]))
+    states = list(tiny[0].text_model.states(expected["ids"]))
     assert len(states) == 5
     for i, x in enumerate(states):
         assert_close(x, expected[f"text_states.{i}"])
@@ -375,7 +375,7 @@ def test_sizes_are_those_of_the_tensors_and_heads_those_of_the_config(tiny, tmp_
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     config = {"model_type": "clip", "vision_config": None, "vision_config_dict": {"num_attention_heads": 2}}
     (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": {"num_hidden_layers": 10**9}}))
-    found, _ = clip_module.read_clip(tmp_path)   # ViT-B/32 has 8 heads in the text tower, and leaves that out
+    found = clip_module.read_clip(tmp_path).config   # ViT-B/32 has 8 heads in the text tower, and leaves that out
     assert found == dataclasses.replace(tiny[0].config, vision_heads=2, text_heads=8)
 
 

@@ -773,18 +773,10 @@ def test_a_vision_llama_of_meta_is_refused_by_its_names(tmp_path, small_tokenize
         load_llama(path)
 
 
-@pytest.mark.parametrize("key, value", [("residual_multiplier", 0.22), ("no_rope_layers", [1, 0])])
+@pytest.mark.parametrize("key, value", [
+    ("residual_multiplier", 0.22), ("no_rope_layers", [1, 0]), ("sliding_window", 4096)])
 def test_a_relative_that_computes_otherwise_is_refused(folder, key, value):
     path = folder("gqa")
-    edit(path / "config.json", **{key: value})   # as a Granite's and a SmolLM3's say it
-    with pytest.raises(UserError, match=f"its {key} is .*; a LLaMA has no such thing"):
+    edit(path / "config.json", **{key: value})   # as a Granite's, a SmolLM3's, a Mistral's
+    with pytest.raises(UserError, match=f"its {key} is .*, that of a LLaMA"):
         load_llama(path)
-
-
-def test_a_mistral_whose_attention_slides_is_refused(folder):
-    path = folder("gqa")
-    edit(path / "config.json", sliding_window=4096)
-    with pytest.raises(UserError, match="sees 4096 tokens back"):
-        load_llama(path)
-    edit(path / "config.json", use_sliding_window=False)   # as Qwen's files say it
-    load_llama(path)

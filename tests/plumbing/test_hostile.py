@@ -21,7 +21,7 @@ from llm import load_llama, save_llama
 from model import load_branch, open_chat
 from plumbing import cli, training
 from plumbing.cli import UserError
-from plumbing.weightfile import MAX_HEADER, read_file, read_tensors, write_safetensors
+from plumbing.weightfile import MAX_HEADER, read_file, read_tensors
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LIMIT = 400 << 20   # bytes of memory that a refusal may take at most

@@ -1,5 +1,4 @@
 """quant.py: how far rounding may be off, whole numbers exact, files written once. CPU, offline."""
-import itertools
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from plumbing import quant
 from plumbing.cli import UserError
 from plumbing.quant import GROUP, SCHEMES, Int4Linear, Int8Linear, quantize
 from plumbing.store import state_of
-from plumbing.weightfile import read_file, write_safetensors
+from plumbing.weightfile import read_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LLAVA = os.path.join(ROOT, "weights", "tiny", "llava")
@@ -384,25 +383,6 @@ def test_where_nothing_can_be_written_the_model_is_quantised_in_memory_with_a_wa
     with pytest.warns(UserWarning, match="cannot write: No space left .*; quantising in memory") as said:
         assert torch.equal(load(folder)(torch.arange(10)[None]), expected)
     assert len(said) == 1 and os.listdir(folder) == ["pytorch_model.bin"]
-
-
-def test_no_two_layers_are_in_memory_while_a_file_is_written(folder, monkeypatch):
-    events = []
-    monkeypatch.setattr(quant, "round_rows", lambda w, levels, inner=quant.round_rows: (
-        events.append("round"), inner(w, levels))[1])
-    monkeypatch.setattr(quant, "release", lambda w: events.append("release"))
-    load(folder)
-    layers = [event for event, _ in itertools.groupby(events)]
-    assert layers == ["round", "release"] * 15   # 7 in each of 2 layers, and lm_head
-
-
-def test_releasing_pages_keeps_their_numbers(tmp_path):
-    t = torch.arange(100_000.)
-    write_safetensors(tmp_path / "a.safetensors", {"t": t})
-    mapped = read_file(tmp_path / "a.safetensors")["t"]
-    for x in (mapped, t):
-        quant.release(x)
-        assert torch.equal(x, torch.arange(100_000.))
 
 
 def test_a_chat_keeps_its_quantised_llama_beside_the_originals(weights, tmp_path):
