@@ -309,7 +309,7 @@ def load_clip(path):
 
 
 def read_clip(path):
-    """The same -> CLIP in eval mode that asks for no gradients; its tensors map the file. Raises UserError."""
+    """The same -> CLIP in eval mode, without gradients; its tensors map the file. Raises UserError."""
     folder, tensors = os.path.isdir(path), weightfile.read_tensors(path)
     stated = weightfile.read_json(os.path.join(path, "config.json")) if folder else {}
     try:
