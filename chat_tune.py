@@ -69,6 +69,7 @@ from model import (IGNORE_INDEX, TEMPLATES, VIDEO_TOKENS, VideoChat, is_marked, 
                    projector_part, prompt_ids, save_chat)
 from plumbing import memory, pictures, training
 from plumbing.cli import UserError
+from plumbing.store import digest_of
 
 RELEASED = {"tokens": "branch", "branch": "", "num_frames": 100, "batch_size": 8, "lr": 2e-5, "epochs": 3,
             "steps": 0, "eval_annotations": ""}
@@ -146,9 +147,9 @@ def build(cfg):
     return VideoChat(clip, kind(mm_projector, branch), llm, tokenizer, marked).float()
 
 
-def save_result(cfg, chat):
+def save_result(cfg, chat, tuned_from):
     if cfg.stage == "video":
-        return save_chat(os.path.join(cfg.out, "chat.bin"), chat)
+        return save_chat(os.path.join(cfg.out, "chat.bin"), chat, tuned_from)
     chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)
     chat.llm.model.embed_tokens.weight.data[-2:] = chat.start_end.data
     projector = chat.video_tokens.mm_projector.state_dict()
@@ -167,6 +168,7 @@ def main(cfg):
         raise UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes")
     torch.manual_seed(cfg.seed)
     # ----------------------------------------------------------------------------------------------- model
+    tuned_from = cfg.branch and digest_of(cfg.branch)   # before it is read
     chat = build(cfg).to(device)
     memory.choose_threads(chat)
     for name, p in chat.named_parameters():
@@ -238,7 +240,7 @@ def main(cfg):
             raise SystemExit(143)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)   # all is saved but the result
     if first:
-        save_result(cfg, chat)
+        save_result(cfg, chat, tuned_from)
         if questions:
             log.add(step=step, **exact_answers(cfg, chat, questions, device))
         if cfg.stage == "video":

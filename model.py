@@ -31,7 +31,7 @@ from clip import MLP, Attention, load_clip, read_clip
 from plumbing import quant, weightfile
 from plumbing.cli import UserError
 from plumbing.pictures import THUMBNAIL
-from plumbing.store import state_of
+from plumbing.store import digest_of, state_of
 from plumbing.training import leave_signals_to_the_parent
 
 LAST_GATE, MIDDLE_GATE = 1e4, 1e2   # the gates' fixed multipliers: a tiny learning rate decides quickly
@@ -738,10 +738,10 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     kind, needed = VIDEO_TOKENS[tokens], {"clip": clip_path, "llava": llava}
     if kind.reads_branch and not branch_file:
         branch_file = needed["branch"] = chat_file if with_branch else pretrained
-        if with_branch and os.path.exists(pretrained) and \
-                os.path.getmtime(pretrained) > os.path.getmtime(chat_file):
-            warnings.warn(f"{pretrained}: newer than {chat_file}, whose own branch counts: not read; "
-                          f"--branch {pretrained} reads it instead of chat.bin")
+        tuned_from = with_branch and weightfile.read_metadata(chat_file).get("branch")   # older: not said
+        if tuned_from and os.path.exists(pretrained) and digest_of(pretrained) != tuned_from:
+            warnings.warn(f"{pretrained}: not the branch that {chat_file} was tuned from, whose own counts: "
+                          f"not read; --branch {pretrained} reads it instead of chat.bin")
     missing = [f"{os.path.basename(path)} (python -m weights get {name} --out {folder})"
                for name, path in needed.items() if not os.path.exists(path)]
     if missing:
@@ -771,13 +771,15 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     return OpenChat(chat.requires_grad_(False), tokens, description, llava, state)
 
 
-def save_chat(path, chat, dtype=torch.float16):
+def save_chat(path, chat, tuned_from="", dtype=torch.float16):
     """Writes a chat.bin: what chat tuning learned, under the released names, and the kind of tokens that it
-    is for. The two rows stand apart: the released file holds all word embeddings."""
+    is for. The two rows stand apart: the released file holds all word embeddings.
+
+    tuned_from: digest_of the branch file with which tuning began."""
     kind = next(name for name, kind in VIDEO_TOKENS.items() if type(chat.video_tokens) is kind)
     branch, projector = chat.video_tokens.branch, chat.video_tokens.mm_projector.state_dict()
     tensors = {f"model.mm_projector.{name}": t for name, t in projector.items()}
     tensors["model.video_start_end.weight"] = chat.start_end
     tensors = {name: t.detach().cpu().to(dtype) for name, t in tensors.items()}
     tensors |= branch_tensors(branch, "model.vision_tower.", dtype) if branch else {}
-    weightfile.write_safetensors(path, tensors, {"tokens": kind})
+    weightfile.write_safetensors(path, tensors, {"tokens": kind} | ({"branch": tuned_from} if branch else {}))

@@ -15,7 +15,8 @@ from llm import generate, stream_text
 from model import open_chat, prompt_ids
 from plumbing import training
 from plumbing.cli import UserError
-from plumbing.weightfile import read_file
+from plumbing.store import digest_of
+from plumbing.weightfile import read_file, read_metadata
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(ROOT, "weights", "tiny")
@@ -100,7 +101,7 @@ def test_each_stage_trains_its_own_parts_and_nothing_else(world, llava, tmp_path
         built.append((chat, {name: p.clone() for name, p in chat.state_dict().items()}))
         return chat
     monkeypatch.setattr(chat_tune, "build", keep)
-    monkeypatch.setattr(chat_tune, "save_result", lambda cfg, chat: None)   # which grows the vocabulary
+    monkeypatch.setattr(chat_tune, "save_result", lambda *_: None)   # which grows the vocabulary
     chat_tune.main(cfg)
     (chat, before), = built
     moved = {name for name, p in chat.state_dict().items() if not torch.equal(p, before[name])}
@@ -110,6 +111,8 @@ def test_each_stage_trains_its_own_parts_and_nothing_else(world, llava, tmp_path
 
 def test_video_tuning_saves_the_gates_it_found_beside_what_it_learned(world, llava, tmp_path):
     chat_tune.main(tuning(world, tmp_path, steps=1, llm=llava))
+    digest = digest_of(world / "branch.pth")
+    assert read_metadata(tmp_path / "chat.bin") == {"tokens": "branch", "branch": digest}
     assert read_file(tmp_path / "chat.bin").keys() >= {
         "model.vision_tower.balance2", "model.vision_tower.btadapter_S_layers.0.mlp.fc1.weight",
         "model.mm_projector.weight", "model.video_start_end.weight"}

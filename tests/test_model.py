@@ -14,10 +14,12 @@ from clip import CLIP, CLIPConfig
 from llm import load_llama, save_llama
 from model import (IGNORE_INDEX, VIDEO_INDEX, VIDEO_TOKENS, Branch, Pretraining, VideoEncoder,
                    backbone_states, branch_tensors, load_branch, open_chat, place_embedding, prompt_ids,
-                   tube_mask)
+                   save_chat, tube_mask)
 from plumbing.cli import UserError
+from plumbing.store import digest_of
 from plumbing.training import save_checkpoint
 from plumbing.weightfile import read_file, read_tensors, write_safetensors
+from small import write_branch
 
 FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures")
 CONFIG = CLIPConfig(
@@ -474,13 +476,15 @@ def test_a_kind_of_video_tokens_that_is_not_known_is_refused(world, tmp_path):
         open_chat(tmp_path, "mean")
 
 
-def test_a_branch_that_is_newer_than_the_one_that_counts_is_mentioned(world, tmp_path):
+@pytest.mark.filterwarnings("error")
+def test_a_branch_that_is_not_the_one_that_chat_bin_was_tuned_from_is_mentioned(world, tmp_path):
     llava_folder(world, tmp_path, linear())
-    branch = branch_tensors(Branch(32, 2, 64, 1), "model.vision_tower.")
-    write_safetensors(tmp_path / "chat.bin", {**linear(), **branch}, {"tokens": "branch"})
-    open_chat(tmp_path)
-    os.utime(tmp_path / "chat.bin", (1, 1))
-    with pytest.warns(UserWarning, match="branch.pth: newer than .*chat.bin"):
+    write_branch(tmp_path / "branch.pth")
+    save_chat(tmp_path / "chat.bin", open_chat(tmp_path).chat, digest_of(tmp_path / "branch.pth"))
+    os.utime(tmp_path / "branch.pth")
+    open_chat(tmp_path)   # newer, as any copy may be, but the same
+    write_branch(tmp_path / "branch.pth", seed=1)
+    with pytest.raises(UserWarning, match="branch.pth: not the branch that .*chat.bin was tuned from"):
         open_chat(tmp_path)
     open_chat(tmp_path, branch_file=tmp_path / "branch.pth")
 
