@@ -14,8 +14,36 @@ video, with "window": [start, end] where only that part is shown.
 In every table stand the whole video, the middle third, the best constant span and a true event picked
 blindly. Weights that were not taught the clock name no time, and get 0.
 """
-import collections
 import dataclasses
+from typing import Annotated
+
+from plumbing import cli
+
+
+@dataclasses.dataclass
+class Config:
+    annotations: str                 # ActivityNet Captions, Charades-STA, or JSON lines of your own
+    root: str = ""                   # folder that the names of videos are relative to
+    save: str = ""                   # ask, and add the answers to this JSONL
+    from_: str = ""                  # score the answers in this JSONL
+    protocol: Annotated[str, "nanobt", "vtimellm"] = "nanobt"   # VTimeLLM rounds IoU, and has its own clock
+    skip_broken: bool = False        # leave out videos that cannot be read, and events without an answer
+    captions: bool = False           # ask for all events of a video, too
+    ask: str = "When does this happen: {}?"                                  # about an event
+    ask_all: str = "What happens in the video, and when? List all events."   # with --captions
+    weights: str = cli.shipped("weights/tiny")   # a folder that chat.py opens
+    tokens: str | None = None        # kind of video tokens; None: what the weights are for
+    num_frames: cli.Count | None = None   # frames that the model sees; None: 100, or 8 for the toy world
+    max_new_tokens: cli.Count = 256  # of an answer
+    device: cli.Device = "auto"      # where to compute
+    dtype: str = "auto"              # fp32, bf16, fp16 for what is not rounded; auto: what is quick
+    quantize: str = "auto"           # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
+
+
+if __name__ == "__main__":
+    CONFIG = cli.start(Config)   # before the slow imports: a typing error shows at once
+
+import collections
 import difflib
 import json
 import math
@@ -29,36 +57,15 @@ import data
 from llm import generate, stream_text
 from metrics import (CAPTIONS, GROUNDING, caption_scores, grounding_scores, interval, rarity, temporal_iou,
                      words)
-from model import open_chat, prompt_ids
-from plumbing import cli, memory, training
+from model import VIDEO_TOKENS, open_chat, prompt_ids
+from plumbing import memory, training
 from plumbing.cli import UserError, say
 from plumbing.store import state_of
 
 
-@dataclasses.dataclass
-class Config:
-    annotations: str                 # ActivityNet Captions, Charades-STA, or JSON lines of your own
-    root: str = ""                   # folder that the names of videos are relative to
-    save: str = ""                   # ask, and add the answers to this JSONL
-    from_: str = ""                  # score the answers in this JSONL
-    protocol: str = "nanobt"         # or vtimellm: its conversions of time, and IoU rounded to two places
-    skip_broken: bool = False        # leave out videos that cannot be read, and events without an answer
-    captions: bool = False           # ask for all events of a video, too
-    ask: str = "When does this happen: {}?"                                  # about an event
-    ask_all: str = "What happens in the video, and when? List all events."   # with --captions
-    weights: str = cli.shipped("weights/tiny")   # a folder that chat.py opens
-    tokens: str | None = None        # kind of video tokens; None: what the weights are for
-    num_frames: int | None = None    # frames that the model sees; None: 100, or 8 for the toy world
-    max_new_tokens: int = 256        # of an answer
-    device: str = "auto"             # cpu, cuda or auto
-    dtype: str = "auto"              # fp32, bf16, fp16 or auto
-    quantize: str = "auto"           # the LLaMA: int8, int4, none or auto
-
-
 def main(cfg):
     # ----------------------------------------------------------------------------------------------- setup
-    cli.one_of(cfg, protocol=("nanobt", "vtimellm"), dtype=memory.DTYPES, quantize=memory.SCHEMES)
-    cli.at_least(cfg, max_new_tokens=1)
+    cli.check(cfg, tokens=VIDEO_TOKENS, dtype=memory.DTYPES, quantize=memory.SCHEMES)
     if bool(cfg.save) == bool(cfg.from_):
         raise UserError("give --save FILE to ask a model, or --from FILE to score answers again")
     if cfg.ask.count("{}") != 1:
@@ -319,4 +326,4 @@ def table(columns, videos, rows):
 
 
 if __name__ == "__main__":
-    cli.run(main, Config)
+    cli.run(main, CONFIG)

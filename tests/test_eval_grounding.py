@@ -231,7 +231,7 @@ def test_a_video_that_is_missing_or_broken_is_one_line_or_left_out(asked, tmp_pa
 
 @pytest.mark.parametrize("fields, message", [
     ({"save": ""}, "--save FILE"), ({"from_": "x"}, "--save FILE"), ({"ask": "When?"}, "needs {} once"),
-    ({"protocol": "paper"}, "choose one of nanobt, vtimellm"), ({"max_new_tokens": 0}, "at least 1")])
+    ({"protocol": "paper"}, "choose one of nanobt, vtimellm"), ({"max_new_tokens": 0}, "must be from 1")])
 def test_flags_that_do_not_fit_are_one_line(asked, fields, message):
     with pytest.raises(UserError, match=re.escape(message)):
         eval_grounding.main(Config(**{**vars(asked), **fields}))
