@@ -14,9 +14,6 @@ standard error. Exit codes: 0, 2 for bad input, 130 for Ctrl-C.
 The model sees the video once, as a few frames. What it saw is kept on disk, so that the next chat about this
 video begins at once. -v says where the time goes.
 """
-import time
-
-STARTED = time.perf_counter()   # before torch is imported, which takes most of the time to the first answer
 import dataclasses
 import os
 from typing import Annotated
@@ -53,14 +50,14 @@ FLAGS = {"positional": ["video"], "short": {"question": "q", "verbose": "v"},
 if __name__ == "__main__":
     CONFIG = cli.start(Config, **FLAGS)   # before the slow imports: a typing error shows at once
 
-import codecs
-import concurrent.futures
 import contextlib
 import json
 import re
 import sys
 import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
@@ -74,12 +71,11 @@ from plumbing import memory, pictures, quant, terminal, training, video
 from plumbing.cli import UserError, say
 from plumbing.store import Store, code_of, state_of
 
-IMPORT_SECONDS = time.perf_counter() - STARTED
 ROOM = 64              # tokens that an answer should have; for these, old turns are forgotten
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command
 SETTINGS = ("temperature", "top_p", "max_new_tokens", "seed")   # can change between two answers
 ALIASES = {"exit": "/quit", "quit": "/quit", "help": "/help", "?": "/help"}   # with and without a stroke
-CONVERSATION = "nanoBT conversation"   # how a saved one says what it is
+CONVERSATION = '{"kind": "nanoBT conversation"'   # how a saved one begins
 HELP = '''\
 """              begins and ends a question of several lines
 /frames          the frames that the model saw
@@ -106,45 +102,6 @@ class Seen:
     before: bool = False     # it comes from the cache
 
 
-@contextlib.contextmanager
-def said_later():
-    """Collects the warnings of its block, of all threads, and gives them out at its end."""
-    try:
-        with warnings.catch_warnings(record=True) as noticed:
-            warnings.simplefilter("always")
-            yield noticed
-    finally:
-        for w in noticed:
-            warnings.warn(w.message)
-
-
-@contextlib.contextmanager
-def decoding(path, num_frames, rule, size):
-    """Decodes a video in a thread, since libav lets others run meanwhile. Yields a future of its pixels
-    (T, 3, size, size) uint8, small pictures (T, 3, h, w) uint8, and T times; it may raise VideoError.
-
-    To leave the block early, with an error or Ctrl-C, takes until the next frame, not until the last."""
-    left = threading.Event()
-
-    def decode():
-        pixels, times = torch.empty(num_frames, 3, size, size, dtype=torch.uint8), []
-        found = data.sample_frames(path, num_frames, rule)
-        for t, picture in tqdm(found, "frames", num_frames, leave=False, disable=None, delay=2):
-            if left.is_set():
-                return None
-            small = pictures.thumbnail(picture)
-            if not times:
-                frames = torch.empty(num_frames, *small.shape, dtype=torch.uint8)
-            frames[len(times)], pixels[len(times)] = small, data.squash(picture[None], size)[0]
-            times.append(t)
-        return pixels, frames, times
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        try:
-            yield pool.submit(decode)
-        finally:
-            left.set()
-
-
 class Viewer:
     """Looks at videos for a chat, and keeps what was seen on disk."""
     def __init__(self, cfg, opened, made_with):
@@ -155,40 +112,49 @@ class Viewer:
         self.num_frames, self.rule = cfg.num_frames or usual, kind.rule
         code = code_of(clip, model, data, video, pictures, quant)
         self.key = [self.num_frames, self.rule, opened.tokens, opened.description, code, *made_with]
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        base = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
-        folder = cfg.cache_dir or os.path.join(base, "nanobt")
+        folder = cfg.cache_dir or cli.own_folder("XDG_CACHE_HOME", "~/.cache")
         self.store = Store(folder, max_bytes=1 << 30) if cfg.cache else None
 
-    @contextlib.contextmanager
-    def going_on(self):
-        """The cache saves time, and nothing else: an error of it is said, and all goes on without it."""
+    def cached(self, act, *given):
+        """Store.get or Store.put. The cache saves time and nothing else, so an error of it is only said."""
         try:
-            yield
+            return act(self.store, *given) if self.store else None
         except UserError as e:
             say(f"({e}; going on without it)")
 
-    def recall(self, path, key):
-        """-> Seen from an earlier chat, or None. A damaged video warns again."""
-        with self.going_on():
-            if self.store and (entry := self.store.get(key)):
-                tensors, about = entry
-                for message in json.loads(about["damage"]):
-                    warnings.warn(video.DamagedVideo(message))
-                return Seen(path, float(about["duration"]), tensors["times"].tolist(), tensors["frames"],
-                            tensors["rows"], before=True)
+    def decode(self, path, left):
+        """-> pixels (T, 3, size, size) uint8, small pictures (T, 3, h, w) uint8, T times. `left`: an Event
+        that ends it at the next frame. Raises VideoError."""
+        T, times = self.num_frames, []
+        pixels = torch.empty(T, 3, self.size, self.size, dtype=torch.uint8)
+        found = data.sample_frames(path, T, self.rule)
+        for t, picture in tqdm(found, "frames", T, leave=False, disable=None, delay=2):
+            if left.is_set():
+                return None
+            small = pictures.thumbnail(picture)
+            if not times:
+                frames = torch.empty(T, *small.shape, dtype=torch.uint8)
+            frames[len(times)], pixels[len(times)] = small, data.squash(picture[None], self.size)[0]
+            times.append(t)
+        return pixels, frames, times
 
     @contextlib.contextmanager
     def looking(self, path):
-        """Decodes a video while its block does something else. Yields see(chat) -> Seen, which waits for the
-        frames and lets the model look at them. A file that is no video raises VideoError before the block
-        begins."""
+        """Decodes a video in a thread while its block does something else. Yields see(chat) -> Seen, which
+        waits for the frames and lets the model look at them. Warnings come at the end of the block. Raises
+        VideoError, before the block begins for a file that is no video."""
         key = [state_of(path), *self.key]
-        if seen := self.recall(path, key):
-            yield lambda chat: seen
+        if entry := self.cached(Store.get, key):
+            tensors, about = entry
+            for message in json.loads(about["damage"]):
+                say(message)
+            yield lambda chat: Seen(path, float(about["duration"]), tensors["times"].tolist(),
+                                    tensors["frames"], tensors["rows"], before=True)
             return
-        duration = data.probe(path).duration
-        with said_later() as noticed, decoding(path, self.num_frames, self.rule, self.size) as decoded:
+        duration, left = data.probe(path).duration, threading.Event()
+        with warnings.catch_warnings(record=True) as noticed, ThreadPoolExecutor(1) as pool:
+            warnings.simplefilter("always")
+            decoded = pool.submit(self.decode, path, left)
 
             @torch.inference_mode()
             def see(chat):
@@ -198,23 +164,24 @@ class Viewer:
                 damage = [str(w.message) for w in noticed if w.category is video.DamagedVideo]
                 tensors = {"times": torch.tensor(times, dtype=torch.float64), "frames": frames, "rows": rows}
                 about = {"duration": repr(duration), "damage": json.dumps(damage)}
-                with self.going_on():
-                    if self.store:
-                        self.store.put(key, tensors, about)
+                self.cached(Store.put, key, tensors, about)
                 return Seen(path, duration, times, frames, rows)
-            yield see
+            try:
+                yield see
+            finally:
+                left.set()
+        for w in noticed:
+            say(f"{w.message}")
 
 
 # --------------------------------------------------------------------------------------------- a conversation
 @dataclasses.dataclass
 class Cost:
     """What an answer took."""
-    cached: int                        # tokens of its prompt that were known from the turns before
-    new: int                           # tokens of its prompt that were not
-    first_token: float | None = None   # seconds until the first token of the answer
-    seconds: float = 0.0               # until the last one
-    tokens: int = 0                    # of the answer
-    cut: str | None = None             # what ended it, if not the model: "context" or "max_new_tokens"
+    cached: int             # tokens of its prompt that were known from the turns before
+    new: int                # tokens of its prompt that were not
+    times: list             # seconds until each token of the answer
+    cut: str | None = None  # what ended it, if not the model: "context" or "max_new_tokens"
 
 
 class Session:
@@ -231,9 +198,10 @@ class Session:
 
     @torch.inference_mode()
     def show(self, seen):
-        """Another video; a new conversation begins."""
+        """Begins a new conversation, about what was seen of a video."""
         video_tokens = self.chat.video_tokens(seen.rows.to(self.chat.start_end.device))[0]
-        self.forget()   # first: a Ctrl-C must not leave the new video with the old conversation
+        self.turns, self.forgotten, self.cached_ids = [], 0, []   # first: a Ctrl-C must not leave the new
+        self.kv_cache.truncate(0)                                 # video with the old conversation
         self.seen, self.video_tokens = seen, video_tokens
 
     def open(self, path):
@@ -241,57 +209,42 @@ class Session:
         with self.viewer.looking(path) as see:
             self.show(see(self.chat))
 
-    def forget(self):
-        """Begins a new conversation."""
-        self.turns, self.forgotten, self.cached_ids = [], 0, []
-        self.kv_cache.truncate(0)
-
     def introduce(self, more=""):
         """Says what is looked at."""
-        seen = self.seen
-        line = (f"video {seen.path} ({seen.duration:.1f} s, {len(seen.times)} frames, "
-                f"{len(self.video_tokens)} video tokens{', seen before' * seen.before})")
-        say(line + more)
-        shipped = [*map(os.path.realpath, (Config.weights, Config.video))]
-        weights, video = map(os.path.realpath, (self.cfg.weights, seen.path))
-        if weights == shipped[0] and video != shipped[1] and not (self.cfg.branch or self.cfg.chat):
+        seen, cfg = self.seen, self.cfg
+        say(f"video {seen.path} ({seen.duration:.1f} s, {len(seen.times)} frames, {len(self.video_tokens)} "
+            f"video tokens{', seen before' * seen.before}){more}")
+        shipped = os.path.samefile(cfg.weights, Config.weights) and not cfg.branch and not cfg.chat
+        if shipped and not os.path.samefile(seen.path, Config.video):
             say("(the shipped weights know coloured shapes and nothing else; README.md says how to get more)")
 
     def stats(self):
         """/stats: what the video and the last answer took."""
-        cost, kv_cache = self.cost, self.kv_cache
-        lines = [f"video: {len(self.video_tokens)} tokens from {len(self.seen.times)} frames"]
+        frames, cost = len(self.seen.times), self.cost
+        lines = [f"video: {len(self.video_tokens)} tokens from {frames} frames"]
         if cost:
             lines.append(f"prompt: {cost.cached} tokens known, {cost.new} new")
-        if cost and cost.tokens:
-            rate = (cost.tokens - 1) / max(cost.seconds - cost.first_token, 1e-9)
-            lines.append(f"answer: {cost.tokens} token{'s' * (cost.tokens > 1)}, the first after "
-                         f"{cost.first_token:.2f} s" + f", then {rate:.1f} a second" * (cost.tokens > 1))
-        kept = kv_cache.length * sum(t[:, :, :1].nbytes for t in (*kv_cache.k, *kv_cache.v))
-        resident = memory.resident(kv_cache.k[0].device)
-        lines.append(f"memory: {resident / 1e9:.2f} GB, of it {kept / 1e9:.3f} GB KV cache")
-        return "\n".join(lines)
+        if cost and cost.times:
+            lines.append(f"answer: the first token after {cost.times[0]:.2f} s, all {len(cost.times)} after "
+                         f"{cost.times[-1]:.2f} s")
+        return "\n".join([*lines, f"memory: {memory.resident(self.kv_cache.k[0].device) / 1e9:.2f} GB"])
 
     def prompt(self, question):
         """-> ids of the prompt, with the oldest turns forgotten where they leave no room for an answer; that
-        room.
-
-        Raises UserError where the question alone leaves none."""
-        cfg, K, context, forgotten = self.cfg, len(self.video_tokens), self.kv_cache.max_len, self.forgotten
-        while True:
+        room. Raises UserError where the question alone leaves none."""
+        cfg, K, context = self.cfg, len(self.video_tokens), self.kv_cache.max_len
+        for forgotten in range(self.forgotten, len(self.turns) + 1):
             turns = [*self.turns[forgotten:], (question, None)]
             ids, _ = prompt_ids(self.chat.tokenizer, turns, cfg.template)
             room = context - (len(ids) - 1 + K + len(self.chat.start_end))
-            if room >= min(cfg.max_new_tokens, ROOM) or forgotten == len(self.turns):
+            if room >= min(cfg.max_new_tokens, ROOM):
                 break
-            forgotten += 1
         if room < 1:
             raise UserError(f"no room for an answer: the prompt has {context - room} tokens, {K} of them the "
                             f"video's, and a conversation {context}")
-        if forgotten > self.forgotten:
-            gone = ", ".join(question for question, _ in self.turns[self.forgotten:forgotten])
-            say(f"(forgotten, for lack of room: {gone})")
-            self.forgotten = forgotten
+        for old, _ in self.turns[self.forgotten:forgotten]:
+            say(f"(forgotten, for lack of room: {old})")
+        self.forgotten = forgotten
         return ids, room
 
     def ask(self, question, show):
@@ -309,13 +262,12 @@ class Session:
         same = min(len(os.path.commonprefix([prompt, self.cached_ids])), len(prompt) - 1)
         self.cached_ids = prompt[:same]   # first: a Ctrl-C must not leave more here than in the cache
         self.kv_cache.truncate(same)
-        cost = self.cost = Cost(same, len(prompt) - same)
+        cost = self.cost = Cost(same, len(prompt) - same, [])
 
         def counted(new):
             for token in new:
                 tokens.append(token)
-                cost.tokens, cost.seconds = len(tokens), time.perf_counter() - began
-                cost.first_token = cost.first_token or round(cost.seconds, 6)
+                cost.times.append(round(time.perf_counter() - began, 6))
                 yield token
         new = generate(chat.llm, embeds=embeds[:, same:], max_new_tokens=cfg.max_new_tokens, seed=cfg.seed,
                        temperature=cfg.temperature, top_p=cfg.top_p, stop_ids=chat.tokenizer.stop_ids,
@@ -351,14 +303,14 @@ def write_out(text):
 
 
 def answer_line(session, question):
-    """A question in a conversation of its own -> its answer as one line on standard output, or one JSON
-    object."""
+    """A question in a conversation of its own -> its answer, or a JSON object, as one line of output."""
     pieces, session.turns, session.forgotten = [], [], 0
     session.ask(question, pieces.append)
     answer, cost = "".join(pieces), session.cost
     if session.cfg.json:
-        row = {"question": question, "answer": answer.strip(), "seconds_to_first_token": cost.first_token,
-               "tokens": cost.tokens, "cached": cost.cached, "cut": cost.cut}
+        first = cost.times[0] if cost.times else None
+        row = {"question": question, "answer": answer.strip(), "seconds_to_first_token": first,
+               "tokens": len(cost.times), "cached": cost.cached, "cut": cost.cut}
         write_out(json.dumps(row) + "\n")
     else:
         write_out(" ".join(answer.split()) + "\n")
@@ -367,15 +319,13 @@ def answer_line(session, question):
 # --------------------------------------------------------------------------------------------------- commands
 def save_conversation(session, path):
     """/save FILE. Raises UserError; replaces nothing but what it has written before."""
-    first = json.dumps({"kind": CONVERSATION})[:-1]   # where a file of its own begins
-    cli.replaceable(path, "saved conversation", lambda start: start.startswith(first.encode()))
+    cli.replaceable(path, "saved conversation", lambda start: start.startswith(CONVERSATION.encode()))
     cfg, seen = session.cfg, session.seen
     turns = [{"question": question, "answer": answer, "forgotten": i < session.forgotten}
              for i, (question, answer) in enumerate(session.turns)]
-    conversation = {"kind": CONVERSATION, "video": os.path.abspath(seen.path), "duration": seen.duration,
-                    "times": seen.times, "weights": os.path.abspath(cfg.weights),
-                    "settings": dataclasses.asdict(cfg), "turns": turns}
-    cli.write_atomic(path, lambda f: f.write(json.dumps(conversation).encode() + b"\n"))
+    about = {"video": os.path.abspath(seen.path), "duration": seen.duration, "times": seen.times,
+             "weights": os.path.abspath(cfg.weights), "settings": dataclasses.asdict(cfg), "turns": turns}
+    cli.write_atomic(path, lambda f: f.write(f"{CONVERSATION}, {json.dumps(about)[1:]}\n".encode()))
     say(f"wrote {path}")
 
 
@@ -406,7 +356,7 @@ def run_command(session, line):
         case "/help", 0:
             say(HELP)
         case "/reset", 0:
-            session.forget()
+            session.show(session.seen)
             say("a new conversation")
         case "/frames", 0:
             terminal.show_frames(session.seen.frames, session.seen.times)
@@ -429,8 +379,7 @@ def run_command(session, line):
 
 
 def converse(session):
-    """Questions and commands from a terminal, until it says to leave. No mistake in a line ends the
-    program."""
+    """Questions and commands from a terminal, until one says to leave. No mistake in a line ends it."""
     while True:
         try:
             line = terminal.read_line("> ").strip()
@@ -454,8 +403,7 @@ def converse(session):
 
 # ------------------------------------------------------------------------------------------------------- main
 def check_memory(opened, dtype, scheme, device, num_frames):
-    """Raises UserError, with what would fit, where the memory that is free will not hold what a chat
-    needs."""
+    """Raises UserError, with what would fit, where free memory will not hold what a chat needs."""
     need, free = opened.need(dtype, scheme, device, num_frames), memory.available(device)
     if free is not None and sum(need.values()) > free:
         parts = ", ".join(f"{part} {size / 1e9:.1f} GB" for part, size in need.items())
@@ -472,21 +420,20 @@ def begin(cfg):
     files = [state_of(file) for file in (cfg.weights, cfg.branch, cfg.chat)   # before they are read
              if file and os.path.exists(file)]
     opened = open_chat(cfg.weights, cfg.tokens, cfg.branch, cfg.chat if cfg.tuned else False)
+    memory.choose_threads(opened.chat)
     parameters = sum(p.numel() for p in opened.chat.llm.parameters())
     dtype, scheme, precision = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
     viewer = Viewer(cfg, opened, [files, precision, device.type])
     check_memory(opened, dtype, scheme, device, viewer.num_frames)
     with viewer.looking(cfg.video) as see:
-        chat = opened.load(dtype, scheme, device)
-        memory.choose_threads(chat)
+        session = Session(dataclasses.replace(cfg, tokens=opened.tokens),
+                          opened.load(dtype, scheme, device), viewer)
         loaded = time.perf_counter()
-        seen = see(chat)
-    session = Session(dataclasses.replace(cfg, tokens=opened.tokens), chat, viewer)
-    session.show(seen)
+        session.show(see(session.chat))
     session.introduce(f"; weights {cfg.weights} ({opened.description}), {precision}")
     if cfg.verbose:
-        say(f"(import {IMPORT_SECONDS:.2f} s, weights {loaded - began:.2f} s, then waited for the video "
-            f"{time.perf_counter() - loaded:.2f} s)")
+        waited = time.perf_counter() - loaded
+        say(f"(weights {loaded - began:.2f} s, then waited for the video {waited:.2f} s)")
     return session
 
 
@@ -496,17 +443,15 @@ def main(cfg):
         raise UserError("--question: it is empty")
     if cfg.json and cfg.question is None and sys.stdin.isatty():
         raise UserError("--json: is for -q and piped questions; in a conversation, /save FILE writes JSON")
-    sys.stdout.reconfigure(errors="replace")   # for what a terminal's encoding lacks
-    warnings.simplefilter("always", video.DamagedVideo)   # each time that one is opened
     session = begin(cfg)
     if cfg.question is not None:
         return answer_line(session, cfg.question)
     if sys.stdin.isatty():
         sys.stdin.reconfigure(errors="surrogateescape")   # names of files need not be UTF-8
         say("Ask about the video; /help lists commands, Ctrl-D leaves.")
-        with terminal.history(terminal.history_file()):
+        with terminal.history(os.path.join(cli.own_folder("XDG_STATE_HOME", "~/.local/state"), "history")):
             return converse(session)
-    utf16 = sys.stdin.buffer.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)   # PowerShell's
+    utf16 = sys.stdin.buffer.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")   # byte order marks: PowerShell's
     sys.stdin.reconfigure(encoding="utf-16" if utf16 else "utf-8-sig",
                           errors="replace" if utf16 else "surrogateescape")
     for line in sys.stdin:

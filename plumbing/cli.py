@@ -178,6 +178,13 @@ def shipped(path):
     return os.path.relpath(os.path.join(os.path.dirname(__file__), os.pardir, path))
 
 
+def own_folder(variable, base):
+    """This program's folder under the one that an environment variable names, if that is absolute, or under
+    `base`: https://specifications.freedesktop.org/basedir."""
+    given = os.environ.get(variable, "")
+    return os.path.join(given if os.path.isabs(given) else os.path.expanduser(base), "nanobt")
+
+
 def make_folder(path):
     """Makes a folder and those above it, where they are missing. Raises UserError."""
     try:

@@ -9,7 +9,6 @@ from PIL.PngImagePlugin import PngInfo
 from plumbing.cli import replaceable, write_atomic
 from plumbing.video import resize_bicubic
 
-FEW = 30   # points of a line, up to which each is marked
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
 THUMBNAIL = 240   # pixels, the width of a frame on a contact sheet
 OURS = PngInfo()
@@ -49,7 +48,7 @@ def plot(path, panels, height=360):
             line = [(left + (x - x0) * wide, bottom + (min(y, y1) - y0) * high)
                     for x, y in points if math.isfinite(y)]
             draw.line(line, colour, 2)
-            for x, y in line if len(line) <= FEW else ():
+            for x, y in line if len(line) <= 30 else ():   # a short run, or a single point
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
             draw.line((label_x, top - 14, label_x + 18, top - 14), colour, 3)
             draw.text((label_x + 24, top - 23), label, "black", font)

@@ -1,8 +1,8 @@
-"""What a conversation on a terminal needs: pictures made of characters, questions of several lines, paths, a
-history."""
+"""A conversation on a terminal: pictures made of characters, questions of several lines, paths, a history."""
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import sys
 
@@ -46,13 +46,9 @@ def frame_lines(frames, times, columns, colour):
 
 
 def show_frames(frames, times):
-    """Frames (T, 3, H, W) uint8 and their times on standard error: pictures where that is a terminal with
-    colours."""
-    terminal = sys.stderr.isatty()
-    columns = os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 0   # 0: it does not know
-    drawable = "\u2580".encode(sys.stderr.encoding, "ignore") != b""
-    colour = terminal and drawable and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-    say("\n".join(frame_lines(frames, times, columns or 80, colour)))
+    """Frames (T, 3, H, W) uint8 and their times on standard error, which is best a terminal with colours."""
+    colour = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    say("\n".join(frame_lines(frames, times, shutil.get_terminal_size().columns, colour)))
 
 
 # ------------------------------------------------------------------------------------------------ typed lines
@@ -88,44 +84,31 @@ def path_of(text):
     return os.path.expanduser(words[0]) if len(words) == 1 and not os.path.lexists(typed) else typed
 
 
-def history_file():
-    """$XDG_STATE_HOME/nanobt/history, or ~/.nanobt_history where that is not set to an absolute path."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    if os.path.isabs(base):
-        return os.path.join(base, "nanobt", "history")
-    return os.path.expanduser("~/.nanobt_history")
-
-
 @contextlib.contextmanager
 def history(path):
     """Within it, arrow-up also finds what was typed in earlier runs, and a paste of several lines is one
     line to input(). At the end, also where the terminal is closed, the new lines are added to the file.
 
-    A file that cannot be read or written is named once, and nothing is kept."""
+    Where there is no such file and none can be made, this is said and nothing is kept."""
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))   # ends the block as all else does
     try:
         import readline   # its import alone gives input() keys to edit a line
-    except ImportError:   # absent on some systems
-        readline = None
-    if not hasattr(readline, "append_history_file") or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        yield
-        return
-    try:
+        from readline import append_history_file   # some systems have another library under this name
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)   # what was asked is one's own business
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600))
-        if os.path.getsize(path):   # libedit, readline on some systems, minds an empty file
+        open(path, "a").close()
+        if os.path.getsize(path):   # libedit, that other library, minds an empty file
             readline.read_history_file(path)
-    except OSError as e:
-        say(f"({path}: {e.strerror}; what you type is not kept for the next time)")
+    except (ImportError, OSError) as e:
+        say(f"({path}: {getattr(e, 'strerror', e)}; what you type is not kept for the next time)")
         yield
         return
     readline.set_history_length(HISTORY)
     readline.parse_and_bind("set enable-bracketed-paste on")
-    signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))   # ends the block as all else does
     before = readline.get_current_history_length()
     try:
         yield
     finally:   # added, not rewritten: another chat may be open beside this one
         try:
-            readline.append_history_file(readline.get_current_history_length() - before, path)
+            append_history_file(readline.get_current_history_length() - before, path)
         except OSError as e:
             say(f"({path}: {e.strerror}; what you typed is not kept)")

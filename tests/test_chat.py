@@ -115,7 +115,7 @@ def test_one_question_prints_one_line_and_all_else_goes_to_stderr(weights, video
     assert p.returncode == 0
     assert out.endswith("\n") and out.count("\n") == 1 and out.strip()
     assert video in err and weights in err   # what is watched, and by whom
-    assert re.search(r"import \d+\.\d\d s, weights .* s, then waited for the video .* s\)", err)   # --verbose
+    assert re.search(r"weights \d+\.\d\d s, then waited for the video .* s\)", err)   # --verbose
     assert "Traceback" not in err
 
 
@@ -471,7 +471,7 @@ def test_set_changes_the_next_answer_and_shows_one_setting_or_all(session, capsy
         err = capsys.readouterr().err
         assert "max_new_tokens 3\n" in err and ("seed 0" in err) == (line == "/set")
     said(session)
-    assert session.cost.tokens == 3 and session.cost.cut == "max_new_tokens"
+    assert len(session.cost.times) == 3 and session.cost.cut == "max_new_tokens"
 
 
 @pytest.mark.parametrize("words, complaint", [
@@ -486,14 +486,8 @@ def test_a_setting_that_cannot_be_is_refused_and_changes_nothing(session, words,
 
 
 def test_stats_before_a_question_tell_of_the_video_alone(session):
-    expected = r"video: 5 tokens from 8 frames\nmemory: .* GB, of it 0.000 GB KV cache"
+    expected = r"video: 5 tokens from 8 frames\nmemory: \d\.\d\d GB"
     assert re.fullmatch(expected, session.stats())
-
-
-def test_stats_of_an_answer_of_one_token(session):
-    chat.run_command(session, "/set max_new_tokens 1")
-    said(session)
-    assert re.search(r"answer: 1 token, the first after \d\.\d\d s\n", session.stats())
 
 
 def test_stats_count_a_stopped_answer_too(session):
@@ -628,7 +622,7 @@ def test_a_video_that_breaks_while_it_is_decoded_beside_the_weights_is_one_line(
     assert refused(call(*ASK, "--no-cache"), video, "breaks off")
 
 
-def test_who_leaves_while_a_video_is_decoded_does_not_wait_for_its_end(monkeypatch):
+def test_who_leaves_while_a_video_is_decoded_does_not_wait_for_its_end(session, tmp_path, monkeypatch):
     begun, decoded, before = threading.Event(), [], threading.active_count()
 
     def endless(path, num_frames, rule):
@@ -637,8 +631,9 @@ def test_who_leaves_while_a_video_is_decoded_does_not_wait_for_its_end(monkeypat
             decoded.append(path)
             begun.set()
     monkeypatch.setattr(data, "sample_frames", endless)
+    path = write_video(tmp_path / "new.mp4")
     with pytest.raises(KeyboardInterrupt):
-        with chat.decoding("video.mp4", 8, "uniform", 4):
+        with session.viewer.looking(path):
             begun.wait(SECONDS)
             raise KeyboardInterrupt
     assert decoded and threading.active_count() == before
@@ -722,7 +717,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_harms_nothing(start, tmp_pat
     assert f"{tmp_path}/c" in err and "going on without it" in err
 
 
-def test_a_damaged_video_warns_again_when_it_is_not_decoded_again(start, monkeypatch):
+def test_a_damaged_video_warns_again_when_it_is_not_decoded_again(start, monkeypatch, capsys):
     decode = data.sample_frames
 
     def damaged(*given):
@@ -730,17 +725,8 @@ def test_a_damaged_video_warns_again_when_it_is_not_decoded_again(start, monkeyp
         warnings.warn(plumbing.video.DamagedVideo("v.mp4: damaged"))
     monkeypatch.setattr(data, "sample_frames", damaged)
     for before in (False, True):
-        with pytest.warns(plumbing.video.DamagedVideo, match="v.mp4: damaged") as told:
-            assert start().seen.before is before
-        assert len(told) == 1
-
-
-@pytest.mark.parametrize("base, parent", [
-    ("/cache", "/cache"), ("", "/home/me/.cache"), ("relative", "/home/me/.cache")])
-def test_the_cache_is_where_the_system_wants_caches(monkeypatch, weights, base, parent):
-    monkeypatch.setenv("XDG_CACHE_HOME", base)
-    monkeypatch.setenv("HOME", "/home/me")
-    assert chat.Viewer(chat.Config(), model.open_chat(weights), []).store.folder == f"{parent}/nanobt"
+        assert start().seen.before is before
+        assert capsys.readouterr().err.count("v.mp4: damaged\n") == 1
 
 
 # --------------------------------------------------------------------------------------- results of training

@@ -141,6 +141,14 @@ def test_few_points_of_a_plot_are_marked_one_too(tmp_path):
         assert (blue.sum(0).max() > 3) == (count < 200)   # higher than a line
 
 
+@pytest.mark.parametrize("given, parent", [
+    ("/cache", "/cache"), ("", "/home/me/.cache"), ("relative", "/home/me/.cache")])
+def test_what_is_kept_for_a_user_is_where_the_system_wants_it(monkeypatch, given, parent):
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cli.own_folder("XDG_CACHE_HOME", "~/.cache") == f"{parent}/nanobt"
+
+
 def test_the_default_of_a_script_is_found_from_any_folder(tmp_path, monkeypatch):
     for folder in (tmp_path, os.path.dirname(os.path.dirname(cli.__file__)), "/"):
         monkeypatch.chdir(folder)

@@ -55,19 +55,17 @@ def test_a_half_block_has_the_upper_pixel_as_its_colour_and_the_lower_as_its_gro
 
 @pytest.fixture
 def shown(session, monkeypatch):
-    """shown(encoding, environment variables...) -> what show_frames writes to a terminal of 80 columns."""
-    def shown(encoding="utf-8", **variables):
-        stderr = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+    """shown(environment variables...) -> what show_frames writes to a terminal."""
+    def shown(**variables):
+        stderr = io.StringIO()
         with monkeypatch.context() as patched:
             patched.setattr(stderr, "isatty", lambda: True, raising=False)
-            patched.setattr(stderr, "fileno", lambda: 2, raising=False)
-            patched.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
             patched.delenv("NO_COLOR", raising=False)
             for name, value in {"TERM": "xterm-256color", **variables}.items():
                 patched.setenv(name, value)
             patched.setattr(sys, "stderr", stderr)
             terminal.show_frames(session.seen.frames, session.seen.times)
-        return stderr.buffer.getvalue().decode(encoding)
+        return stderr.getvalue()
     return shown
 
 
@@ -75,10 +73,10 @@ def test_a_terminal_with_colours_shows_pictures(shown):
     assert "\u2580" in (text := shown()) and "7: 1.80 s" in text
 
 
-@pytest.mark.parametrize("terminal", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"encoding": "latin-1"}], ids=str)
-def test_without_colour_or_the_character_the_frames_are_only_times(shown, terminal):
+@pytest.mark.parametrize("terminal", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
+def test_without_colour_the_frames_are_only_times(shown, terminal):
     text = shown(**terminal)
-    assert "\x1b" not in text and "2580" not in text and "\u2580" not in text and "7: 1.80 s" in text
+    assert "\x1b" not in text and "\u2580" not in text and "7: 1.80 s" in text
 
 
 def test_where_stderr_is_no_terminal_the_frames_are_only_times(session, capsys):
@@ -228,8 +226,8 @@ def test_after_ctrl_c_the_next_answers_are_whole(talk):
 
 def test_stats_say_what_the_last_answer_took(talk):
     assert re.fullmatch(r"video: 5 tokens from 8 frames\nprompt: \d+ tokens known, \d+ new\n"
-                        r"answer: 1000 tokens, the first after \d\.\d\d s, then [\d.]+ a second\n"
-                        r"memory: 0\.\d\d GB, of it 0\.\d+ GB KV cache\n", talk.stats)
+                        r"answer: the first token after \d\.\d\d s, all 1000 after \d+\.\d\d s\n"
+                        r"memory: 0\.\d\d GB\n", talk.stats)
     known, new = map(int, re.search(r"(\d+) tokens known, (\d+) new", talk.stats).groups())
     assert known > new > 0   # the conversation before, and the question
 
@@ -336,23 +334,8 @@ def test_a_file_with_quotes_in_its_name_is_found_by_this_name(monkeypatch, tmp_p
     assert (terminal.path_of("'a.mp4'"), terminal.path_of("'b.mp4'")) == ("'a.mp4'", "b.mp4")
 
 
-@pytest.mark.parametrize("base, path", [
-    ("/state", "/state/nanobt/history"), ("", "/home/me/.nanobt_history"),
-    ("relative", "/home/me/.nanobt_history")])
-def test_the_history_is_in_the_folder_for_state_or_else_at_home(monkeypatch, base, path):
-    monkeypatch.setenv("XDG_STATE_HOME", base)
-    monkeypatch.setenv("HOME", "/home/me")
-    assert terminal.history_file() == path
-
-
-def be_on_a_terminal(monkeypatch):
-    for stream in (sys.stdin, sys.stdout):
-        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
-
-
 @pytest.mark.parametrize("name", ["file/history", "folder"])   # a file for a folder, a folder for a file
 def test_a_history_that_cannot_be_written_is_said_once(monkeypatch, tmp_path, name, capsys):
-    be_on_a_terminal(monkeypatch)
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     with terminal.history(str(tmp_path / name)):
@@ -363,14 +346,7 @@ def test_a_history_that_cannot_be_written_is_said_once(monkeypatch, tmp_path, na
 
 def test_a_readline_that_cannot_add_lines_keeps_none(monkeypatch, tmp_path):
     """Some Pythons have libedit in readline's place, and some of these no append_history_file."""
-    be_on_a_terminal(monkeypatch)
     monkeypatch.setitem(sys.modules, "readline", types.SimpleNamespace())
     with terminal.history(str(tmp_path / "history")):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_there_is_no_history_for_pipes(tmp_path):
-    with terminal.history(str(tmp_path / "history")):   # pytest's standard input is no terminal
         pass
     assert list(tmp_path.iterdir()) == []
