@@ -66,7 +66,7 @@ import data
 from clip import load_clip
 from llm import load_llama, save_llama, tokenizer_path
 from model import (IGNORE_INDEX, TEMPLATES, VIDEO_TOKENS, VideoChat, is_marked, load_branch, make_projector,
-                   projector_part, prompt_ids, save_chat)
+                   prompt_ids, save_chat)
 from plumbing import memory, pictures, training
 from plumbing.cli import UserError
 from plumbing.store import digest_of
@@ -137,7 +137,7 @@ def build(cfg):
     if cfg.stage == "projector":   # begins anew; the others go on with the one that the weights hold
         mm_projector = nn.Linear(visual, width)
     else:
-        mm_projector = make_projector(projector_part(extra), visual, width, cfg.llm)
+        mm_projector = make_projector(extra, visual, width, cfg.llm)
     kind, branch = VIDEO_TOKENS[cfg.tokens], None
     if kind.reads_branch:
         branch = load_branch(cfg.branch, clip, skip_last=1, drop_path=cfg.drop_path)

@@ -551,38 +551,27 @@ class VideoChat(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------- branch files
-def read_branch_file(path):
-    """A weight file with a branch -> ({released name without prefix: tensor}, tuned).
-
-    Both released layouts: a pretraining checkpoint (`backbone.btadapter_*`, in older files
-    `backbone.timesFPN_*`, beside a whole CLIP), and what chat tuning saves (`model.vision_tower.btadapter_*`,
-    one layer fewer: `tuned`)."""
-    tensors = weightfile.read_file(path)
-    tuned = any("vision_tower." in name for name in tensors)
-    names = {}
-    for name, t in tensors.items():
-        name = re.sub(r"^(model\.vision_tower\.|backbone\.|vision_model\.|model\.)", "", name)
-        names[re.sub(r"^(timesFPN|BTAdapter)_", "btadapter_", name)] = t
-    if any(re.match(r"btadapter_[ST]\.", name) for name in names):
-        raise UserError(f"{path}: a branch for EVA-CLIP-g, not for CLIP; only CLIP's are read")
-    return names, tuned
-
-
 def load_branch(path, clip, skip_last=0, drop_path=0.0):
     """-> Branch in fp32 that fits `clip`. Raises UserError.
 
-    Gates: in the file, the file's; absent from a pretraining file, none, so sums, as in all released
-    evaluations; absent from a tuned file, zeros, since tuning never saved them. For chat (skip_last=1) the
-    last layer of a pretraining file is left out: nothing would read it."""
-    tensors, tuned = read_branch_file(path)
-    c, depth = clip.config, len({name.split(".")[1] for name in tensors if "btadapter_S_layers." in name})
-    if depth == 0:
-        raise UserError(f"{path}: holds no BT-Adapter branch (no btadapter_S_layers.*)")
+    Both released layouts: a pretraining checkpoint (`backbone.btadapter_*`, in older files
+    `backbone.timesFPN_*`, beside a whole CLIP), of which chat (skip_last=1) leaves out the last layer:
+    nothing would read it; and what chat tuning saves (`model.vision_tower.btadapter_*`, one layer fewer).
+    Gates: in the file, the file's; absent from pretraining, none, so sums, as in all released evaluations;
+    absent from tuning, which never saved them, zeros."""
+    released, c = weightfile.read_file(path), clip.config
+    tuned, tensors = any("vision_tower." in name for name in released), {}
+    for name, t in released.items():
+        name = re.sub(r"^(model\.vision_tower\.|backbone\.|vision_model\.|model\.)", "", name)
+        tensors[re.sub(r"^(timesFPN|BTAdapter)_", "btadapter_", name)] = t
+    if any(re.match(r"btadapter_[ST]\.", name) for name in tensors):
+        raise UserError(f"{path}: a branch for EVA-CLIP-g, not for CLIP; only CLIP's are read")
+    depth = len({name.split(".")[1] for name in tensors if "btadapter_S_layers." in name})
     if tuned and not skip_last:
         raise UserError(f"{path}: tuned for chat, {depth} layers; retrieval needs a branch from pretraining")
     used = depth if tuned else depth - skip_last
     if not 1 <= used <= c.vision_layers:
-        raise UserError(f"{path}: {used} layers in use of {depth}, for a CLIP of {c.vision_layers}")
+        raise UserError(f"{path}: no BT-Adapter branch for this CLIP: {depth} layers, {used} in use")
     gated = tuned or "balance1" in tensors
     positions = max(1, len(tensors.get("btadapter_time_embed.weight", ())))
     # where the last layer is left out, the others keep their rate of stochastic depth
@@ -615,25 +604,22 @@ def load_encoder(folder, branch_file=None, device=torch.device("cpu")):
 
 # ----------------------------------------------------------------------------------------- folders of weights
 def make_projector(tensors, visual, width, source):
-    """{weight, bias} -> Linear; {0.weight, 0.bias, 2.weight, 2.bias} (LLaVA-1.5) -> Linear, GELU, Linear."""
-    if not tensors:
-        raise UserError(f"{source}: holds no mm_projector; this is a LLaMA, not a LLaVA")
-    weights = [tensors[name].shape for name in sorted(tensors) if name.endswith("weight")]
+    """The mm_projector among {name: tensor}: {weight, bias} -> Linear; {0.weight, 0.bias, 2.weight, 2.bias},
+    of LLaVA-1.5, -> Linear, GELU, Linear. Raises UserError, naming `source`."""
+    named = [re.fullmatch(r"(?:model\.)?mm_projector\.(.*)", name) for name in tensors]
+    part = {name[1]: tensors[name[0]] for name in named if name}
+    if not part:
+        reason = weightfile.likely_reason(tensors) if tensors else "this is a LLaMA, not a LLaVA"
+        raise UserError(f"{source}: holds no mm_projector; {reason}")
+    weights = [part[name].shape for name in sorted(part) if name.endswith("weight")]
     if weights and (*weights[-1][:1], *weights[0][1:]) != (width, visual):
         sizes = " and ".join(str(tuple(shape)) for shape in weights[:2])
         raise UserError(f"{source}: its mm_projector is {sizes}, but this CLIP gives {visual} numbers and "
                         f"this LLaMA takes {width}; it belongs to another pair")
     module = nn.Linear(visual, width)
-    if "weight" not in tensors:
+    if "weight" not in part:
         module = nn.Sequential(module, nn.GELU(), nn.Linear(width, width))
-    return weightfile.load_into(module, tensors, source)
-
-
-def projector_part(tensors):
-    """The mm_projector among {name: tensor}, under LLaVA's name or Video-ChatGPT's, without `model.`; {} if
-    none."""
-    prefix, named = "mm_projector.", {name.removeprefix("model."): t for name, t in tensors.items()}
-    return {name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)}
+    return weightfile.load_into(module, part, source)
 
 
 def added_rows(words, tokenizer, named):
@@ -749,12 +735,8 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     state, clip = state_of(llava), read_clip(clip_path).image_only()
     language_model, tokenizer, extra = llm.load_llama(llava)
     width, sources = language_model.config.width, {chat_file: learned, projector_file: given, llava: extra}
-    for file in (chat_file, projector_file):
-        if sources[file] and not projector_part(sources[file]):
-            reason = weightfile.likely_reason(sources[file])
-            raise UserError(f"{file}: holds no mm_projector; {reason}")
-    source = next((file for file, tensors in sources.items() if projector_part(tensors)), llava)
-    mm_projector = make_projector(projector_part(sources[source]), clip.config.vision_width, width, source)
+    source = next((file for file, tensors in sources.items() if tensors), llava)
+    mm_projector = make_projector(sources[source], clip.config.vision_width, width, source)
     branch = load_branch(branch_file, clip, skip_last=1) if kind.reads_branch else None
     chat = VideoChat(clip, kind(mm_projector, branch), language_model, tokenizer, is_marked(llava))
     for file in (projector_file, chat_file):   # the later one counts
