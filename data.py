@@ -127,11 +127,11 @@ INDEX_RULES = {"seq": get_seq_frames, "test": uniform_sample_test, "train": unif
 
 
 # ---------------------------------------------------------------------------------------------------- pixels
-def resize(frames, height, width):
-    """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width): bilinear, no antialiasing, rounded, as OpenCV's
+def resize(frames, height, width, mode="bilinear"):
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, height, width), no antialiasing, rounded. "bilinear" is as OpenCV's
     INTER_LINEAR. OpenCV 5.0.0 computes in fixed point: of noise, one value in eight differs by 1."""
-    return torch.cat([F.interpolate(frame[None].float(), (height, width), mode="bilinear").round().byte()
-                      for frame in frames])   # one by one: floats take four times the room
+    resized = (F.interpolate(frame[None].float(), (height, width), mode=mode) for frame in frames)
+    return torch.cat([x.round().clamp(0, 255).byte() for x in resized])   # floats take four times the room
 
 
 def short_side(frames, short):
@@ -173,6 +173,14 @@ def eval_pixels(frames, size, short=None):
     return frames[:, :, top:top + size, left:left + size]
 
 
+def bicubic_pixels(frames, size):
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size): short side to `size`, bicubic, centre crop. So VTimeLLM
+    saw frames, through torchvision before 0.17; what it left as floats beyond 0..255 is rounded here."""
+    height, width = (int(size * side / min(frames.shape[-2:])) for side in frames.shape[-2:])
+    top, left = (round((side - size) / 2) for side in (height, width))   # half to even
+    return resize(frames, height, width, "bicubic")[:, :, top:top + size, left:left + size]
+
+
 def squash(frames, size):
     """uint8 (T, 3, H, W) -> uint8 (T, 3, size, size), whatever that does to the aspect: what chat shows. By
     nearest neighbour. The released chat does this on floats and rounds: the same values."""
@@ -180,6 +188,12 @@ def squash(frames, size):
 
 
 # ------------------------------------------------------------------------------------------ annotation files
+def clock(seconds, duration):
+    """A moment of a video, both in seconds, on VTimeLLM's clock of 100 steps: "00" to "99"."""
+    assert seconds >= 0, f"{seconds} s: before the video begins"
+    return f"{min(round(seconds / duration * 100), 99):02d}"
+
+
 def read_text(path):
     """A UTF-8 file -> str. Raises UserError."""
     try:

@@ -386,12 +386,13 @@ class Pretraining(nn.Module):
 
 # -------------------------------------------------------------------------------------- kinds of video tokens
 class VideoTokens(nn.Module):
-    """What a LLaMA gets of a video. A kind of video tokens says which frames it wants, and owns what it
-    learns.
+    """What a LLaMA gets of a video. A kind of video tokens says which frames it wants, how they become
+    pixels, in which prompt it stands, and owns what it learns.
 
     frozen: what no training stage changes. see: what does not depend on the question; a chat keeps it.
     forward: the rows of the prompt. mm_projector is LLaVA's, which reads CLIP's last layer but one."""
-    num_frames, rule, reads_branch = 100, "uniform", False
+    num_frames, rule, pixels = 100, "uniform", staticmethod(data.squash)   # a rule and pixels of data.py
+    reads_branch, template = False, "vicuna_v1"
 
     def __init__(self, mm_projector, branch=None):
         super().__init__()
@@ -401,6 +402,15 @@ class VideoTokens(nn.Module):
     def depth(self):
         """How many CLIP layers it reads."""
         return self.branch.depth if self.branch else 1
+
+    @staticmethod
+    def width(config):
+        """How many numbers of a CLIPConfig's CLIP the projector takes."""
+        return config.vision_width
+
+    def frames_of(self, asked, image_size):
+        """How many frames to look at: `asked`, or None where a user did not say. Raises UserError."""
+        return asked or (self.num_frames if image_size >= 224 else 8)   # smaller pictures: the toy world's
 
     def frozen(self, clip, video):
         """video (B, T, 3, H, W) uint8 -> the patches of CLIP's last layer but one (B, T, N, D), without a
@@ -447,7 +457,28 @@ class STPool(VideoTokens):
         return torch.cat([patches.mean(2), patches.mean(1)], dim=1)
 
 
-VIDEO_TOKENS = {"branch": BranchTokens, "mean": MeanTokens, "st_pool": STPool}
+class FrameCLS(VideoTokens):
+    """VTimeLLM (arXiv 2311.18445): CLIP's feature of each frame, the one that is compared with texts: K = T.
+
+    Where a frame stands in the prompt is all that tells its time, so there are always as many."""
+    rule, pixels, template = "linspace", staticmethod(data.bicubic_pixels), "vtimellm"
+
+    @staticmethod
+    def width(config):
+        return config.projection_dim
+
+    def frames_of(self, asked, image_size):
+        if asked not in (None, self.num_frames):
+            raise UserError(f"--num_frames {asked}: these weights count time in {self.num_frames} frames")
+        return self.num_frames
+
+    def frozen(self, clip, video):
+        """video (B, T, 3, H, W) uint8 -> (B, T, P), not normalised, without a gradient."""
+        no_patch = torch.empty(len(video), 0, dtype=torch.int64, device=video.device)
+        return clip.project_image(backbone_states(clip, video, 1, kept=no_patch)[0][:, :, 0])
+
+
+VIDEO_TOKENS = {"branch": BranchTokens, "mean": MeanTokens, "st_pool": STPool, "frame_cls": FrameCLS}
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
@@ -455,43 +486,57 @@ IGNORE_INDEX = -100   # a label that is not learned
 VIDEO_INDEX = -200    # stands in a prompt where the video tokens go
 
 
+VIDEO = "<video>"     # stands there in its text
+
+
 @dataclasses.dataclass(frozen=True)
 class Template:
     """How a prompt is put together, word for word as the weights were trained with it."""
-    system: str                     # the sentence before the first question
-    user: str = "USER: "            # before a question; the video follows the first one
-    assistant: str = "ASSISTANT:"   # before an answer
+    first: str                            # a first question {}, and where its video goes
+    later: str = "USER: {} ASSISTANT:"    # any other, also a first one that says <video> itself
+    system: str = ""                      # the sentence before them all
+    answer: str = "{}"                    # an answer; what stands before it is not learned
+    end: bool = True                      # whether </s> follows, and is learned
+    marked: bool = True                   # whether a start and an end row stand around the video
 
 
+VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 TEMPLATES = {
-    "vicuna_v1": Template(
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."),
-    "none": Template("")}
+    "vicuna_v1": Template("USER: {}\n<video>ASSISTANT:", system=VICUNA),
+    "none": Template("USER: {}\n<video>ASSISTANT:"),
+    "vtimellm": Template("USER: <video>\n{} ASSISTANT:", system=VICUNA, marked=False),
+    "plain": Template("<video>", answer="\n{}\n", end=False, marked=False)}   # VTimeLLM's first stage
 
 
 def prompt_ids(tokenizer, turns, template="vicuna_v1"):
     """turns [(question, answer)], the last answer may be None -> (ids, labels), lists of int of one length.
 
-    `<s>SYSTEM USER: question\\n<video> ASSISTANT: answer</s>USER: ...`: built turn by turn in one pass, so
-    that what is learned, an answer and its end, is known exactly and nothing has to be found again in the
-    text."""
+    `<s>SYSTEM USER: question\n<video> ASSISTANT: answer</s>USER: ...`, or as another template has it. Text
+    between video and answers is encoded as one piece. Built turn by turn in one pass, so that what is
+    learned, an answer and its end, is known exactly and nothing has to be found again in the text."""
     form, ids, labels = TEMPLATES[template], [tokenizer.bos_id], [IGNORE_INDEX]
 
-    def add(text, learned=False, end=()):
+    def encoded(text):
         space = tokenizer.between * (len(ids) > 1)   # some tokenizers put none before a word
-        new = [*tokenizer.encode(space + text), *end] if text else []
-        ids.extend(new)
-        labels.extend(new if learned else [IGNORE_INDEX] * len(new))
-    add(form.system)
+        return tokenizer.encode(space + text) if text else []
+
+    def add(new, learned=()):
+        ids.extend([*new, *learned])
+        labels.extend([*[IGNORE_INDEX] * len(new), *learned])
     for i, (question, answer) in enumerate(turns):
-        add(form.user + question + ("\n" if i == 0 else ""))
+        text = (form.first if i == 0 and VIDEO not in question else form.later).format(question)
         if i == 0:
-            ids.append(VIDEO_INDEX)
-            labels.append(IGNORE_INDEX)
-        add(form.assistant)
-        if answer is not None:
-            add(answer, learned=True, end=[tokenizer.eos_id])
+            before, text = " ".join(filter(None, (form.system, text))).split(VIDEO, 1)
+            add(encoded(before))
+            add([VIDEO_INDEX])
+        add(encoded(text))
+        given = encoded(form.answer.split("{}")[0])
+        if answer is None:
+            add(given)
+        else:
+            new = [*encoded(form.answer.format(answer)), *[tokenizer.eos_id] * form.end]
+            add(given, new[len(given):])
     return ids, labels
 
 
@@ -501,7 +546,7 @@ class VideoChat(nn.Module):
 
     start_end (2, D_llm): LLaVA's trained <im_start> and <im_end> rows where the weights have them, else the
     mean of all word embeddings; (0, D_llm) for weights that were trained without, as LLaVA-1.5
-    (marked=False)."""
+    (marked=False), and for kinds of video tokens whose template has none."""
     def __init__(self, clip, video_tokens, language_model, tokenizer, marked=True):
         super().__init__()
         self.clip, self.video_tokens = clip.requires_grad_(False), video_tokens
@@ -509,6 +554,7 @@ class VideoChat(nn.Module):
         words = language_model.model.embed_tokens.weight.detach()
         if (rows := added_rows(words, tokenizer, tokenizer.added)) is None:
             rows = words.float().mean(0, keepdim=True).repeat(2, 1)   # (2, D_llm)
+        marked = marked and TEMPLATES[video_tokens.template].marked
         self.start_end = nn.Parameter(rows[:2 * marked].to(words.dtype).clone())
 
     def embed_video(self, video):
@@ -736,7 +782,7 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     language_model, tokenizer, extra = llm.load_llama(llava)
     width, sources = language_model.config.width, {chat_file: learned, projector_file: given, llava: extra}
     source = next((file for file, tensors in sources.items() if tensors), llava)
-    mm_projector = make_projector(sources[source], clip.config.vision_width, width, source)
+    mm_projector = make_projector(sources[source], kind.width(clip.config), width, source)
     branch = load_branch(branch_file, clip, skip_last=1) if kind.reads_branch else None
     chat = VideoChat(clip, kind(mm_projector, branch), language_model, tokenizer, is_marked(llava))
     for file in (projector_file, chat_file):   # the later one counts

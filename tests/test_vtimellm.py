@@ -6,8 +6,11 @@ import os
 import pytest
 import torch
 
-from llm import (LLaMA, LoRALinear, add_lora, hf_config, layer_linears, merge_lora, merged, read_adapter,
-                 save_adapter)
+from clip import CLIP, MEAN, STD, CLIPConfig
+from data import bicubic_pixels, clock, truncated_linspace
+from llm import (LLaMA, LoRALinear, add_lora, generate, hf_config, layer_linears, load_tokenizer, merge_lora,
+                 merged, read_adapter, save_adapter)
+from model import IGNORE_INDEX, VIDEO_INDEX, FrameCLS, VideoChat, prompt_ids
 from plumbing.cli import UserError
 from plumbing.weightfile import map_file, read_file, read_metadata, read_safetensors
 
@@ -15,6 +18,9 @@ RECORDED = os.path.join(os.path.dirname(__file__), "fixtures", "vtimellm_")
 WEIGHTS = read_file(RECORDED + "weights.safetensors")
 STATED = read_metadata(RECORDED + "weights.safetensors")   # config.json and adapter_config.json
 CASES = read_file(RECORDED + "cases.safetensors")
+SMALL = CLIPConfig(image_size=32, patch_size=16, vision_width=32, vision_layers=3, vision_heads=2, vision_mlp=64,
+                   text_width=16, text_layers=1, text_heads=2, text_mlp=16, vocab_size=50, context_length=8,
+                   projection_dim=16)
 with open(RECORDED + "cases.json") as recorded:
     TEXTS = json.load(recorded)
 
@@ -207,3 +213,169 @@ def test_a_projector_beside_an_adapter_is_read_and_anything_else_is_named(adapte
     assert read_adapter(adapter(along={name: t}), llama()).extra.keys() == {"model.mm_projector.bias"}
     with pytest.raises(UserError, match="non_lora_trainables.bin: model.norm.weight is neither"):
         read_adapter(adapter(along={"base_model.model.model.norm.weight": t}), llama())
+
+
+# ------------------------------------------------------------------------------- prompts, frames, pixels, times
+WORDS = load_tokenizer(RECORDED + "tokenizer.model")
+SAMPLES, ANSWERS = TEXTS["samples"], TEXTS["answers"]
+TEMPLATE = {1: "plain", 2: "vtimellm", 3: "vtimellm"}   # of a stage
+
+
+def turns_of(sample):
+    """The released row of a sample -> [(question, answer)]: times become digits, a marker that leads goes.
+    What the released code encodes, up to </s>, loses its blanks at the end."""
+    meta, texts = sample["row"].get("meta", {}), [m["value"] for m in sample["row"]["conversations"]]
+    for word, seconds in meta.get("token", {}).items():
+        texts = [text.replace(word, clock(seconds, meta["duration"])) for text in texts]
+    texts[0], texts[1::2] = texts[0].removeprefix("<video>\n"), map(str.rstrip, texts[1::2])
+    return list(zip(texts[::2], texts[1::2]))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_ids_and_labels_equal_the_released_code(name):
+    sample = SAMPLES[name]
+    ids, labels = prompt_ids(WORDS, turns_of(sample), TEMPLATE[sample["stage"]])
+    assert ids == sample["input_ids"]
+    assert (labels == sample["labels"]) == sample["clean"]   # the released code lost the labels of one
+
+
+def test_labels_that_the_released_code_lost_are_the_answer_and_its_end():
+    sample = SAMPLES["spaces_and_signs"]
+    (_, answer), = turns_of(sample)
+    _, labels = prompt_ids(WORDS, turns_of(sample), "vtimellm")
+    assert [i for i in labels if i != IGNORE_INDEX] == [*WORDS.encode(answer), 2]
+    assert set(sample["labels"]) == {IGNORE_INDEX}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_ids_of_a_prompt_for_an_answer_equal_the_released_code(name):
+    turns = [(question.removeprefix("<video>\n"), answer) for question, answer in ANSWERS[name]["turns"]]
+    assert prompt_ids(WORDS, turns, "vtimellm")[0] == ANSWERS[name]["prompt_ids"]
+
+
+def test_a_marker_places_the_video_in_the_first_question_alone():
+    ids, _ = prompt_ids(WORDS, [("See <video> and <video>", "no"), ("<video>?", None)], "vtimellm")
+    assert ids.count(VIDEO_INDEX) == 1
+    text = WORDS.decode([i for i in ids if i > 2])
+    assert text.count("<video>") == 2
+
+
+def test_a_plain_prompt_without_a_caption_ends_before_it():
+    asked, _ = prompt_ids(WORDS, [("", None)], "plain")
+    told, labels = prompt_ids(WORDS, [("", "a dog")], "plain")
+    assert asked == told[:len(asked)] and len(asked) == labels.count(IGNORE_INDEX)
+
+
+@pytest.mark.parametrize("n", TEXTS["frames"])
+def test_frame_numbers_equal_the_released_code(n):
+    assert truncated_linspace(int(n), 100) == TEXTS["frames"][n]
+
+
+@pytest.mark.parametrize("name", ["picture", "large"])
+def test_pixels_equal_the_released_code_but_for_rounding(name):
+    """Every 16th of 224; floats there, which overshoot 0..255."""
+    pixels = bicubic_pixels(CASES[f"pixels.{name}"][None], 224)[0, :, ::16, ::16]
+    floats = (CASES[f"pixels.out_{name}"] * STD + MEAN) * 255
+    assert (pixels - floats.clamp(0, 255)).abs().max() < 0.502
+
+
+def test_the_crop_of_pixels_is_centred_half_to_even():
+    ramp = torch.arange(227, dtype=torch.uint8).expand(1, 3, 224, 227)   # 3 columns more than are needed
+    assert bicubic_pixels(ramp, 224)[0, 0, 0, 0] == 2 and torch.equal(bicubic_pixels(ramp[..., 2:226], 224),
+                                                                      ramp[..., 2:226])
+
+
+def test_times_equal_the_released_code():
+    assert len(TEXTS["times"]) == 161
+    for duration, seconds, digits in TEXTS["times"]:
+        if seconds >= 0:   # the released code writes -2 for a moment before the video
+            assert clock(seconds, duration) == digits
+        else:
+            with pytest.raises(AssertionError, match="before the video begins"):
+                clock(seconds, duration)
+
+
+# ------------------------------------------------------------------------------------------------ video tokens
+def video_chat(stage, adapter):
+    """The recorded model of a stage: projector, adapter of that stage unmerged, those before it merged."""
+    model = llama()
+    for before in ("stage2", "stage3")[:stage - 1]:
+        merge_lora(model)
+        add_lora(model, adapter=read_adapter(adapter(before), model))
+    projector = torch.nn.Linear(768, 64)
+    projector.load_state_dict({k.removeprefix("model.mm_projector."): t for k, t in part("projector").items()})
+    chat = VideoChat(CLIP(SMALL), FrameCLS(projector), model, WORDS)
+    chat.video_tokens.see = lambda clip, features: features   # recorded with features
+    return chat.eval()
+
+
+def features(*names):
+    """Of the videos of samples (B, T, 768); a picture has T = 1."""
+    rows = [CASES[f"features.{SAMPLES[name]['row']['id']}"] for name in names]
+    return torch.stack(rows).reshape(len(rows), -1, 768).float()
+
+
+def prompts(*names):
+    return [prompt_ids(WORDS, turns_of(SAMPLES[name]), TEMPLATE[SAMPLES[name]["stage"]]) for name in names]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in SAMPLES if SAMPLES[name]["clean"]])
+def test_rows_logits_and_loss_of_a_sample_equal_the_released_code(name, adapter):
+    chat = video_chat(SAMPLES[name]["stage"], adapter)
+    (ids, _), = prompts(name)
+    rows = chat.splice(ids, chat.video_tokens(features(name))[0])
+    assert near(rows[::7], CASES[f"{name}.spliced_embeds_every_7th"])
+    logits, target = chat.logits(features(name), prompts(name))
+    assert target[0].tolist() == CASES[f"{name}.spliced_labels"][1:].tolist()
+    at = CASES[f"{name}.logit_places"].long()
+    assert torch.equal(logits[0, at].argmax(-1), CASES[f"{name}.argmax"].long())
+    assert near(logits[0, at].logsumexp(-1), CASES[f"{name}.logsumexp"])
+    assert near(logits[0, at, target[0, at]], CASES[f"{name}.logits_of_labels"])
+    assert near(chat(features(name), prompts(name)), CASES[f"{name}.loss"])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_loss_and_gradients_of_a_padded_batch_equal_the_released_code(stage, adapter):
+    """Stage 1: of the projector. Stages 2 and 3: of LoRA's 28 matrices."""
+    chat, names, kind = video_chat(stage, adapter), TEXTS["batches"][f"stage{stage}"], f"stage{stage}.grad."
+    loss = chat(features(*names), prompts(*names))
+    assert near(loss, CASES[f"stage{stage}.loss"])
+    loss.backward()
+    own = {"base_model.model." + name.removeprefix("llm.").replace(".weight", ".default.weight"): p.grad
+           for name, p in chat.named_parameters() if "lora_" in name}
+    own |= {"model.mm_projector." + name: p.grad
+            for name, p in chat.video_tokens.mm_projector.named_parameters()}
+    recorded = {name.removeprefix(kind): t for name, t in CASES.items() if name.startswith(kind)}
+    assert len(recorded) == (2 if stage == 1 else 28)
+    for name, t in recorded.items():
+        assert near(picked(own[name]), t, 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers_equal_the_released_code(name, adapter):
+    chat = video_chat(3, adapter)
+    merge_lora(chat.llm)
+    tokens = chat.video_tokens(CASES["features.vid1"][None].float())[0]
+    rows = chat.splice(ANSWERS[name]["prompt_ids"], tokens)[None]
+    assert near(chat.llm(embeds=rows)[0, -1], CASES[f"{name}.first_logits"])
+    assert list(generate(chat.llm, embeds=rows, max_new_tokens=12)) == ANSWERS[name]["answer_ids"]
+
+
+@torch.no_grad()
+def test_a_token_of_a_frame_is_its_feature_in_clip_projected():
+    torch.manual_seed(0)
+    clip, video = CLIP(SMALL), torch.randint(256, (2, 3, 3, 32, 32), dtype=torch.uint8)
+    kind = FrameCLS(torch.nn.Linear(FrameCLS.width(SMALL), 24))
+    seen = kind.see(clip, video)
+    assert seen.shape == (2, 3, 16)
+    assert near(seen.flatten(0, 1), clip.encode_image(video.flatten(0, 1)))
+    assert torch.equal(kind(seen), kind.mm_projector(seen))
+
+
+def test_another_number_of_frames_is_refused():
+    kind = FrameCLS(None)
+    assert (kind.frames_of(None, 64), kind.frames_of(100, 224)) == (100, 100)
+    with pytest.raises(UserError, match="--num_frames 64: .* 100 frames"):
+        kind.frames_of(64, 224)
