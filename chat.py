@@ -30,7 +30,7 @@ class Config:
     chat: str | None = None          # a file in the place of chat.bin: what chat_tune.py wrote
     tuned: bool = True               # use what was tuned on video; --no-tuned is the zero-shot setting
     tokens: str | None = None        # branch, mean or st_pool; None: what the weights are for
-    template: str = "vicuna_v1"      # of prompts, vicuna_v1 or none: as the weights were tuned
+    template: str | None = None      # of prompts, as vicuna_v1; None: what the kind of tokens goes with
     num_frames: cli.Count | None = None   # frames that the model sees; None: 100, or 8 for the toy world
     temperature: cli.Amount = 0.0    # 0: the likeliest token; more: more varied; the released chat has 0.2
     top_p: Annotated[float, 0.001, 1] = 1.0   # draw from the likeliest tokens that have this probability
@@ -107,11 +107,10 @@ class Viewer:
     def __init__(self, cfg, opened, made_with):
         """opened: an OpenChat. made_with: what else its rows follow from, the files of the weights and the
         precision."""
-        kind, self.size = opened.chat.video_tokens, opened.chat.clip.config.image_size
-        usual = kind.num_frames if self.size >= 224 else 8   # smaller pictures are the toy world's
-        self.num_frames, self.rule = cfg.num_frames or usual, kind.rule
+        self.kind, self.size = opened.chat.video_tokens, opened.chat.clip.config.image_size
+        self.num_frames = self.kind.frames_of(cfg.num_frames, self.size)
         code = code_of(clip, model, data, video, pictures, quant)
-        self.key = [self.num_frames, self.rule, opened.tokens, opened.description, code, *made_with]
+        self.key = [self.num_frames, self.kind.rule, opened.tokens, opened.description, code, *made_with]
         folder = cfg.cache_dir or cli.own_folder("XDG_CACHE_HOME", "~/.cache")
         self.store = Store(folder, max_bytes=1 << 30) if cfg.cache else None
 
@@ -127,14 +126,14 @@ class Viewer:
         that ends it at the next frame. Raises VideoError."""
         T, times = self.num_frames, []
         pixels = torch.empty(T, 3, self.size, self.size, dtype=torch.uint8)
-        found = data.sample_frames(path, T, self.rule)
+        found = data.sample_frames(path, T, self.kind.rule)
         for t, picture in tqdm(found, "frames", T, leave=False, disable=None, delay=2):
             if left.is_set():
                 return None
             small = pictures.thumbnail(picture)
             if not times:
                 frames = torch.empty(T, *small.shape, dtype=torch.uint8)
-            frames[len(times)], pixels[len(times)] = small, data.squash(picture[None], self.size)[0]
+            frames[len(times)], pixels[len(times)] = small, self.kind.pixels(picture[None], self.size)[0]
             times.append(t)
         return pixels, frames, times
 
@@ -426,8 +425,8 @@ def begin(cfg):
     viewer = Viewer(cfg, opened, [files, precision, device.type])
     check_memory(opened, dtype, scheme, device, viewer.num_frames)
     with viewer.looking(cfg.video) as see:
-        session = Session(dataclasses.replace(cfg, tokens=opened.tokens),
-                          opened.load(dtype, scheme, device), viewer)
+        filled = dataclasses.replace(cfg, tokens=opened.tokens, template=cfg.template or viewer.kind.template)
+        session = Session(filled, opened.load(dtype, scheme, device), viewer)
         loaded = time.perf_counter()
         session.show(see(session.chat))
     session.introduce(f"; weights {cfg.weights} ({opened.description}), {precision}")

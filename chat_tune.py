@@ -30,8 +30,8 @@ class Config:
     out: str = "out/chat"            # folder for checkpoint, log, curve and result
     branch: str | None = None        # branch file, for --tokens branch
     drop_path: cli.Rate = 0.1        # stochastic depth of the branch, as in pretraining
-    tokens: str | None = None        # what the LLaMA sees of a video: branch, mean or st_pool
-    template: str = "vicuna_v1"      # how prompts are put together: a key of model.TEMPLATES
+    tokens: str | None = None        # what the LLaMA sees of a video: a key of model.VIDEO_TOKENS
+    template: str | None = None      # how prompts are put together: a key of model.TEMPLATES
     num_frames: Count | None = None  # frames of a video
     batch_size: Count | None = None  # conversations a step, over all processes
     lr: Amount | None = None         # peak; linear up over 3 % of the run, then half a cosine
@@ -71,8 +71,8 @@ from plumbing import memory, pictures, training
 from plumbing.cli import UserError
 from plumbing.store import digest_of
 
-RELEASED = {"tokens": "branch", "branch": "", "num_frames": 100, "batch_size": 8, "lr": 2e-5, "epochs": 3,
-            "steps": 0, "eval_annotations": ""}
+RELEASED = {"tokens": "branch", "template": "vicuna_v1", "branch": "", "num_frames": 100, "batch_size": 8,
+            "lr": 2e-5, "epochs": 3, "steps": 0, "eval_annotations": ""}
 PICTURES = RELEASED | {"tokens": "mean", "num_frames": 1}
 PROJECTOR = ("video_tokens.mm_projector", "start_end")
 STAGES = {   # learned: beginnings of names. The gates stay as pretraining left them, as in the released run
@@ -133,12 +133,12 @@ def build(cfg):
     if words - tokenizer.vocab_size not in (0, 3):   # 3: LLaVA's <im_patch>, <im_start>, <im_end>
         raise UserError(f"{cfg.llm}: {words} word embeddings for {tokenizer.vocab_size} tokens; must be as "
                         "many, or 3 more")
-    visual, width = clip.config.vision_width, llm.config.width
+    kind, branch = VIDEO_TOKENS[cfg.tokens], None
+    visual, width = kind.width(clip.config), llm.config.width
     if cfg.stage == "projector":   # begins anew; the others go on with the one that the weights hold
         mm_projector = nn.Linear(visual, width)
     else:
         mm_projector = make_projector(extra, visual, width, cfg.llm)
-    kind, branch = VIDEO_TOKENS[cfg.tokens], None
     if kind.reads_branch:
         branch = load_branch(cfg.branch, clip, skip_last=1, drop_path=cfg.drop_path)
         if branch.balance2 is None:   # the layout of a tuned file cannot say so; it would come back with some
@@ -155,8 +155,8 @@ def save_result(cfg, chat, tuned_from):
     projector = chat.video_tokens.mm_projector.state_dict()
     save_llama(os.path.join(cfg.out, "llava"), chat.llm, tokenizer_path(cfg.llm),
                {f"model.mm_projector.{name}": t for name, t in projector.items()},
-               config_extra={"mm_hidden_size": chat.clip.config.vision_width, "mm_use_im_start_end": True,
-                             "mm_vision_select_layer": -2})
+               config_extra={"mm_hidden_size": chat.video_tokens.width(chat.clip.config),
+                             "mm_use_im_start_end": True, "mm_vision_select_layer": -2})
 
 
 def main(cfg):
@@ -175,15 +175,15 @@ def main(cfg):
         p.requires_grad_(name.startswith(STAGES[cfg.stage]["learned"]))
     trained = {name: p for name, p in chat.named_parameters() if p.requires_grad}
     # ------------------------------------------------------------------------------------------------ data
-    size = chat.clip.config.image_size
-    questions = cfg.eval_annotations and data.ConversationDataset(cfg.eval_annotations, cfg.root,
-                                                                  cfg.num_frames, size)
+    kind, size = chat.video_tokens, chat.clip.config.image_size
+    frames = {"num_frames": cfg.num_frames, "image_size": size, "rule": kind.rule, "pixels": kind.pixels}
+    questions = cfg.eval_annotations and data.ConversationDataset(cfg.eval_annotations, cfg.root, **frames)
     if cfg.eval_only:
         if first:
             exact_answers(cfg, chat, questions, device)
         return
     cli.make_folder(cfg.out)
-    dataset = data.ConversationDataset(cfg.annotations, cfg.root, cfg.num_frames, size, skip=True)
+    dataset = data.ConversationDataset(cfg.annotations, cfg.root, **frames, skip=True)
     if len(dataset) < cfg.batch_size:
         raise UserError(f"--batch_size {cfg.batch_size}: {cfg.annotations} has only {len(dataset)} rows")
     steps = cfg.steps or cfg.epochs * (len(dataset) // cfg.batch_size)

@@ -334,18 +334,20 @@ class RetrievalDataset(Dataset):
 
 class ConversationDataset(Dataset):
     """Questions and answers about videos or pictures. Item i -> (pixels (T, 3, H, W) uint8, [(question,
-    answer), ...], i). Pixels are squashed, as chat will show them. A picture is a clip with T = 1.
+    answer), ...], i). A picture is a clip with T = 1. rule, pixels: of a kind of video tokens, so that frames
+    are chosen and become pixels as in a chat.
 
     annotations: JSON lines or a JSON list of {"video" or "image": path, "conversations": [{"from": "human",
     "value"}, {"from": "gpt", "value"}, ...]}, Video-ChatGPT's format. The marker "<video>" (or "<image>") and
     the line break beside it leave the question. skip: a broken file gives its VideoError, else raises it."""
-    def __init__(self, annotations, root, num_frames, image_size, skip=False):
+    def __init__(self, annotations, root, num_frames, image_size, skip=False, rule="uniform", pixels=squash):
         self.rows, self.conversations = [], []   # as in the file, with whatever else a row says; turns
         for where, row in read_rows(annotations):
             field(row, where, "image" if isinstance(row, dict) and "image" in row else "video")
             self.rows.append(row)
             self.conversations.append(turns(field(row, where, "conversations", list), where))
         self.root, self.num_frames, self.image_size, self.skip = root, num_frames, image_size, skip
+        self.rule, self.pixels = rule, pixels
 
     def __len__(self):
         return len(self.rows)
@@ -356,8 +358,8 @@ class ConversationDataset(Dataset):
             if "image" in row:
                 found = [(0.0, read_picture(os.path.join(self.root, row["image"])))]
             else:
-                found = sample_frames(locate(self.root, row["video"]), self.num_frames, "uniform")
-            pixels = torch.cat([squash(picture[None], self.image_size) for _, picture in found])
+                found = sample_frames(locate(self.root, row["video"]), self.num_frames, self.rule)
+            pixels = torch.cat([self.pixels(picture[None], self.image_size) for _, picture in found])
         except VideoError as e:
             if self.skip:
                 return e

@@ -189,7 +189,8 @@ def test_exact_answers_are_what_greedy_decoding_says(world):
             ids = generate(chat.llm, embeds=embeds[None], max_new_tokens=40, stop_ids=chat.tokenizer.stop_ids)
             said = "".join(stream_text(chat.tokenizer, ids)).strip()
             dataset.conversations[i] = [("Where is it?", said if said_so else said + " It is.")]
-        found = chat_tune.exact_answers(chat_tune.Config("video", workers=0), chat, dataset, CPU)
+        cfg = chat_tune.Config("video", template="vicuna_v1", workers=0)
+        found = chat_tune.exact_answers(cfg, chat, dataset, CPU)
         assert found == {"temporal": 100 * said_so}
 
 
@@ -198,9 +199,10 @@ def test_an_answer_beyond_the_context_is_wrong_and_does_not_stop_training(world,
     row["conversations"][0]["value"] = "word " * 600
     (tmp_path / "long.jsonl").write_text((json.dumps(row) + "\n") * 4)
     cfg = tuning(world, tmp_path / "out", llm=llava, steps=1, annotations=str(tmp_path / "long.jsonl"))
+    cfg = chat_tune.complete(cfg)
     chat_tune.main(cfg)
     assert log_of(tmp_path / "out")[0]["loss"] == 0
-    chat = chat_tune.build(chat_tune.complete(cfg))
+    chat = chat_tune.build(cfg)
     dataset = ConversationDataset(cfg.annotations, str(world), 4, 32)
     assert chat_tune.exact_answers(cfg, chat, dataset, CPU) == {"temporal": 0}
 
