@@ -318,7 +318,7 @@ def answer_line(session, question):
 # --------------------------------------------------------------------------------------------------- commands
 def save_conversation(session, path):
     """/save FILE. Raises UserError; replaces nothing but what it has written before."""
-    cli.replaceable(path, "saved conversation", lambda start: start.startswith(CONVERSATION.encode()))
+    cli.replaceable(path, CONVERSATION.encode())
     cfg, seen = session.cfg, session.seen
     turns = [{"question": question, "answer": answer, "forgotten": i < session.forgotten}
              for i, (question, answer) in enumerate(session.turns)]

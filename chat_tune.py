@@ -166,6 +166,8 @@ def main(cfg):
     device, first = here.device, here.rank == 0
     if cfg.batch_size % here.size:
         raise UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes")
+    if first and not cfg.eval_only:
+        training.take_folder(cfg.out)
     torch.manual_seed(cfg.seed)
     # ----------------------------------------------------------------------------------------------- model
     tuned_from = cfg.branch and digest_of(cfg.branch)   # before it is read
@@ -182,7 +184,6 @@ def main(cfg):
         if first:
             exact_answers(cfg, chat, questions, device)
         return
-    cli.make_folder(cfg.out)
     dataset = data.ConversationDataset(cfg.annotations, cfg.root, **frames, skip=True)
     if len(dataset) < cfg.batch_size:
         raise UserError(f"--batch_size {cfg.batch_size}: {cfg.annotations} has only {len(dataset)} rows")

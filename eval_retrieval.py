@@ -92,7 +92,7 @@ def main(cfg):
     setting, here = SETTINGS[cfg.dataset], training.start_distributed(cfg.device)
     if cfg.save:
         cli.make_folder(os.path.dirname(os.path.abspath(cfg.save)))   # not to fail after hours of encoding
-        cli.replaceable(cfg.save, "file that --save wrote", lambda start: b'"right": {"dtype"' in start)
+        cli.replaceable(cfg.save, b'"right": {"dtype"')
     # -------------------------------------------------------------------------------------- model and data
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, here.device)
     memory.choose_threads(encoder)

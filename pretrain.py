@@ -152,7 +152,8 @@ def main(cfg):
     if cfg.batch_size % multiple:
         raise UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes and of "
                         f"{cfg.together} together")
-    cli.make_folder(cfg.out)
+    if first:
+        training.take_folder(cfg.out)
     torch.manual_seed(cfg.seed)
     # ------------------------------------------------------------------------------------------------ data
     clip, tokenizer = load_clip(cfg.clip)

@@ -193,15 +193,16 @@ def make_folder(path):
         raise UserError(f"{path}: cannot make this folder: {e.strerror}")
 
 
-def replaceable(path, kind, is_one):
-    """Raises UserError if something stands at `path` that is no `kind`, as is_one(its first MB) tells. What a
-    user names for output may be a typing error: a script replaces only a file that it wrote itself."""
+def replaceable(path, mark):
+    """Raises UserError if something stands at `path` without `mark`, bytes in the first MB of what its writer
+    writes. What a user names for output may be a typing error: a script replaces only what it wrote itself;
+    training.take_folder is the same for a folder."""
     start = b""
     if os.path.isfile(path):   # reading a pipe would block
         with open(path, "rb") as f:
             start = f.read(1 << 20)
-    if os.path.lexists(path) and not is_one(start):
-        raise UserError(f"{path}: there is something that is not a {kind}; choose another name")
+    if os.path.lexists(path) and mark not in start:
+        raise UserError(f"{path}: there is something that this program did not write; choose another name")
 
 
 def write_atomic(path, write):

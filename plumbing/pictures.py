@@ -109,7 +109,7 @@ def contact_sheet(frames, times, path, names=None):
     """A PNG of all frames, each THUMBNAIL wide, with its time below, and its name if it has one.
 
     frames: (T, 3, H, W) uint8; times: seconds. Raises UserError where another file is in the way."""
-    replaceable(path, "PNG of this program", lambda start: b"Software\0nanoBT" in start)
+    replaceable(path, b"Software\0nanoBT")
     width, font = THUMBNAIL, ImageFont.load_default(14)
     height = max(1, round(width * frames.shape[2] / frames.shape[3]))
     columns = math.ceil(math.sqrt(len(frames)))

@@ -1,6 +1,7 @@
 """What training loops have in common and is no lesson: processes, signals, batches, checkpoints, a log."""
 import atexit
 import dataclasses
+import fcntl
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.cli import UserError, write_atomic
+from plumbing.cli import UserError, make_folder, write_atomic
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -146,6 +147,21 @@ def put_back(parameters, saved, path):
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(saved[name])
+
+
+def take_folder(folder):
+    """Makes --out, or goes on in it, and keeps it for this process alone until that ends, however it does.
+    Raises UserError where another run is at work, or where other files are: --out may be a typing error."""
+    make_folder(folder)
+    path = os.path.join(folder, "run.lock")
+    if not os.path.exists(path) and [name for name in os.listdir(folder) if name[0] != "."]:
+        raise UserError(f"{folder}: there are other files than those of a run; choose another --out")
+    try:   # the file stays open. A lock of this kind is not for children: a loader's can live a bit longer
+        fcntl.lockf(os.open(path, os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another run is at work in it; choose another --out")
+    except OSError as e:
+        raise UserError(f"{path}: cannot write: {e.strerror}")
 
 
 FREE = {"out", "root", "steps", "epochs", "workers", "device", "amp", "precision", "checkpointed",

@@ -440,7 +440,7 @@ def test_frames_are_saved_and_replace_a_png_but_nothing_else(session, tmp_path):
     (tmp_path / "notes.png").write_text("my thesis")
     (tmp_path / "empty.png").touch()
     for name in ("notes.png", "empty.png", "fifo", ""):
-        with pytest.raises(UserError, match="not a PNG"):
+        with pytest.raises(UserError, match="did not write"):
             chat.run_command(session, f"/frames {tmp_path / name}")
     assert (tmp_path / "notes.png").read_text() == "my thesis"
     with pytest.raises(UserError, match="No such file"):
@@ -460,7 +460,7 @@ def test_a_conversation_is_saved_as_json_and_replaces_only_such_a_file(session, 
     (tmp_path / "thesis.json").write_text('{"title": "On chat"}')
     (tmp_path / "empty.json").touch()
     for name in ("thesis.json", "empty.json", ""):
-        with pytest.raises(UserError, match="not a saved conversation"):
+        with pytest.raises(UserError, match="did not write"):
             chat.run_command(session, f"/save {tmp_path / name}")
     assert (tmp_path / "thesis.json").read_text() == '{"title": "On chat"}'
 

@@ -592,7 +592,7 @@ def test_a_sheet_replaces_a_sheet_and_no_other_file(tmp_path, clips):
     Image.new("RGB", (8, 8)).save(photo)
     for path in (video, photo):
         before = path.read_bytes()
-        with pytest.raises(UserError, match=f"{path}: there is something that is not a PNG of this program"):
+        with pytest.raises(UserError, match=f"{path}: there is something that this program did not write"):
             data.main(data.Config(str(video), num_frames=2, out=str(path)))
         assert path.read_bytes() == before
     for count in (1, 5):

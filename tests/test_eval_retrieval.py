@@ -136,7 +136,7 @@ def test_saved_features_are_scored_again_without_model_and_videos(world, tmp_pat
     first, saved = capsys.readouterr().out, weightfile.read_file(file)
     eval_retrieval.main(scoring(world, save=file))   # its own file it replaces, another it does not
     assert capsys.readouterr().out == first
-    refused("not a file that --save wrote", scoring(world, save=os.path.join(TINY, "branch.pth")))
+    refused("did not write", scoring(world, save=os.path.join(TINY, "branch.pth")))
     assert saved["text"].shape == saved["branch"].shape == saved["mean"].shape == (8, 128)
     monkeypatch.setattr(eval_retrieval, "load_encoder", None)
     eval_retrieval.main(config(from_=file, weights="nowhere"))

@@ -97,10 +97,10 @@ def test_only_a_file_of_the_same_kind_may_be_replaced_and_no_pipe_is_waited_for(
     os.mkfifo(tmp_path / "pipe")
     os.symlink("nowhere", tmp_path / "link")
     for name in ("own", "new"):
-        cli.replaceable(tmp_path / name, "note", lambda start: start.startswith(b"mine"))
+        cli.replaceable(tmp_path / name, b"mine")
     for name in ("other", "pipe", "link", "."):
-        with pytest.raises(UserError, match="something that is not a note; choose another name"):
-            cli.replaceable(tmp_path / name, "note", lambda start: start.startswith(b"mine"))
+        with pytest.raises(UserError, match="did not write; choose another name"):
+            cli.replaceable(tmp_path / name, b"mine")
 
 
 def test_a_row_of_settings_fills_what_is_not_given_and_what_stays_open_is_needed():

@@ -1,6 +1,8 @@
 """What training loops share: batches, the same for any number of processes, logs, checkpoints."""
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,6 +63,24 @@ def test_warmup_and_cosine():
     share = [training.warmup_cosine(s, 100, 10) for s in range(100)]
     assert share[0] == 0.1 and share[9] == share[10] == 1
     assert share[55] == pytest.approx(0.5) and 0 < share[99] < 0.01
+
+
+def test_a_folder_is_for_one_run_at_a_time_and_not_for_other_files(tmp_path):
+    (tmp_path / "mine.txt").write_text("thesis")
+    with pytest.raises(UserError, match="other files than those of a run"):
+        training.take_folder(tmp_path)
+    training.take_folder(tmp_path / "out")
+    training.take_folder(tmp_path / "out")   # the same process
+    hold = "import fcntl; f = open('run.lock', 'w'); fcntl.lockf(f, 2); print(flush=True); input()"   # LOCK_EX
+    other = tmp_path / "other"
+    other.mkdir()
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=other, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="another run is at work"):
+            training.take_folder(other)
+        holder.kill()
+    training.take_folder(other)   # a killed run leaves no lock
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"not a checkpoint", b"\x80\x02."])
