@@ -98,6 +98,7 @@ def words(text):
     return tuple(WORD.findall(re.sub(r"[^\0-\x7f]", " ", text).lower().translate(BRACKETS)))
 
 
+@functools.lru_cache(1 << 16)
 def stem(word):
     """A word without a common English ending: carries, carried -> carry. Coarser than Porter's."""
     word = re.sub(r"(?<=\w\w)i(?:es|ed)$", "y", word)
@@ -114,7 +115,8 @@ def meteor_exact_stem(prediction, reference):
     Of all alignments the one with most words, then most equal ones, fewest chunks, least distance."""
     stems, beam = [stem(word) for word in reference], [(0, 0, 0, 0, ())]   # the 16 best so far
     for i, word in enumerate(prediction):
-        places = [j for j, root in enumerate(stems) if root == stem(word)]
+        root = stem(word)
+        places = [j for j, other in enumerate(stems) if other == root]
         more = [(n - 1, equal - (word == reference[j]), chunks + (pairs[-1:] != ((i - 1, j - 1),)),
                  distance + abs(i - j), (*pairs, (i, j)))
                 for n, equal, chunks, distance, pairs in beam
@@ -137,13 +139,15 @@ def meteor(counts):
     both; for the matchers exact, stem, synonym, paraphrase: content words of both that it matched, function
     words of both; then chunks; matched words of both. A pair that is equal in full adds no chunk."""
     equal = (counts[:, 20] == 1) & (counts[:, :2] == counts[:, 21:]).all(1)
-    total = counts.sum(0)
-    matcher, kind = total.new_tensor([1, 0.6, 0.8, 0.6]), total.new_tensor([0.75, 0.25])   # their weights
-    matched = torch.einsum("m,k,mks->s", matcher, kind, total[4:20].view(4, 2, 2))
-    precision, recall = (matched / (0.75 * total[:2] - 0.5 * total[2:4])).nan_to_num().tolist()
+    total, shares = counts.sum(0).tolist(), []
+    for side in (0, 1):   # content words weigh .75, function words .25, and a match by its matcher
+        matched = sum(weight * (0.75 * total[at + side] + 0.25 * total[at + 2 + side])
+                      for at, weight in ((4, 1), (8, 0.6), (12, 0.8), (16, 0.6)))
+        shares.append(matched / (0.75 * total[side] - 0.5 * total[2 + side] or 1))
+    precision, recall = shares
     if precision * recall == 0:
         return 0.0
-    chunks = (counts[~equal, 20].sum() / total[21:].mean()).item()
+    chunks = counts[~equal, 20].sum().item() / (total[21] + total[22]) * 2
     return precision * recall / (0.85 * precision + 0.15 * recall) * (1 - 0.6 * chunks ** 0.2)
 
 
@@ -164,12 +168,13 @@ def cider(pairs, rare=None):
     it says, as log 1 = 0. The penalty for length counts bigrams, as released."""
     (holding, n), scores = rare or rarity([reference for _, reference in pairs]), []
     for pair in pairs:
+        p, r = ({run: count * math.log(n / max(1, holding[run])) for run, count in
+                 collections.Counter(ngrams(text)).items()} for text in pair)
         total = 0.0
         for size in range(1, 5):
-            p, r = ({run: count * (math.log(n) - math.log(max(1, holding[run]))) for run, count
-                     in collections.Counter(ngrams(text)).items() if len(run) == size} for text in pair)
-            shared = sum(min(p[run], r[run]) * r[run] for run in p.keys() & r.keys())
-            total += shared / (math.hypot(*p.values()) * math.hypot(*r.values()) or 1)
+            lengths = [math.hypot(*(x for run, x in side.items() if len(run) == size)) for side in (p, r)]
+            shared = sum(min(p[run], r[run]) * r[run] for run in p.keys() & r.keys() if len(run) == size)
+            total += shared / (lengths[0] * lengths[1] or 1)
         off = max(1, len(pair[0])) - max(1, len(pair[1]))
         scores.append(10 / 4 * total * math.exp(-off ** 2 / 72))
     return torch.tensor(scores, dtype=torch.float64)
