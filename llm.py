@@ -418,7 +418,7 @@ def load_llama(folder):
                     raise UserError(f"{folder}: {QUANTISED} ({shown(name)} is {str(t.dtype)[6:]})")
             config = hf_config(read_json(description), tensors)
     except KeyError as e:
-        strange = [name for name in tensors if not name.startswith(("model.", "lm_head."))]
+        strange = [name for name in tensors if "lora_" in name or not name.startswith(("model.", "lm_head."))]
         raise UserError(f"{description}: not a LLaMA (no {shown(e)}); {likely_reason(strange)}")
     except DAMAGE as e:
         raise UserError(f"{description}: {shown(e, longest=450)}")

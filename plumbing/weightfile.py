@@ -138,7 +138,7 @@ def read_safetensors(buffer):
     entries, start = [(name, dict(entry)) for name, entry in header if name != "__metadata__"], at
     for name, entry in sorted(entries, key=lambda entry: entry[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{shown(name)} is {shown(entry['dtype'])}; is it {QUANTISED}")
+            raise ValueError(f"{shown(name)} is {shown(entry['dtype'])}, as in a model {QUANTISED}")
         dtype, shape = DTYPES[entry["dtype"]], sizes(entry["shape"])
         begin, end = sizes(entry["data_offsets"])
         if begin != at - start or end - begin != math.prod(shape) * dtype.itemsize:

@@ -564,7 +564,12 @@ def test_an_adapter_in_the_place_of_a_model_is_called_that(folder):
     path = folder("mha")
     for file in ("model.safetensors", "config.json"):
         os.remove(path / file)
-    write_safetensors(path / "adapter_model.safetensors", {"x.lora_A.weight": torch.zeros(8, 32)})
+    adapter = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(8, 32)}
+    write_safetensors(path / "adapter_model.safetensors", adapter)
+    with pytest.raises(UserError, match="it looks like an adapter"):
+        load_llama(path)
+    os.rename(path / "adapter_model.safetensors", path / "model.safetensors")
+    (path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="it looks like an adapter"):
         load_llama(path)
 

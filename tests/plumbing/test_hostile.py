@@ -362,7 +362,7 @@ HEADERS = {
     "tensors that overlap": ({"a": entry(), "b": entry()}, "damaged"),
     "a hole": ({"a": entry((1,), (0, 4)), "b": entry((2,), (8, 16))}, "damaged"),
     "an end before the beginning": ({"a": entry((4,), (16, 0))}, "damaged"),
-    "an unknown dtype": ({"a": entry(dtype="F8_E4M3")}, "F8_E4M3; is it quantised"),
+    "an unknown dtype": ({"a": entry(dtype="F8_E4M3")}, "F8_E4M3, as in a model quantised"),
     "a dtype that is a list": ({"a": entry(dtype=["F32"])}, "damaged"),
     "a dtype that is a number": ({"a": entry(dtype=8)}, "damaged"),
     "no dtype": ({"a": {}}, "damaged"),
