@@ -91,7 +91,9 @@ def read_annotations(path):
         clip = {"video": data.field(row, where, "video"), "window": row.get("window"),
                 "duration": row.get("duration"), "events": []}
         seconds(where, [0, clip["duration"] or 0])
-        first, _ = seconds(where, clip["window"] or [0, 0])
+        first, last = seconds(where, clip["window"] or [0, 1])
+        if not 0 <= first < last:
+            raise UserError(f"{where}: a window from {first} to {last} s; it starts at 0 or later, then ends")
         for event in data.field(row, where, "events", list):
             text = data.field(event, where, "text").strip()
             start, end = seconds(where, [event.get("start"), event.get("end")])
@@ -187,7 +189,7 @@ def new_answers(cfg, chat, device, clips, answers):
     """Yields a row of read_answers for each question that has none. A clip is looked at once."""
     kind, size = chat.video_tokens, chat.clip.config.image_size
     num_frames = cfg.num_frames or (kind.num_frames if size >= 224 else 8)   # smaller: the toy world's
-    for clip in tqdm(clips, desc="ask"):
+    for clip in tqdm(clips, "ask", disable=None):
         questions = {text: cfg.ask.replace("{}", text.lower().rstrip(".")) for *_, text in clip["events"]}
         questions |= {None: cfg.ask_all} if cfg.captions else {}
         questions = {event: q for event, q in questions.items() if key(clip, event) not in answers}
@@ -285,7 +287,8 @@ def report(cfg, clips, answers, turned):
     events, lists, odd = collect(clips, answers, released)
     if odd["unanswered"] and not cfg.skip_broken or not events:
         raise UserError(f"{cfg.save or cfg.from_}: lacks answers about {odd['unanswered']} of "
-                        f"{odd['unanswered'] + len(events)} events; --skip_broken leaves them out")
+                        f"{odd['unanswered'] + len(events)} events" +
+                        "; --skip_broken leaves them out" * (not cfg.skip_broken))
     print(f"{cfg.annotations}, protocol {cfg.protocol}: {len(events)} events, {odd['unanswered']} left out")
     print(f"true spans: {odd['beyond']} beyond the clip{'' if released else ' (cut)'}, {turned} ended before "
           "they began (turned round)")
@@ -305,8 +308,9 @@ def report(cfg, clips, answers, turned):
         return
     captions = [caption for *_, gold, _ in lists for *_, caption in gold]
     rare, (common, _) = rarity(captions), collections.Counter(captions).most_common(1)[0]
-    print(f"\nall events of {len(lists)} clips, {sum(not found for *_, found in lists)} answers without any; "
-          f"below: one, {' '.join(common)!r}\nSODA_c and METEOR of exact and stem matches alone")
+    print(f"\nall events of {len(lists)} clips: {sum(not found for *_, found in lists)} answers without any; "
+          f"those below say {' '.join(common)!r}\n"
+          "* of exact and stem matches; METEOR in full knows synonyms, and is higher")
     table(CAPTIONS, [video for video, *_ in lists], {
         "answers": [caption_scores(gold, found, rare, exchanged=released) for *_, gold, found in lists],
         **{name: [torch.stack([caption_scores(gold, [(*span, common)], rare, exchanged=released)

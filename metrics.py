@@ -85,7 +85,7 @@ def interval(values, groups):
 
 
 # ------------------------------------------------------------------------------------ dense captions
-CAPTIONS = "SODA_c", "METEOR", "CIDEr", "CIDEr, all"
+CAPTIONS = "SODA_c*", "METEOR*", "CIDEr", "CIDEr, all"   # *: of exact and stem matches alone
 WORD = re.compile(r"""-[lr][rsc]b- | (?:[a-z]\.){2,} | can(?=not\b) | \w+(?=n't\b) | n't\b
     | '(?:s|re|ve|ll|d|m)\b | \d+(?:[.,:]\d+)+ | \w+(?:-\w+|'(?!(?:s|re|ve|ll|d|m)\b)\w+)* | & | !!+""", re.X)
 BRACKETS = {ord(sign): f" -{name}- " for sign, name in zip("()[]{}", "lrb rrb lsb rsb lcb rcb".split())}

@@ -117,6 +117,7 @@ def test_three_formats_say_the_same(tmp_path):
     ('{"video": "a", "events": [{"start": NaN, "end": 2, "text": "b"}]}', "two times in seconds"),
     ('{"video": "a", "events": [{"end": 2, "text": "b"}]}', "two times in seconds"),
     ('{"video": "a", "events": [7]}', "needs 'text'"),
+    ('{"video": "a", "window": [3, 2], "events": [{"start": 1, "end": 2, "text": "b"}]}', "from 3 to 2 s"),
     ('{"video": "a", "window": 3, "events": [{"start": 1, "end": 2, "text": "b"}]}', "two times in seconds"),
     ('{"video": "a", "duration": "3", "events": [{"start": 1, "end": 2, "text": "b"}]}', "two times"),
     ('{"video": "a", "events": []}', "needs 'events'"),
@@ -155,7 +156,7 @@ def test_all_events_at_once_are_scored(capsys, tmp_path):
     answers = [answer("One.", "x"), answer("Two", "from 99 to 50"), answer(None, said)]
     printed, rows = score(capsys, tmp_path, [CLIP], answers)
     assert "1 without a time, 1 backwards" in printed
-    assert "all events of 1 clips, 0 answers without any" in printed
+    assert "all events of 1 clips: 0 answers without any" in printed
     names, columns = zip(*rows[5:])
     assert names == ("answers", "whole", "middle", "best", "a true event")
     assert columns[0][:2] == [100, 100] and all(row[0] < 70 for row in columns[1:])
