@@ -85,9 +85,11 @@ def sample_frames(path, num_frames, rule, seed=None, window=None):
     if not 0 <= start < end:
         raise UserError(f"{path}: a window from {start} to {end} s; it must start at 0 or later, then end")
     with open_video(path) as video:
+        duration = video.seconds(video.end()) if start or rule == "uniform" else math.inf
+        if start and start >= duration:
+            raise UserError(f"{path}: a window from {start} s on, of a video of {duration:.2f} s")
         if rule == "uniform":
-            duration = video.seconds(video.end())
-            start, end = min(start, duration), min(end, duration)
+            end = min(end, duration)
             chosen = [video.tick(start + (i + 0.5) / num_frames * (end - start)) for i in range(num_frames)]
         else:
             ticks = video.all_ticks()
@@ -198,11 +200,28 @@ def read_text(path):
     """A UTF-8 file -> str. Raises UserError."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            return f.read()
+            text = f.read()
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: {not_utf8(e)}")
+    if "\0" in text:
+        raise UserError(f"{path}: not UTF-8 text; it looks like UTF-16")
+    return text
+
+
+def not_utf8(error):
+    """A UnicodeDecodeError -> what the file is, in words."""
+    looks = "UTF-16" if b"\0" in error.object else "Latin-1, or another encoding of one byte a letter"
+    return f"not UTF-8 text; it looks like {looks}"
+
+
+def no_key_twice(pairs):
+    """The pairs of a JSON object -> dict; json.loads would keep the last of two values and say nothing."""
+    if len(row := dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return row
 
 
 def read_rows(path):
@@ -210,14 +229,16 @@ def read_rows(path):
     else one row. Raises UserError with the line."""
     text, rows = read_text(path), []
     try:
-        whole = json.loads(text)
+        whole = json.loads(text, object_pairs_hook=no_key_twice)
         rows = [(path, whole)]
         if isinstance(whole, list):
             rows = [(f"{path}, entry {i}", row) for i, row in enumerate(whole, 1)]
     except ValueError:   # not one JSON value: JSON lines, or damage that a line will show
         for number, line in enumerate(text.split("\n"), 1):   # splitlines would split at U+2028, too
             try:
-                rows += [(f"{path}, line {number}", json.loads(line))] if line.strip() else []
+                if line.strip():
+                    row = json.loads(line, object_pairs_hook=no_key_twice)
+                    rows.append((f"{path}, line {number}", row))
             except ValueError as e:
                 raise UserError(f"{path}, line {number}: not valid JSON ({e})")
     if not rows:
@@ -235,7 +256,7 @@ def field(row, where, name, kind=str):
 def read_captions(path):
     """JSON lines {"video", "caption"}, or WebVid's CSV (a name that ends in .csv), whose header names the
     columns: 2M has the caption second, 10M fifth. Yields (video, caption). Raises UserError with the line."""
-    if not os.fspath(path).endswith(".csv"):
+    if not os.fspath(path).lower().endswith(".csv"):
         yield from ((field(row, at, "video"), field(row, at, "caption")) for at, row in read_rows(path))
         return
     try:
@@ -251,7 +272,9 @@ def read_captions(path):
                 raise UserError(f"{path}: no rows in it")
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}")
-    except (csv.Error, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: {not_utf8(e)}")
+    except csv.Error as e:
         raise UserError(f"{path}, line {rows.reader.line_num}: not valid CSV ({e})")
 
 

@@ -211,8 +211,9 @@ def read_pairs(path, joined=False):
 
     Each caption makes a pair (MSR-VTT), or all of a video make one text (joined: DiDeMo, ActivityNet)."""
     rows, videos, captions = data.read_rows(path), [], []
-    if len(rows) == 1 and isinstance(rows[0][1], dict) and "video" not in rows[0][1]:
-        rows = [(f"{path}, {v!r}", {"video": v, "caption": texts}) for v, texts in rows[0][1].items()]
+    where, whole = rows[0]
+    if where == path and isinstance(whole, dict) and "video" not in whole:
+        rows = [(f"{path}, {v!r}", {"video": v, "caption": texts}) for v, texts in whole.items()]
     for where, row in rows:
         video, texts = data.field(row, where, "video"), row.get("caption")
         texts = [texts] if isinstance(texts, str) else texts
@@ -221,6 +222,8 @@ def read_pairs(path, joined=False):
         texts = [" ".join(texts)] if joined else texts
         videos += [video] * len(texts)
         captions += texts
+    if not videos:
+        raise UserError(f"{path}: no videos in it")
     return videos, captions
 
 

@@ -585,7 +585,8 @@ class VideoChat(nn.Module):
 
     def forward(self, video, prompts):
         """-> mean cross-entropy over the learned tokens of all processes: this one's share, times their
-        number, because DDP will average where the joined batch needs the sum."""
+        number, because DDP will average where the joined batch needs the sum; and how many tokens these
+        are."""
         logits, target = self.logits(video, prompts)
         total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX,
                                 reduction="sum")
@@ -593,7 +594,7 @@ class VideoChat(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(count)
             total = total * dist.get_world_size()
-        return total / count.clamp(min=1)
+        return total / count.clamp(min=1), count
 
 
 # ----------------------------------------------------------------------------------------------- branch files

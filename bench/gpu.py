@@ -82,7 +82,7 @@ def chat_tuning(device, dtype):
 
     def loss():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return chat(video, prompts)
+            return chat(video, prompts)[0]
     return chat, loss
 
 

@@ -194,14 +194,19 @@ def test_exact_answers_are_what_greedy_decoding_says(world):
         assert found == {"temporal": 100 * said_so}
 
 
-def test_an_answer_beyond_the_context_is_wrong_and_does_not_stop_training(world, llava, tmp_path):
-    row = json.loads((world / "talks.jsonl").read_text().splitlines()[0])
-    row["conversations"][0]["value"] = "word " * 600
-    (tmp_path / "long.jsonl").write_text((json.dumps(row) + "\n") * 4)
-    cfg = tuning(world, tmp_path / "out", llm=llava, steps=1, annotations=str(tmp_path / "long.jsonl"))
+def test_an_answer_beyond_the_context_is_wrong_and_a_batch_of_these_stops_training(world, llava, tmp_path):
+    rows = [json.loads(line) for line in (world / "talks.jsonl").read_text().splitlines()[:4]]
+    for i, row in enumerate(rows):
+        row["conversations"][0]["value"] = "word " * 600
+        (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = tuning(world, tmp_path / "out", llm=llava, steps=1, annotations=str(tmp_path / "2.jsonl"))
+    chat_tune.main(cfg)   # one of four is as it was
+    assert log_of(cfg.out)[0]["loss"] > 0
+    cfg = dataclasses.replace(cfg, annotations=str(tmp_path / "3.jsonl"), out=str(tmp_path / "none"))
     cfg = chat_tune.complete(cfg)
-    chat_tune.main(cfg)
-    assert log_of(tmp_path / "out")[0]["loss"] == 0
+    with pytest.raises(UserError, match="step 0: no answer of its 4 conversations .* context of 512 tokens"):
+        chat_tune.main(cfg)
+    assert not (tmp_path / "none" / "chat.bin").exists()
     chat = chat_tune.build(cfg)
     dataset = ConversationDataset(cfg.annotations, str(world), 4, 32)
     assert chat_tune.exact_answers(cfg, chat, dataset, CPU) == {"temporal": 0}

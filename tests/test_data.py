@@ -428,7 +428,7 @@ def test_caption_items_follow_from_seed_epoch_and_index_alone(world):
     ("\ufeffvideoid,name,duration,page_dir", '17,"a dog, running",PT1S,page'),
     ("videoid,contentUrl,duration,page_dir,name", '17,http://x/17.mp4,PT1S,page,"a dog, running"')])
 def test_webvid_csv_of_both_releases(world, header, row):
-    items = captions(world, lines(world / "a.csv", header + "\n", row + "\n"))
+    items = captions(world, lines(world / "a.CSV", header + "\n", row + "\n"))
     assert items.row(0) == ["page/17.mp4", "a dog, running"] and items[0, 0][0].shape == (4, 3, 28, 28)
 
 
@@ -520,7 +520,11 @@ def conversations(folder, annotations):
     (captions, [GOOD, GOOD, {"video": "good.mp4"}], "line 3: needs 'caption'"),
     (captions, [GOOD, {"video": 7, "caption": "x"}], "line 2: needs 'video'"),
     (captions, [GOOD, "[1, 2]\n"], "line 2: needs 'video'"),
-    (captions, [""], "no rows"),
+    (captions, [""], "no rows"), (captions, [{}], "a.jsonl: needs 'video'"),
+    (captions, [[{}]], "entry 1: needs 'video'"), (captions, [GOOD, {}], "line 2: needs 'video'"),
+    (captions, ['{"video": "v", "caption": "x", "video": "w"}'], "'video' stands twice"),
+    (captions, [GOOD, '{"video": "v", "caption": "x", "caption": "y"}'], "line 2: .*'caption' stands twice"),
+    (conversations, [{}], "needs 'video'"), (conversations, [[{}]], "entry 1: needs 'video'"),
     (retrieval, [[GOOD, {"video": "b.mp4", "caption": [1]}]], "entry 2: needs 'caption'"),
     (conversations, [[talk("q", "a", video="v"), talk("q", video="v")]], "entry 2: messages"),
     (conversations, [[talk("q", "a", video="v"), 5]], "entry 2: needs 'video'"),
@@ -552,9 +556,19 @@ def test_json_lines_end_with_a_line_feed_and_with_nothing_else(tmp_path):
 def test_annotations_that_are_missing_or_not_text_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         captions(tmp_path, tmp_path / "missing.jsonl")
-    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not UTF-8"):
-        captions(tmp_path, tmp_path / "a.jsonl")
+    for encoding, kind in (("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("latin-1", "Latin-1")):
+        for name, text in (("a.jsonl", json.dumps(GOOD | {"caption": "\xe9"}, ensure_ascii=False)),
+                           ("a.CSV", "videoid,name\n1,caf\xe9\n")):
+            (tmp_path / name).write_bytes(text.encode(encoding))
+            message = f"{name}.*(not UTF-8 text; it looks like {kind}|needs 'videoid')"
+            with pytest.raises(UserError, match=message):
+                captions(tmp_path, tmp_path / name)
+
+
+@pytest.mark.parametrize("file", ["clip.mov", "clip.MP4", "clip.m4v", "clip.MKV", "clip"])
+def test_a_video_is_found_by_a_name_without_extension(tmp_path, file):
+    (tmp_path / file).touch()
+    assert [data.locate(tmp_path, name) for name in ("clip", "clip.pkl")] == [str(tmp_path / file)] * 2
 
 
 # ------------------------------------------------------------------------------------------------ to look at

@@ -251,6 +251,13 @@ def test_scoring_refuses_what_it_cannot_use(world, options, message):
     refused(message, scoring(world), **options)
 
 
+@pytest.mark.parametrize("text, message", [
+    ("{}", "no videos in it"), ("[{}]", "entry 1: needs 'video'"), ('[{"caption": "x"}]', "needs 'video'"),
+    ('{"0.mp4": "one", "0.mp4": "two"}', "'0.mp4' stands twice in one object")])
+def test_captions_that_would_be_lost_or_are_none_are_refused(world, tmp_path, text, message):
+    refused(message, scoring(world), annotations=write(tmp_path / "a.json", text))
+
+
 def test_a_set_with_too_few_classes_is_refused(world, tmp_path):
     refused("a name in each line, 400 in all, not 2", scoring(world), dataset="k400",
             classes=write(tmp_path / "c", "run\njump"), annotations=write(tmp_path / "a", "0.mp4 1\n"))
