@@ -79,7 +79,7 @@ def weight_levels():
 # --------------------------------------------------------------------------------------------------- layers
 class FrozenLinear(nn.Module):
     """What a Linear becomes. A scheme is a subclass: `convert` makes its tensors from a weight (N, K),
-    `empty` says what they will be, `product` multiplies by them.
+    `product` multiplies by them. `empty` says what they will be, where a file keeps them.
 
     tensors: {name: tensor} as from `convert`, adopted, so that they may be mapped; bias: (N,) or None."""
     def __init__(self, tensors, bias=None):
@@ -114,10 +114,6 @@ class BF16Linear(FrozenLinear):
     @staticmethod
     def convert(weight):
         return {"weight": weight.bfloat16() if weight.dtype == torch.float32 else weight}
-
-    @staticmethod
-    def empty(N, K):
-        return {"weight": torch.empty(N, K, dtype=torch.bfloat16, device="meta")}
 
     def product(self, x):
         if x.device.type != "cpu" or fast_bf16():

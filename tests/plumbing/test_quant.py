@@ -219,7 +219,7 @@ def test_a_change_of_dtype_leaves_scales_and_weights_as_they_are(scheme):
     assert all(t.is_meta for t in q.to("meta").state_dict().values())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_empty_says_what_convert_makes(scheme):
     made = SCHEMES[scheme].convert(linear(128, 192, torch.bfloat16).weight)
     empty = SCHEMES[scheme].empty(192, 128)
