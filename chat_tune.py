@@ -95,6 +95,8 @@ def complete(cfg):
     cfg = cli.fill(cfg, STAGES[cfg.stage] | (TOY if toy else {}))
     if toy and not os.path.exists(cfg.annotations):
         raise UserError(f"{cfg.annotations}: not there; `python -m toy render` makes it")
+    if VIDEO_TOKENS[cfg.tokens].reads_linvt:
+        raise UserError(f"--tokens {cfg.tokens}: no stage trains a LinVT")
     if VIDEO_TOKENS[cfg.tokens].reads_branch and not cfg.branch:
         raise UserError(f"--tokens {cfg.tokens} needs --branch FILE")
     if cfg.eval_only and not cfg.eval_annotations:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import data
 import llm
 from clip import MLP, Attention, load_clip, read_clip
+from linvt import LinVT
 from plumbing import quant, weightfile
 from plumbing.cli import UserError
 from plumbing.pictures import THUMBNAIL
@@ -392,11 +393,12 @@ class VideoTokens(nn.Module):
     frozen: what no training stage changes. see: what does not depend on the question; a chat keeps it.
     forward: the rows of the prompt. mm_projector is LLaVA's, which reads CLIP's last layer but one."""
     num_frames, rule, pixels = 100, "uniform", staticmethod(data.squash)   # a rule and pixels of data.py
-    reads_branch, template = False, "vicuna_v1"
+    reads_branch, reads_linvt, template = False, False, "vicuna_v1"
+    window = None   # frames that it looks at together; None: all
 
-    def __init__(self, mm_projector, branch=None):
+    def __init__(self, mm_projector, branch=None, linvt=None):
         super().__init__()
-        self.branch, self.mm_projector = branch, mm_projector
+        self.branch, self.mm_projector, self.linvt = branch, mm_projector, linvt
 
     @property
     def depth(self):
@@ -427,6 +429,14 @@ class VideoTokens(nn.Module):
         return self.mm_projector(seen.to(next(self.mm_projector.parameters()).dtype))
 
 
+def branch_rows(clip, branch, states):
+    """Of backbone_states -> (B, N+1, D): means over time of backbone and branch, half each; CLS is last."""
+    tokens = branch(states, place_embedding(clip))[-1]                               # (B, 1 + N*T, D)
+    backbone, N = states[-1].mean(1), states[-1].shape[2] - 1                        # (B, 1+N, D)
+    patches = tokens[:, 1:].unflatten(1, (N, -1)).mean(2)                            # (B, N, D)
+    return torch.cat([(backbone[:, 1:] + patches) / 2, (backbone[:, :1] + tokens[:, :1]) / 2], dim=1)
+
+
 class BranchTokens(VideoTokens):
     """BT-Adapter: the means over time of backbone and of branch, half each; the N patches, then CLS: K = N +
     1."""
@@ -436,11 +446,7 @@ class BranchTokens(VideoTokens):
         return backbone_states(clip, video, self.branch.depth, skip_last=1)      # K of (B, T, 1+N, D)
 
     def see(self, clip, video):
-        states = self.frozen(clip, video)
-        tokens = self.branch(states, place_embedding(clip))[-1]                          # (B, 1 + N*T, D)
-        backbone, N = states[-1].mean(1), states[-1].shape[2] - 1                        # (B, 1+N, D)
-        patches = tokens[:, 1:].unflatten(1, (N, -1)).mean(2)                            # (B, N, D)
-        return torch.cat([(backbone[:, 1:] + patches) / 2, (backbone[:, :1] + tokens[:, :1]) / 2], dim=1)
+        return branch_rows(clip, self.branch, self.frozen(clip, video))
 
 
 class MeanTokens(VideoTokens):
@@ -478,7 +484,30 @@ class FrameCLS(VideoTokens):
         return clip.project_image(backbone_states(clip, video, 1, kept=no_patch)[0][:, :, 0])
 
 
-VIDEO_TOKENS = {"branch": BranchTokens, "mean": MeanTokens, "st_pool": STPool, "frame_cls": FrameCLS}
+class LinVTTokens(VideoTokens):
+    """LinVT: averages of the patches of all frames, weighted by the question: K = M. A picture is one frame,
+    and passes as it is: K = N. linvt: a linvt.LinVT for rows as the LLaMA reads them."""
+    num_frames, reads_linvt = 128, True
+
+    def forward(self, seen, question=None, mask=None):
+        """seen (B, T, N, D), question (B, S, D_llm), mask (B, S) bool -> (B, M, D_llm)."""
+        assert question is not None or seen.shape[1] == 1, f"{seen.shape[1]} units, and no question"
+        return self.linvt(super().forward(seen), question, mask)
+
+
+class WindowTokens(LinVTTokens):
+    """BT-Adapter sees windows of 8 frames, LinVT chooses among them. One window passes as with `branch`."""
+    num_frames, reads_branch, window = 512, True, 8
+
+    @torch.no_grad()
+    def frozen(self, clip, video):
+        """video (B, T, 3, H, W) uint8 -> (B, ceil(T / 8), N+1, D); the last window has what is left."""
+        return torch.stack([branch_rows(clip, self.branch, backbone_states(clip, frames, self.depth, 1))
+                            for frames in video.split(self.window, dim=1)], dim=1)
+
+
+VIDEO_TOKENS = {"branch": BranchTokens, "mean": MeanTokens, "st_pool": STPool, "frame_cls": FrameCLS,
+                "linvt": LinVTTokens, "branch+linvt": WindowTokens}
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
@@ -557,9 +586,20 @@ class VideoChat(nn.Module):
         marked = marked and TEMPLATES[video_tokens.template].marked
         self.start_end = nn.Parameter(rows[:2 * marked].to(words.dtype).clone())
 
-    def embed_video(self, video):
-        """video (B, T, 3, H, W) uint8 -> its rows of the prompt (B, K, D_llm)."""
-        return self.video_tokens(self.video_tokens.see(self.clip, video))
+    def embed_questions(self, questions):
+        """B texts -> the words of each, 64 at most, as the LLaMA reads them (B, S, D_llm); mask (B, S) bool,
+        False for padding."""
+        ids = [torch.tensor(self.tokenizer.encode(text)[:64], dtype=torch.long) for text in questions]
+        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)                               # (B, S)
+        mask = torch.arange(padded.shape[1]) < torch.tensor([[len(row)] for row in ids])
+        words = self.llm.model.embed_tokens(padded.to(self.start_end.device))
+        return words.detach(), mask.to(words.device)   # a stage that trains the words does not train these
+
+    def embed_video(self, video, questions=None):
+        """video (B, T, 3, H, W) uint8 -> its rows of the prompt (B, K, D_llm). questions: B texts, for kinds
+        of video tokens that depend on them."""
+        asked = self.embed_questions(questions) if questions else ()
+        return self.video_tokens(self.video_tokens.see(self.clip, video), *asked)
 
     def splice(self, ids, video_tokens):
         """ids: list of int with one VIDEO_INDEX; video_tokens (K, D_llm) -> (len(ids) - 1 + K +
@@ -642,6 +682,34 @@ def branch_tensors(branch, prefix, dtype=torch.float32):
             for name, t in branch.state_dict().items()}
 
 
+def load_linvt(path, tokens, dim):
+    """A linvt.bin -> LinVT for units of `tokens` rows of `dim` numbers each. Raises UserError.
+
+    Sizes are those of its tensors; metadata tells what no size does: heads, and how many tokens are kept."""
+    tensors, about = weightfile.read_file(path), weightfile.read_metadata(path)
+    heads, top_k = (re.fullmatch(r"\d{1,9}", about.get(name, "0")) for name in ("heads", "top_k"))
+    shapes = [tensors[name].shape for name in ("place", "proj_in.weight", "time_embed") if name in tensors]
+    if [len(shape) for shape in shapes] != [2, 2, 2] or not heads or not top_k:
+        raise UserError(f"{path}: holds no LinVT; {weightfile.likely_reason(tensors)}")
+    (M, N), (width, D), (max_units, _) = shapes
+    heads, top_k, content = int(heads[0]), int(top_k[0]) or None, "w_token.weight" in tensors
+    if (N, D) != (tokens, dim):
+        raise UserError(f"{path}: made for {N} tokens of {D} numbers, and here are {tokens} of {dim}; it "
+                        "belongs to another LLaMA or kind of video tokens")
+    if not heads or width % heads:
+        raise UserError(f"{path}: {heads} heads for a width of {width}")
+    layers = len({name.split(".")[1] for name in tensors if name.startswith("space.")})
+    with weightfile.shapes_only():
+        linvt = LinVT(D, N, M, width, heads, layers, top_k, max_units, content)
+    return weightfile.load_into(linvt, tensors, path)
+
+
+def save_linvt(path, linvt, dtype=torch.float16):
+    """Writes a linvt.bin."""
+    tensors = {name: t.detach().cpu().to(dtype) for name, t in linvt.state_dict().items()}
+    weightfile.write_safetensors(path, tensors, {"heads": str(linvt.heads), "top_k": str(linvt.top_k or 0)})
+
+
 def load_encoder(folder, branch_file=None, device=torch.device("cpu")):
     """-> (VideoEncoder for retrieval in fp32, tokenizer)."""
     clip, tokenizer = load_clip(os.path.join(folder, "clip"))
@@ -706,18 +774,23 @@ class OpenChat:
         """{part: bytes} of a chat about `num_frames` frames, with the arguments of load: the sizes of its
         tensors, and a video roughly. The KV cache is counted as full, so that no conversation ends in the
         middle."""
-        chat, c, number = self.chat, self.chat.clip.config, dtype.itemsize
+        chat, c, kind, number = self.chat, self.chat.clip.config, self.chat.video_tokens, dtype.itemsize
         frame = (1 + c.patch_tokens) * c.vision_width   # numbers that a layer says about a frame
         # as measured: within CLIP 36 numbers for each of them, in the branch 70 bytes
         in_clip = min(num_frames, frames_at_once(c, device)) * frame * 36 * number
-        in_branch = num_frames / -(-num_frames // 64) * frame * 70 * chat.video_tokens.reads_branch
-        kept = 2 * chat.video_tokens.depth * frame * number + 3 * c.image_size ** 2 + 3 * THUMBNAIL ** 2
+        together = min(num_frames, kind.window or num_frames)
+        in_branch = together / -(-together // 64) * frame * 70 * kind.reads_branch
+        states = together * 2 * kind.depth * frame * number
+        # rows as the LLaMA reads them, and two copies at most on their way to LinVT's width
+        rows = num_frames / (kind.window or 1) * (1 + c.patch_tokens) * chat.llm.config.width
+        in_linvt = 3 * rows * number * kind.reads_linvt
+        pictures = num_frames * 3 * (c.image_size ** 2 + THUMBNAIL ** 2)
         longest = min(chat.llm.config.context_length, LONGEST)
         kv_cache = llm.KVCache(chat.llm.config, 1, longest, "meta", dtype)
         return {"LLaMA": quant.nbytes(chat.llm, scheme, dtype),
                 "CLIP": quant.nbytes(chat.clip, "int8" if clip_in_int8(scheme, device) else None, dtype),
                 "video tokens": quant.nbytes(chat.video_tokens, None, dtype),
-                "video": int(in_clip + in_branch + num_frames * kept),
+                "video": int(in_clip + in_branch + states + in_linvt + pictures),
                 "KV cache": sum(t.nbytes for t in (*kv_cache.k, *kv_cache.v))}
 
     def load(self, dtype=torch.float32, scheme=None, device=torch.device("cpu")):
@@ -747,12 +820,13 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     branch.pth        a branch, from pretraining or tuned for chat, for the kind `branch`
     mm_projector.bin  optional: a projector of LLaVA or Video-ChatGPT; it counts before the one inside llava
     chat.bin          optional: what chat tuning learned for one kind of tokens; it counts before all of these
+    linvt.bin         a LinVT, for the kind `linvt` or `branch+linvt`
 
     tokens: a key of VIDEO_TOKENS; None: what chat.bin was tuned for, else `branch`. branch_file, chat_file:
     in the place of branch.pth and chat.bin. chat_file=False, or a branch_file alone, passes chat.bin by: the
     zero-shot setting."""
-    names = "clip", "llava", "branch.pth", "mm_projector.bin", "chat.bin"
-    clip_path, llava, pretrained, projector_file, tuned = (os.path.join(folder, name) for name in names)
+    names = "clip", "llava", "branch.pth", "mm_projector.bin", "chat.bin", "linvt.bin"
+    clip_path, llava, pretrained, projector_file, tuned, linvt_file = (os.path.join(folder, n) for n in names)
     if chat_file is None and not branch_file and os.path.exists(tuned):
         chat_file = tuned
     learned = weightfile.read_file(chat_file) if chat_file else {}
@@ -765,7 +839,7 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     tokens = tokens or learned_for or "branch"
     if tokens not in VIDEO_TOKENS:
         raise UserError(f"{chat_file}: tuned for {weightfile.shown(tokens)}, no kind of video tokens here")
-    if learned_for and learned_for != tokens:
+    if learned_for and learned_for not in (tokens, tokens.removesuffix("+linvt")):
         warnings.warn(f"{chat_file}: tuned for {weightfile.shown(learned_for)}, not for {tokens}: answers "
                       "may be wrong; --no-tuned passes it by")
     kind, needed = VIDEO_TOKENS[tokens], {"clip": clip_path, "llava": llava}
@@ -779,13 +853,17 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
                for name, path in needed.items() if not os.path.exists(path)]
     if missing:
         raise UserError(f"{folder}: lacks {', '.join(missing)}")
+    if kind.reads_linvt and not os.path.exists(linvt_file):
+        raise UserError(f"{folder}: lacks linvt.bin, which --tokens {tokens} needs")
     state, clip = state_of(llava), read_clip(clip_path).image_only()
     language_model, tokenizer, extra = llm.load_llama(llava)
     width, sources = language_model.config.width, {chat_file: learned, projector_file: given, llava: extra}
     source = next((file for file, tensors in sources.items() if tensors), llava)
     mm_projector = make_projector(sources[source], kind.width(clip.config), width, source)
     branch = load_branch(branch_file, clip, skip_last=1) if kind.reads_branch else None
-    chat = VideoChat(clip, kind(mm_projector, branch), language_model, tokenizer, is_marked(llava))
+    tokens_of_unit = clip.config.patch_tokens + kind.reads_branch
+    linvt = load_linvt(linvt_file, tokens_of_unit, width) if kind.reads_linvt else None
+    chat = VideoChat(clip, kind(mm_projector, branch, linvt), language_model, tokenizer, is_marked(llava))
     for file in (projector_file, chat_file):   # the later one counts
         rows = sources[file].get("model.video_start_end.weight")   # of our own files
         words = sources[file].get("model.embed_tokens.weight", sources[file].get("embed_tokens.weight"))
