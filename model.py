@@ -757,6 +757,22 @@ def is_marked(llava):
     return bool(weightfile.read_json(path).get("mm_use_im_start_end", True)) if os.path.exists(path) else True
 
 
+ADAPTERS = "stage2", "stage3"   # folders of what VTimeLLM's last two stages taught the LLaMA, in this order
+
+
+def read_adapters(paths, language_model, llava):
+    """Folders of adapters -> [llm.Adapter]. Warns where the LLaMA says that it is another than they know."""
+    config = os.path.join(llava, "config.json")
+    own = weightfile.read_json(config).get("_name_or_path") if os.path.exists(config) else None
+    adapters = [llm.read_adapter(path, language_model) for path in paths]
+    for path, adapter in zip(paths, adapters):
+        bare = [os.path.basename(os.path.normpath(str(name))).lower() for name in (own, adapter.base)]
+        if own and adapter.base and bare[0] != bare[1]:
+            warnings.warn(f"{path}: trained on {weightfile.shown(adapter.base)}, but {llava} says that it is "
+                          f"{weightfile.shown(own)}: answers may be wrong")
+    return adapters
+
+
 LONGEST = 8192   # tokens of a conversation, also where a LLaMA reads more: its KV cache must fit
 
 
@@ -767,8 +783,9 @@ class OpenChat:
     chat: VideoChat
     tokens: str         # its kind of video tokens
     description: str    # what it was tuned for
-    llava: str          # the folder of its LLaMA
-    llava_state: list   # store.state_of that folder, from before it was read
+    kept_in: str        # the folder for its LLaMA in fewer bits
+    state: list         # store.state_of the folders of LLaMA and adapters, from before they were read
+    adapters: list = dataclasses.field(default_factory=list)   # llm.Adapters to be merged into its LLaMA
 
     def need(self, dtype, scheme, device, num_frames):
         """{part: bytes} of a chat about `num_frames` frames, with the arguments of load: the sizes of its
@@ -797,13 +814,21 @@ class OpenChat:
         """-> the VideoChat in its final precision, in eval mode. scheme: a key of quant.SCHEMES for the
         LLaMA, or None; dtype is that of all else."""
         chat = self.chat
-        if scheme:
-            chat.llm = quant.quantized(chat.llm, scheme, self.llava, self.llava_state)
+        if scheme:   # adapters are merged one matrix at a time, and what is kept is rounded
+            chat.llm = quant.quantized(chat.llm, scheme, self.kept_in, self.state, self.merged)
+        elif self.adapters:
+            for name, linear in llm.layer_linears(chat.llm).items():
+                linear.weight.data = self.merged(name, linear.weight)
         if clip_in_int8(scheme, device):
             quant.quantize(chat.clip.vision_model, "int8")
         for layer in tqdm(chat.llm.model.layers, "weights", leave=False, disable=None, delay=2):
             layer.to(device=device, dtype=dtype)
         return chat.to(device=device, dtype=dtype).eval()
+
+
+    def merged(self, name, weight):
+        """The weight (N, K) of a Linear of its LLaMA -> the same with all adapters in it."""
+        return llm.merged(weight, [a.changes[name] for a in self.adapters if name in a.changes])
 
 
 def clip_in_int8(scheme, device):
@@ -818,13 +843,14 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     clip              CLIP: a Hugging Face folder, or OpenAI's ViT-L-14.pt under this name
     llava             LLaVA: a Hugging Face folder; or, with a projector elsewhere, any LLaMA in either layout
     branch.pth        a branch, from pretraining or tuned for chat, for the kind `branch`
-    mm_projector.bin  optional: a projector of LLaVA or Video-ChatGPT; it counts before the one inside llava
+    mm_projector.bin  optional: a projector of LLaVA or another; it counts before the one inside llava
+    stage2, stage3    optional: VTimeLLM's adapters for llava; its mm_projector.bin is needed then
     chat.bin          optional: what chat tuning learned for one kind of tokens; it counts before all of these
     linvt.bin         a LinVT, for the kind `linvt` or `branch+linvt`
 
-    tokens: a key of VIDEO_TOKENS; None: what chat.bin was tuned for, else `branch`. branch_file, chat_file:
-    in the place of branch.pth and chat.bin. chat_file=False, or a branch_file alone, passes chat.bin by: the
-    zero-shot setting."""
+    tokens: a key of VIDEO_TOKENS; None: what chat.bin was tuned for, else `frame_cls` if there are adapters,
+    else `branch`. branch_file, chat_file: in the place of branch.pth and chat.bin. chat_file=False, or a
+    branch_file alone, passes chat.bin by: the zero-shot setting."""
     names = "clip", "llava", "branch.pth", "mm_projector.bin", "chat.bin", "linvt.bin"
     clip_path, llava, pretrained, projector_file, tuned, linvt_file = (os.path.join(folder, n) for n in names)
     if chat_file is None and not branch_file and os.path.exists(tuned):
@@ -836,7 +862,10 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
         raise UserError(f"{chat_file}: has a branch of its own, tuned with its projector, not {branch_file}")
     learned_for = learned and weightfile.read_metadata(chat_file).get(
         "tokens", "branch" if with_branch else None)   # older files do not say it
-    tokens = tokens or learned_for or "branch"
+    stages = [name for name in ADAPTERS if os.path.exists(os.path.join(folder, name))]
+    if stages != [*ADAPTERS[:len(stages)]]:
+        raise UserError(f"{folder}: has {stages[0]} without {ADAPTERS[0]}, on which it was trained")
+    tokens = tokens or learned_for or ("frame_cls" if stages else "branch")
     if tokens not in VIDEO_TOKENS:
         raise UserError(f"{chat_file}: tuned for {weightfile.shown(tokens)}, no kind of video tokens here")
     if learned_for and learned_for not in (tokens, tokens.removesuffix("+linvt")):
@@ -849,15 +878,21 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
         if tuned_from and os.path.exists(pretrained) and digest_of(pretrained) != tuned_from:
             warnings.warn(f"{pretrained}: not the branch that {chat_file} was tuned from, whose own counts: "
                           f"not read; --branch {pretrained} reads it instead of chat.bin")
+    if stages and not learned:
+        needed["vtimellm"] = projector_file
     missing = [f"{os.path.basename(path)} (python -m weights get {name} --out {folder})"
                for name, path in needed.items() if not os.path.exists(path)]
     if missing:
         raise UserError(f"{folder}: lacks {', '.join(missing)}")
     if kind.reads_linvt and not os.path.exists(linvt_file):
         raise UserError(f"{folder}: lacks linvt.bin, which --tokens {tokens} needs")
-    state, clip = state_of(llava), read_clip(clip_path).image_only()
+    tuned_in = [os.path.join(folder, name) for name in stages]
+    state, clip = sum(map(state_of, (llava, *tuned_in)), []), read_clip(clip_path).image_only()
     language_model, tokenizer, extra = llm.load_llama(llava)
-    width, sources = language_model.config.width, {chat_file: learned, projector_file: given, llava: extra}
+    adapters = read_adapters(tuned_in, language_model, llava)
+    sources = {chat_file: learned, **{path: a.extra for path, a in zip(tuned_in[::-1], adapters[::-1])},
+               projector_file: given, llava: extra}   # a projector of the first one counts
+    width = language_model.config.width
     source = next((file for file, tensors in sources.items() if tensors), llava)
     mm_projector = make_projector(sources[source], kind.width(clip.config), width, source)
     branch = load_branch(branch_file, clip, skip_last=1) if kind.reads_branch else None
@@ -874,8 +909,11 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
             if rows.shape not in ((2, width), (0, width)):
                 raise UserError(f"{file}: start and end rows of {tuple(rows.shape)}, needed are (2, {width})")
             chat.start_end.data = rows
-    description = f"tuned for {learned_for or 'video'}" if learned else "without chat.bin"
-    return OpenChat(chat.requires_grad_(False), tokens, description, llava, state)
+    description = [f"tuned for {learned_for or 'video'}"] * bool(learned)
+    description += [f"with {' and '.join(stages)}"] * bool(stages)
+    description = ", ".join(description) or "without chat.bin"
+    kept_in = (llava, *tuned_in)[-1]   # another adapter, another folder: one LLaMA may serve several chats
+    return OpenChat(chat.requires_grad_(False), tokens, description, kept_in, state, adapters)
 
 
 def save_chat(path, chat, tuned_from="", dtype=torch.float16):

@@ -230,22 +230,30 @@ def linears(module, scheme):
     return found
 
 
+def unchanged(name, weight):
+    return weight
+
+
 @torch.no_grad()
-def quantize(module, scheme):
-    """Puts a layer of `scheme`, a key of SCHEMES, in place of every nn.Linear inside `module` -> module."""
+def quantize(module, scheme, change=unchanged):
+    """Puts a layer of `scheme`, a key of SCHEMES, in place of every nn.Linear inside `module` -> module.
+
+    change: (name of a Linear, weight (N, K)) -> the weight to take. It is called when its turn has come, so
+    that no two changed weights are in memory."""
     for name, linear, kind in linears(module, scheme):
-        module.set_submodule(name, kind(kind.convert(linear.weight), linear.bias))
+        module.set_submodule(name, kind(kind.convert(change(name, linear.weight)), linear.bias))
     return module
 
 
 @torch.no_grad()
-def quantized(model, scheme, folder, sources):
+def quantized(model, scheme, folder, sources, change=unchanged):
     """As quantize, but the work is done once: the layers are kept in `folder`, beside the original weights,
     and mapped from then on. Where they cannot be kept, this warns and quantises in memory. -> model
 
-    sources: store.state_of(folder) before the weights were read; somebody may replace them meanwhile."""
+    sources: store.state_of all that the weights and `change` follow from, before it was read: somebody may
+    replace it meanwhile."""
     if scheme == "bf16":   # nothing to compute, nothing to keep
-        return quantize(model, scheme)
+        return quantize(model, scheme, change)
     store, found, entry = Store(folder, prefix=f"quantised_{scheme}_"), linears(model, scheme), None
     key = [VERSION, scheme, GROUP, weight_levels(), packing() if scheme == "int4" else None, sources]
     try:
@@ -259,14 +267,15 @@ def quantized(model, scheme, folder, sources):
         shapes = {f"{name}.{part}": t for name, linear, kind in found
                   for part, t in kind.empty(*linear.weight.shape).items()}
         layers = tqdm(found, f"quantising to {scheme}, once", disable=None, delay=2)
-        values = (t for _, linear, kind in layers for t in kind.convert(linear.weight).values())
+        values = (t for name, linear, kind in layers
+                  for t in kind.convert(change(name, linear.weight)).values())
         try:   # tensor by tensor: no two layers are in memory
             store.put(key, shapes, values=values)
             entry = store.get(key)
         except UserError as e:
             warnings.warn(f"{e}; quantising in memory, and again at the next start")
     if entry is None:
-        return quantize(model, scheme)
+        return quantize(model, scheme, change)
     for name, linear, kind in found:
         mapped = {part: entry[0][f"{name}.{part}"] for part in kind.empty(*linear.weight.shape)}
         model.set_submodule(name, kind(mapped, linear.bias))

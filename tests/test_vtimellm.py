@@ -2,17 +2,23 @@
 code and against first principles."""
 import json
 import os
+import re
+import shutil
+import weakref
 
 import pytest
 import torch
 
+import chat
 from clip import CLIP, MEAN, STD, CLIPConfig
 from data import bicubic_pixels, clock, truncated_linspace
 from llm import (LLaMA, LoRALinear, add_lora, generate, hf_config, layer_linears, load_tokenizer, merge_lora,
                  merged, read_adapter, save_adapter)
-from model import IGNORE_INDEX, VIDEO_INDEX, FrameCLS, VideoChat, prompt_ids
+from model import IGNORE_INDEX, VIDEO_INDEX, FrameCLS, VideoChat, open_chat, prompt_ids
+from plumbing import cli
 from plumbing.cli import UserError
 from plumbing.weightfile import map_file, read_file, read_metadata, read_safetensors
+from small import write_clip
 
 RECORDED = os.path.join(os.path.dirname(__file__), "fixtures", "vtimellm_")
 WEIGHTS = read_file(RECORDED + "weights.safetensors")
@@ -379,3 +385,149 @@ def test_another_number_of_frames_is_refused():
     assert (kind.frames_of(None, 64), kind.frames_of(100, 224)) == (100, 100)
     with pytest.raises(UserError, match="--num_frames 64: .* 100 frames"):
         kind.frames_of(64, 224)
+
+
+# ---------------------------------------------------------------------------------------- folders of weights
+@pytest.fixture
+def released(tmp_path, adapter):
+    """A folder as the release has it: clip, llava, mm_projector.bin, stage2, stage3."""
+    write_clip(tmp_path / "clip", projection_dim=768)
+    llava = tmp_path / "llava"
+    llava.mkdir()
+    torch.save({name: t.clone() for name, t in part("base").items()}, llava / "pytorch_model.bin")
+    (llava / "config.json").write_text(STATED["base_config"])
+    shutil.copy(RECORDED + "tokenizer.model", llava / "tokenizer.model")
+    torch.save({name: t.clone() for name, t in part("projector").items()}, tmp_path / "mm_projector.bin")
+    adapter("stage2"), adapter("stage3")
+    return tmp_path
+
+
+@torch.no_grad()
+def logits_of(opened, **how):
+    """Of the next token after the recorded prompt, with the recorded features."""
+    loaded, ids = opened.load(**how), ANSWERS["one"]["prompt_ids"]
+    rows = loaded.splice(ids, loaded.video_tokens(CASES["features.vid1"][None].float())[0])
+    return loaded.llm(embeds=rows[None])[0, -1]
+
+
+RIGHT = CASES["one.first_logits"]   # of the released code, both adapters merged
+
+
+def test_a_released_folder_is_a_chat_of_frame_cls_with_both_adapters_merged(released):
+    opened = open_chat(released)
+    assert (opened.tokens, opened.description) == ("frame_cls", "with stage2 and stage3")
+    assert near(logits_of(opened), RIGHT)
+    assert opened.chat.start_end.shape == (0, 64)
+
+
+@pytest.mark.parametrize("names", [["stage2"], []])
+def test_one_missing_adapter_ends_the_list(released, names):
+    for name in {"stage2", "stage3"} - {*names}:
+        shutil.rmtree(released / name)
+    opened = open_chat(released, tokens="frame_cls")
+    assert not near(logits_of(opened), RIGHT, 0.01)
+    assert [len(a.changes) for a in opened.adapters] == [14] * len(names)
+
+
+@pytest.mark.parametrize("scheme, bound", [("bf16", 0.02), ("int8", 0.06), ("int4", 0.4)])
+def test_adapters_are_merged_before_rounding_and_kept_merged(released, scheme, bound, monkeypatch, recwarn):
+    first = logits_of(open_chat(released), scheme=scheme)
+    assert near(first, RIGHT, bound)
+    if scheme != "bf16":
+        assert [path.parent.name for path in released.glob("*/quantised_*")] == ["stage3"]
+        monkeypatch.setattr("llm.merged", None)   # the second time all is mapped
+        assert torch.equal(logits_of(open_chat(released), scheme=scheme), first)
+
+
+def test_matrices_are_merged_one_at_a_time(released, monkeypatch):
+    """Of 224 matrices of a 7B, all merged take 12.9 GB in fp16."""
+    alive, most = weakref.WeakSet(), []
+
+    def merge(*given):
+        t = merged(*given)
+        alive.add(t)
+        most.append(len(alive))
+        return t
+    monkeypatch.setattr("llm.merged", merge)
+    open_chat(released).load(scheme="int8")
+    assert len(most) == 15 and max(most) <= 2   # 14 and lm_head; the one before goes as the next one comes
+
+
+@pytest.mark.parametrize("change", ["lora_B", "lora_alpha"])
+def test_a_changed_adapter_is_never_answered_from_what_was_kept_of_another(released, adapter, change):
+    before = logits_of(open_chat(released), scheme="int8")
+    tensors = {name: t * 3 if change in name else t for name, t in part("stage2").items()}
+    adapter("stage2", tensors, **{"lora_alpha": 48} if change == "lora_alpha" else {})
+    after = logits_of(open_chat(released), scheme="int8")
+    assert not near(after, before, 0.3) and near(after, logits_of(open_chat(released)), 0.15)
+
+
+def test_a_llama_that_serves_two_chats_keeps_both_in_fewer_bits(released, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    for name in ("clip", "llava", "mm_projector.bin"):
+        os.symlink(released / name, other / name)
+    for folder in (released, other):
+        open_chat(folder, tokens="frame_cls").load(scheme="int8")
+    kept = {path.parent.name for path in released.glob("*/quantised_*")}
+    assert kept == {"stage3", "llava"}
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_the_memory_that_is_asked_for_counts_merged_matrices(released, scheme):
+    opened = open_chat(released)
+    need = opened.need(torch.float32, scheme, torch.device("cpu"), 100)
+    language_model = opened.load(scheme=scheme).llm
+    tensors = {t.data_ptr(): t.nbytes for t in (*language_model.parameters(), *language_model.buffers())}
+    assert need["LLaMA"] == sum(tensors.values())
+
+
+def test_a_projector_that_was_trained_along_counts_before_that_of_stage_1(released, adapter):
+    along = {f"base_model.model.{name}": t + 1 for name, t in part("projector").items()}
+    adapter("stage2", along=along)
+    projector = open_chat(released).load().video_tokens.mm_projector
+    assert torch.equal(projector.bias, part("projector")["model.mm_projector.bias"] + 1)
+
+
+def test_an_adapter_of_another_base_is_said(released, adapter):
+    config = released / "llava" / "config.json"
+    config.write_text(json.dumps({**json.loads(STATED["base_config"]), "_name_or_path": "lmsys/Vicuna-7b"}))
+    adapter("stage2", base_model_name_or_path="./checkpoints/vicuna-7b/")
+    adapter("stage3", base_model_name_or_path="./checkpoints/vicuna-13b")
+    with pytest.warns(UserWarning, match="stage3: trained on ./checkpoints/vicuna-13b, but .*llava") as said:
+        open_chat(released)
+    assert len(said) == 1
+
+
+def spoilt(released, adapter, how):
+    """Makes the folder wrong, or returns flags that are."""
+    if how == "no projector":
+        os.remove(released / "mm_projector.bin")
+    elif how == "order":
+        os.rename(released / "stage2", released / "stage1")
+    elif how == "width":
+        narrow = {name: t[:, :48] if "A.weight" in name else t for name, t in part("stage3").items()}
+        adapter("stage3", narrow)
+    elif how == "projector of another":
+        other = {"model.mm_projector.weight": torch.zeros(64, 32), "model.mm_projector.bias": torch.zeros(64)}
+        torch.save(other, released / "mm_projector.bin")
+    return ["--num_frames", "64"] if how == "frames" else []
+
+
+@pytest.mark.parametrize("how, message", [
+    ("no projector", r"lacks mm_projector.bin \(python -m weights get vtimellm --out"),
+    ("order", "has stage3 without stage2, on which it was trained"),
+    ("width", r"stage3/adapter_model.bin: .* is \(8, 48\) float32, needed are floats \(8, 64\)"),
+    ("projector of another", r"mm_projector is \(64, 32\), but this CLIP gives 768"),
+    ("frames", "--num_frames 64: these weights count time in 100 frames")])
+def test_wrong_input_is_one_line_and_exit_code_2(released, adapter, how, message, capsys):
+    words = ["--weights", str(released), "--device", "cpu", "-q", "When?", *spoilt(released, adapter, how)]
+    with pytest.raises(SystemExit) as e:
+        cli.run(chat.main, cli.parse(chat.Config, words, **chat.FLAGS))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count("\n") == 1 and re.search(message, err)
+
+
+def test_a_chat_shows_100_frames_and_answers(released, capsys, video):
+    chat.main(chat.Config(video, "When?", str(released), device="cpu", cache=False, max_new_tokens=4))
+    out, err = capsys.readouterr()
+    assert "100 frames, 100 video tokens" in err and "with stage2 and stage3" in err and out.count("\n") == 1
