@@ -11,11 +11,13 @@ import io
 import itertools
 import math
 import os
+import re
 import stat
 import time
 import warnings
 
 import av
+import av.logging
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,8 @@ LIMITS = {"max_pixels": str(MAX_PIXELS)}   # the same, for decoders
 TIME_LIMIT = 30                            # seconds of work without a new frame or packet: a file is given up
 REORDER = 33                               # packets: no frame is shown later after its place in a file
 COLOUR_SPACES = {1, 4, 5, 6, 7, 9}         # matrix coefficients of ITU-T H.273 that libswscale converts
+LOOKS = 64                                 # places of an MPEG-TS whose clocks are compared
+MAX_GAP = 600                              # seconds; if a clock leaps by more, another recording begins
 TOLERANCE = 1e-6                           # seconds: i / fps in floats still finds frame i
 CUT = "cut off or damaged; what cannot be read is not shown"
 
@@ -133,10 +137,9 @@ class ByteSource(io.FileIO):
 class Video:
     """The picture track of an open file. Times in here are ticks of its time base, as the file counts them.
 
-    Frames lean on others, from a keyframe on, and a file keeps them in the order of decoding. The shortest
-    way to a picture: see from packets alone which frame is on the screen and where the keyframe before it is;
-    decode from there, without the frames that nothing leans on; stop. What comes out is checked by its time
-    stamp. Where that fails (damage, or a container that is vague about time), `play` decodes everything."""
+    Frames lean on others, from a keyframe on, and a file keeps them in the order of decoding. A picture is
+    decoded from a keyframe before it, without the frames that nothing leans on: packets say which frame is on
+    the screen at a time. Where another one comes out, all are decoded, and from further and further back."""
     def __init__(self, path, file):
         self.path, self.file, self.container = path, file, None
         self.reformatter = VideoReformatter()   # one for all frames: making it costs more than using it
@@ -144,21 +147,35 @@ class Video:
         self.damage = ""                        # that frames are missing, in words
         self.latest = -math.inf                 # tick of the latest frame since a jump
         self.unproven = False                   # has no keyframe come out of the decoder since a jump?
+        self.timed = True                       # do packets say when their frames are shown?
+        self.untimed = False                    # do they say nothing of it? The n-th frame takes the n-th time
+        self.guessed = False                    # was there a picture without any time?
+        self.spacing = 0                        # ticks from picture to picture, if halves may come separately
+        self.joined = None                      # of several recordings in one file: all jumps, see below
+        self.due = {}                           # tick -> when the frame on the screen then began, by packets
 
     def read_first_frame(self):
         """It starts the clock and tells the size and which way is up."""
         self.rewind()
-        head = list(itertools.islice(self.packets(), REORDER))
-        start = min((self.when(p) for p in head if not p.is_discard), default=None)
-        # An MP4 without a list of keyframes says that all are. The first few frames show whether it is true.
-        doubtful = head[:4] if all(p.is_keyframe for p in head) and not self.context.codec.intra_only else []
-        frames = list(self.decode(head, {start, *map(self.when, doubtful)})) if self.timed else []
-        self.keyed = not doubtful or all(frame.key_frame for frame in frames)
-        found = (frame for frame in frames if frame.pts == start)
-        self.first = next(itertools.chain(found, self.play([-math.inf])), None)
+        if self.container.format.name == "mpegts":
+            self.join_recordings()
+        frames = self.read_head()
+        if self.context.name == "h264" and (not frames or frames[0].interlaced_frame):
+            self.rewind()   # each half of a picture may have a packet, with a time or without: frames show it
+            times = [frame.pts for frame in self.read_head(thorough=True) if frame.interlaced_frame]
+            self.spacing = min((b - a for a, b in itertools.pairwise(times) if a < b), default=0)
+            self.rewind()
+            frames = self.read_head()
+        if not self.timed or not frames:
+            self.rewind()
+            frames = self.decode(self.packets(), [], True)
+        self.first = next(iter(frames), None)
         if self.first is None:
             raise VideoError(self.path, f"no frame can be decoded: damaged, or of over {MAX_PIXELS} pixels")
         self.start, height, width = self.first.pts, self.first.height, self.first.width
+        self.left, right, self.top, bottom = self.cropping()
+        self.bottom, self.right = height - bottom, width - right
+        height, width = self.bottom - self.top, self.right - self.left
         a, b, c, d = display_matrix(self.first)
         self.transposed = abs(b) + abs(c) > abs(a) + abs(d)
         signs = (b, c) if self.transposed else (d, a)
@@ -182,14 +199,11 @@ class Video:
                   and not s.disposition & s.disposition.attached_pic]   # a cover
         if not tracks:
             raise VideoError(self.path, "no video track that can be decoded; only sound or a cover?")
-        self.stream, self.context, self.time_base = tracks[0], tracks[0].codec_context, tracks[0].time_base
+        best = self.container.streams.best("video")
+        self.stream = best if best in tracks else tracks[0]
+        self.context, self.time_base = self.stream.codec_context, self.stream.time_base
         if (width := self.context.width) * (height := self.context.height) > MAX_PIXELS:
             raise VideoError(self.path, f"frames of {width} x {height} are too large")
-        # libav guesses wrong when frames are shown: in AVI with B-frames, which only counts packets; after a
-        # seek, in MPEG program streams and in ASF with H.264, where packets lack that time.
-        kind = self.container.format.name
-        self.untimed = kind == "avi" and self.context.has_b_frames
-        self.timed = not self.untimed and kind != "mpeg" and (kind, self.context.name) != ("asf", "h264")
         self.context.options = LIMITS
         for other in self.container.streams:
             if other is not self.stream:
@@ -197,12 +211,49 @@ class Video:
         # One thread: a loader's workers are its parallelism. Elsewhere a second one took a third more CPU
         # time and saved little: after every jump to another keyframe it has nothing to do at first.
         self.context.thread_count = 1
+        self.behind, self.latest = 0, -math.inf
 
     def close(self):
         """Ends the decoder and lets go of its memory now; the garbage collector may come late."""
         if self.container is not None:
             self.container.close()
         self.container = self.stream = self.context = None
+
+    def read_head(self, thorough=False):
+        """The first packets of all -> frames in them, the first one among them; sees what can be trusted."""
+        self.timed, self.untimed, self.guessed = True, False, False
+        head = list(itertools.islice(self.packets(), REORDER))
+        start = [min(map(self.when, filter(self.appears, head)), default=0)]
+        # An MP4 without a list of keyframes says that all are. The frames show whether it is true.
+        doubtful = all(p.is_keyframe for p in head) and not self.context.codec.intra_only
+        frames = list(self.decode(head, [] if thorough or doubtful else start, thorough or doubtful))
+        self.keyed = not doubtful or all(frame.key_frame for frame in frames)
+        # The decoder puts frames into another order, but nothing says when they are shown: AVI, MP4 made of it
+        kind = self.container.format.name
+        no_times = self.context.has_b_frames and (kind == "avi" or all(p.pts in (None, p.dts) for p in head))
+        self.untimed = self.guessed or no_times
+        # libav guesses wrong after a seek where packets of MPEG program streams and of H.264 in ASF lack times
+        self.timed = not self.untimed and kind != "mpeg" and (kind, self.context.name) != ("asf", "h264")
+        return [frame for frame in frames if thorough or frame.pts == start[0]]
+
+    def join_recordings(self):
+        """Sees from a few places of the file whether its clock begins anew or leaps on the way. If it does,
+        reads all packets, to have a list of keyframes: seeking by time would get lost."""
+        size, clock = os.fstat(self.file.fileno()).st_size, []
+        for i in range(LOOKS):
+            self.file.start_over()
+            self.container.seek(size * i // LOOKS, stream=self.stream, unsupported_byte_offset=True)
+            clock += [p.dts for p in itertools.islice(self.packets(), 1) if p.dts is not None]
+        self.rewind()
+        if not all(itertools.starmap(self.runs_on, itertools.pairwise(clock))):
+            self.joined = []
+            self.joined = [(self.when(p), p.pos, self.behind) for p in self.packets() if p.is_keyframe]
+            self.rewind()
+        self.damage = ""
+
+    def runs_on(self, before, now):
+        """Is it the same clock?"""
+        return -0.1 <= (now - before) * self.time_base <= MAX_GAP
 
     def tick(self, seconds):
         """The tick at `seconds` after the first frame; a century at most, so that it fits into 64 bits."""
@@ -212,32 +263,62 @@ class Video:
         return float((tick - self.start) * self.time_base)
 
     def when(self, packet):
-        """Tick at which a packet's frame is shown, or where only that is known, decoded."""
+        """Tick at which a packet's frame is shown, or where only that is known, decoded. None: it is the
+        second half of the frame before."""
         return packet.dts if self.untimed or packet.pts is None else packet.pts
+
+    def appears(self, packet):
+        """Is it the beginning of a frame that is shown? An edit list hides some that others lean on."""
+        return not packet.is_discard and self.when(packet) is not None
 
     def packets(self):
         """The packets of the track from here on, in file order, up to damage that libav cannot pass. An empty
         packet means "repeat the frame" in AVI, but "the end" to a decoder, so none is passed on."""
+        before = clock = None   # ticks of the packet before
+        half = False
         # closing: PyAV leaks a packet otherwise. IndexError: its way to end where tracks turned up midway.
         with contextlib.closing(self.container.demux(self.stream)) as found, contextlib.suppress(IndexError):
             try:
                 for packet in found:
                     self.file.packet()
-                    if packet.is_corrupt:
+                    if packet.is_corrupt and self.joined is None:   # so libav calls what is beside a seam
                         self.damage = self.damage or CUT
-                    elif packet.size and self.when(packet) is not None:
-                        yield packet
+                        continue
+                    length = packet.duration or self.frame_length()
+                    now = packet.pts if packet.dts is None else packet.dts
+                    if not packet.size or now is None and before is None:
+                        continue
+                    if now is not None and self.container.format.name in ("mpegts", "mpeg"):
+                        if clock is not None and not self.runs_on(clock, now + self.behind):
+                            if not packet.is_keyframe:
+                                continue
+                            self.behind = clock + length - now   # the next recording follows the last one
+                        clock = now + self.behind
+                        packet.dts = None if packet.dts is None else packet.dts + self.behind
+                        packet.pts = None if packet.pts is None else packet.pts + self.behind
+                    if now is None:
+                        packet.pts = packet.dts = before + length
+                    half = not half and before is not None and 0 <= self.when(packet) - before < 0.75 * self.spacing
+                    before = self.when(packet)
+                    if half:
+                        packet.pts = packet.dts = None
+                    self.guessed |= now is None and not half
+                    yield packet
             except av.error.FFmpegError:
                 self.damage = self.damage or CUT
 
+    def frame_length(self):
+        """Ticks, on average."""
+        return round(1 / ((self.stream.average_rate or 25) * self.time_base))
+
     def go(self, jump):
         """To a keyframe (see keyframe_before), or to the beginning."""
-        self.file.start_over()
         if jump:
-            self.container.seek(jump[0], stream=self.stream)
+            self.file.start_over()
+            self.container.seek(jump[1], stream=self.stream, unsupported_byte_offset=self.joined is not None)
+            self.behind, self.latest = jump[2], -math.inf
         else:
             self.rewind()
-        self.context.skip_frame, self.latest = "DEFAULT", -math.inf
         self.unproven = jump is not None and self.context.name != "h264"   # whose decoder waits by itself
 
     def feed(self, packet):
@@ -255,45 +336,75 @@ class Video:
                 self.file.progress()
         return decoded
 
-    def decode(self, packets, wanted):
-        """Packets from a keyframe on -> frames, those at the ticks `wanted` among them, at the least cost:
-        the decoder leaves out what is neither wanted nor leaned on, and finishes after the last wanted."""
-        left = set(wanted)
-        for packet in packets:
-            self.context.skip_frame = "DEFAULT" if self.when(packet) in wanted else "NONREF"
-            left.discard(self.when(packet))
-            yield from self.feed(packet)
-            if not left:
-                break
-        yield from self.feed(None)
-
-    def play(self, ticks, jump=None):
-        """All frames in order, from a keyframe or the beginning on -> the one on the screen at each tick."""
-        self.go(jump)
-        ticks, file_order = collections.deque(ticks), collections.deque()
-        held = None if jump else self.first   # the frame on the screen
-        for packet in itertools.chain(self.packets(), [None]):
+    def foresee(self, packets, ticks):
+        """Packets -> (packet, those of the sorted ticks at which its frame is on the screen): the packets
+        that follow tell when the next frame is shown."""
+        times, ahead, known = [], collections.deque(), 0
+        reorder = 1 if self.context.codec.intra_only else REORDER
+        for packet in itertools.chain(packets, [None]):   # None: the end
             if packet is not None:
-                file_order.append(self.when(packet))
-            for frame in self.feed(packet):
-                if self.untimed:   # the n-th frame shown takes the n-th time
-                    frame.pts = file_order.popleft() if file_order else None
-                if frame.pts is None or frame.pts < (held.pts if held else jump[1] if jump else -math.inf):
-                    continue   # before the keyframe: it may lean on frames never decoded; else damage
-                while ticks and held is not None and frame.pts > ticks[0]:
-                    ticks.popleft()
-                    yield held
-                if not ticks:
+                ahead.append(packet)
+                if self.appears(packet):
+                    bisect.insort(times, self.when(packet))
+                    known += 1
+            while ahead and (packet is None or known > reorder):
+                found, shown = ahead.popleft(), []
+                if self.appears(found):
+                    known -= 1
+                    begin = self.when(found)
+                    later = bisect.bisect(times, begin)
+                    until = times[later] if later < len(times) else math.inf
+                    shown = ticks[bisect.bisect_left(ticks, begin):bisect.bisect_left(ticks, until)]
+                yield found, shown
+
+    def decode(self, packets, ticks, thorough):
+        """Packets from a keyframe on -> frames in the order of showing, those on the screen at the sorted
+        ticks among them. At the least cost, unless `thorough`: the decoder leaves out what is neither wanted
+        nor leaned on. It finishes after the last wanted frame."""
+        left, order = set(ticks), collections.deque()
+        for packet, shown in itertools.chain(self.foresee(packets, ticks), [(None, [])]):
+            if packet is not None and self.when(packet) is not None:
+                if self.timed and ticks and not left:
+                    yield from self.feed(None)
                     return
-                held = frame
-        yield from [held] * len(ticks) if held is not None else ()
+                order.append(self.when(packet))
+                left.difference_update(shown)
+                self.due.update(dict.fromkeys(shown, self.when(packet)))
+                self.context.skip_frame = "DEFAULT" if thorough or shown else "NONREF"
+            for frame in self.feed(packet):
+                if self.untimed:
+                    frame.pts = order.popleft() if order else None
+                if frame.pts is not None:
+                    yield frame
+
+    def play(self, ticks, jump, thorough):
+        """Sorted ticks -> the frame on the screen at each, decoded from a jump on; None where none comes."""
+        self.go(jump)
+        held = None if jump else self.first
+        earliest = jump[0] if jump else -math.inf   # before a keyframe: it may lean on frames never decoded
+        ticks = collections.deque(ticks)
+        for frame in self.decode(self.packets(), list(ticks), thorough):
+            if frame.pts < (held.pts if held else earliest):
+                continue
+            while ticks and frame.pts > ticks[0]:
+                ticks.popleft()
+                yield held
+            if not ticks:
+                return
+            held = frame
+        yield from [held] * len(ticks)
 
     def keyframe_before(self, tick):
-        """Where decoding can start to reach `tick` -> (place to seek to, tick of the keyframe there). None:
-        at the beginning, also where what a file calls keyframes are none.
+        """Where decoding can start to reach `tick` -> (tick of the keyframe there, place to seek to, ticks
+        that the clock there is behind). None: at the beginning, also where what a file calls keyframes are
+        none.
 
-        Seeking may land late (its times are those of decoding, not of showing) or on no keyframe at all
-        (MPEG-TS), so the packet found is looked at, and the search steps further back until it is right."""
+        Seeking may land late (its times are those of decoding, not of showing), on no keyframe at all
+        (MPEG-TS), or in another part of a film with edits. So the packets found are looked at, and the search
+        steps further back until they are right."""
+        if self.joined is not None:
+            before = bisect.bisect(self.joined, tick, key=lambda jump: jump[0])
+            return self.joined[before - 1] if before else None
         back, second = 0, math.ceil(1 / self.time_base)
         while self.timed and self.keyed:
             place = max(tick - back, self.start)
@@ -302,69 +413,35 @@ class Video:
                 self.container.seek(place, stream=self.stream)
             except av.error.FFmpegError:   # a container without any way to seek
                 return None
-            key = next((self.when(p) for p in self.packets() if p.is_keyframe), None)
+            found = itertools.dropwhile(lambda packet: not packet.is_keyframe, self.packets())
+            key = next((self.when(packet) for packet in found if self.appears(packet)), None)
             if key is not None and key <= tick:
-                return place, key
+                return key, place, 0
             if place == self.start:
                 return None
             back = max(second, 2 * back)
 
-    def plan(self, ticks):
-        """Sorted ticks -> [(keyframe to start from, {tick of a frame: the ticks at which it is on the
-        screen})], both in order, from packets alone."""
-        starts = {tick: self.keyframe_before(tick) for tick in ticks}   # all first: looking moves the reader
-        groups = []
-        for key, group in itertools.groupby(ticks, key=lambda tick: starts[tick] and starts[tick][1]):
-            group = collections.deque(group)
-            jump = starts[group[0]]
-            self.go(jump)
-            seen, shown = [], collections.defaultdict(list)   # sorted ticks of packets; the result
-            for packet in itertools.chain(self.packets(), [None]):   # None: the end
-                if packet is not None and not packet.is_discard and self.when(packet) >= (key or self.start):
-                    bisect.insort(seen, self.when(packet))
-                while group and (packet is None or len(seen) - bisect.bisect(seen, group[0]) >= REORDER):
-                    tick = group.popleft()
-                    shown[seen[max(bisect.bisect(seen, tick) - 1, 0)] if seen else -math.inf].append(tick)
-                if not group:
-                    break
-            groups.append((jump, shown))
-        return groups
-
-    def search(self, ticks):
-        """Sorted ticks -> the frame on the screen at each, by decoding everything from a keyframe on; from
-        one further and further back, where nothing before the first tick can be decoded."""
-        back = 0
-        while True:
-            jump = self.keyframe_before(ticks[0] - back)
-            found = self.play(ticks, jump)
-            frame = next(found, None)
-            if frame is not None and frame.pts <= ticks[0]:
-                yield frame
-                yield from found
-                return
-            back = max(math.ceil(10 / self.time_base), 2 * back)
-
     def show(self, ticks):
         """Sorted ticks -> the frame on the screen at each."""
-        if not self.timed:
-            yield from self.search(ticks) if ticks else ()
-            return
-        for jump, shown in self.plan(ticks):
-            found = {}   # decoded frames by tick: one of them may come before an earlier one
-            self.go(jump)
-            for frame in self.decode(self.packets(), set(shown)):
-                if frame.pts in shown:
-                    found[frame.pts] = frame
-                while (at := next(iter(shown), None)) in found:
-                    yield from [found.pop(at)] * len(shown.pop(at))
-                if not shown or len(found) > REORDER:
-                    break
-            lost = [(tick, at) for at, ticks in shown.items() for tick in ticks]
-            for (tick, at), frame in zip(lost, self.search([tick for tick, _ in lost]) if lost else ()):
-                if frame.pts != at:
-                    at = f"{self.seconds(tick):.2f} s"
-                    self.damage = self.damage or f"damaged at {at}; the frame before the damage is shown"
-                yield frame
+        starts = {tick: self.keyframe_before(tick) for tick in ticks}   # all first: looking moves the reader
+        for _, group in itertools.groupby(ticks, key=lambda tick: starts[tick] and starts[tick][0]):
+            group = collections.deque(group)
+            jump, thorough, back = starts[group[0]], not self.timed, 0
+            while group:
+                for frame in self.play(group, jump, thorough):
+                    tick = group[0]
+                    if frame is None:
+                        back = max(math.ceil(10 / self.time_base), 2 * back)
+                        jump = self.keyframe_before(tick - back)
+                        break
+                    if self.timed and frame.pts != self.due.get(tick):
+                        if not thorough:
+                            break
+                        at = f"{self.seconds(tick):.2f} s"
+                        self.damage = self.damage or f"damaged at {at}; the frame before the damage is shown"
+                    group.popleft()
+                    yield frame
+                thorough = True
 
     def pictures(self, ticks):
         """Sorted ticks -> (seconds, picture (3, H, W) uint8 RGB) at each."""
@@ -383,6 +460,7 @@ class Video:
         rgb = self.reformatter.reformat(frame, self.first.width, self.first.height, "rgb24",
                                         src_colorspace=guess, threads=1)
         picture = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)   # (3, H, W)
+        picture = picture[:, self.top:self.bottom, self.left:self.right]
         picture = (picture.transpose(1, 2) if self.transposed else picture).flip(self.flipped)
         square = picture.shape[1:] == self.shown_size
         return picture if square else resize_bicubic(picture[None], *self.shown_size)[0]
@@ -397,18 +475,29 @@ class Video:
             claimed = self.stream.duration + min(self.start, begin)
         else:
             claimed = int((self.container.duration or 0) / av.time_base / self.time_base)
-        self.go(self.keyframe_before(max(self.start, min(claimed, self.tick(math.inf)))))
-        last = max((p for p in self.packets() if not p.is_discard), key=self.when, default=None)
+        place = math.inf if self.joined else claimed
+        self.go(self.keyframe_before(max(self.start, min(place, self.tick(math.inf)))))
+        last = max(filter(self.appears, self.packets()), key=self.when, default=None)
         if last is None:
             raise VideoError(self.path, "no readable frame in it")
-        rate = self.stream.average_rate or 25
-        return self.when(last) + (last.duration or round(1 / (rate * self.time_base)))
+        return self.when(last) + (self.spacing or last.duration or self.frame_length())
 
     def all_ticks(self):
         """When each frame appears, sorted, by reading all packets and decoding none."""
         self.rewind()
-        ticks = {self.when(p) for p in self.packets() if not p.is_discard and self.when(p) >= self.start}
+        ticks = {self.when(p) for p in self.packets() if self.appears(p) and self.when(p) >= self.start}
         return sorted(ticks) or [self.start]
+
+    def cropping(self):
+        """-> rows at the top and bottom, columns at the left and right that the container hides (PixelCrop of
+        Matroska, clap of MP4). Only libav's description of a file tells them, and only where it may log."""
+        level = av.logging.get_level()
+        av.logging.set_level(av.logging.INFO)
+        described = self.container.dumps_format()
+        av.logging.set_level(level)
+        track = re.search(rf"Stream #0:{self.stream.index}\b.*?(?=Stream #|\Z)", described, re.DOTALL)
+        found = re.search(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", track[0] if track else "")
+        return list(map(int, found.groups())) if found else [0] * 4
 
 
 def display_matrix(frame):
