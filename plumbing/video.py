@@ -143,39 +143,27 @@ class Video:
     def __init__(self, path, file):
         self.path, self.file, self.container = path, file, None
         self.reformatter = VideoReformatter()   # one for all frames: making it costs more than using it
-        self.first = None                       # the first frame
         self.damage = ""                        # that frames are missing, in words
-        self.latest = -math.inf                 # tick of the latest frame since a jump
-        self.unproven = False                   # has no keyframe come out of the decoder since a jump?
-        self.timed = True                       # do packets say when their frames are shown?
-        self.untimed = False                    # do they say nothing of it? The n-th frame takes the n-th time
-        self.guessed = False                    # was there a picture without any time?
-        self.spacing = 0                        # ticks from picture to picture, if halves may come separately
-        self.joined = None                      # of several recordings in one file: all jumps, see below
-        self.due = {}                           # tick -> when the frame on the screen then began, by packets
+        self.spacing = 0     # ticks from one picture to the next, if each half may have a packet of its own
+        self.joined = None   # of several recordings in one file: the jumps to all keyframes
 
     def read_first_frame(self):
         """It starts the clock and tells the size and which way is up."""
-        self.rewind()
-        if self.container.format.name == "mpegts":
-            self.join_recordings()
         frames = self.read_head()
         if self.context.name == "h264" and (not frames or frames[0].interlaced_frame):
-            self.rewind()   # each half of a picture may have a packet, with a time or without: frames show it
             times = [frame.pts for frame in self.read_head(thorough=True) if frame.interlaced_frame]
             self.spacing = min((b - a for a, b in itertools.pairwise(times) if a < b), default=0)
-            self.rewind()
             frames = self.read_head()
         if not self.timed or not frames:
             self.rewind()
-            frames = self.decode(self.packets(), [], True)
+            frames = self.decode(self.packets(), [], {}, thorough=True)
         self.first = next(iter(frames), None)
         if self.first is None:
             raise VideoError(self.path, f"no frame can be decoded: damaged, or of over {MAX_PIXELS} pixels")
         self.start, height, width = self.first.pts, self.first.height, self.first.width
-        self.left, right, self.top, bottom = self.cropping()
-        self.bottom, self.right = height - bottom, width - right
-        height, width = self.bottom - self.top, self.right - self.left
+        left, right, top, bottom = self.cropping()
+        self.visible = slice(top, height - bottom), slice(left, width - right)
+        height, width = height - top - bottom, width - left - right
         a, b, c, d = display_matrix(self.first)
         self.transposed = abs(b) + abs(c) > abs(a) + abs(d)
         signs = (b, c) if self.transposed else (d, a)
@@ -184,6 +172,39 @@ class Video:
         if 1 / 8 <= aspect <= 8 and width * aspect * height <= MAX_PIXELS:   # beyond that it is damage
             width = max(1, round(width * aspect))
         self.shown_size = (width, height) if self.transposed else (height, width)   # height first
+        if self.container.format.name == "mpegts":
+            self.find_recordings()
+
+    def read_head(self, thorough=False):
+        """The first packets -> their frames, if `thorough`, else the first one. Sees what can be trusted."""
+        self.rewind()
+        self.timed, self.untimed, self.guessed = True, False, False
+        head = list(itertools.islice(self.packets(), REORDER))
+        start = [min(map(self.when, filter(self.appears, head)), default=0)]
+        frames = list(self.decode(head, [] if thorough else start, {}, thorough))
+        # The decoder puts frames into another order, but nothing says when each is shown: AVI, MP4 made of it.
+        kind, reorders = self.container.format.name, self.context.has_b_frames
+        self.untimed = self.guessed or reorders and (kind == "avi" or all(p.pts in (None, p.dts) for p in head))
+        # After a seek, packets of MPEG program streams and of H.264 in ASF lack times, and libav guesses wrong.
+        self.timed = not self.untimed and kind != "mpeg" and (kind, self.context.name) != ("asf", "h264")
+        return [frame for frame in frames if thorough or frame.pts == start[0]]
+
+    def find_recordings(self):
+        """Looks at a few places of an MPEG-TS whether its clock begins anew or leaps on the way, as in files
+        that were joined. If so, reads all packets for a list of keyframes: seeking by time would get lost."""
+        size, clock = os.fstat(self.file.fileno()).st_size, []
+        for i in range(LOOKS):
+            self.file.start_over()
+            self.container.seek(size * i // LOOKS, stream=self.stream, unsupported_byte_offset=True)
+            clock += [p.dts for p in itertools.islice(self.packets(), 1) if p.dts is not None]
+        if not all(itertools.starmap(self.runs_on, itertools.pairwise(clock))):
+            self.rewind()
+            self.joined, self.damage = [], ""
+            self.joined = [(self.when(p), p.pos, self.behind) for p in self.packets() if p.is_keyframe]
+
+    def runs_on(self, before, now):
+        """Is it the same clock?"""
+        return -0.1 <= (now - before) * self.time_base <= MAX_GAP
 
     def rewind(self):
         """(Re)opens the container at its beginning: the one way back that every format knows."""
@@ -211,49 +232,15 @@ class Video:
         # One thread: a loader's workers are its parallelism. Elsewhere a second one took a third more CPU
         # time and saved little: after every jump to another keyframe it has nothing to do at first.
         self.context.thread_count = 1
-        self.behind, self.latest = 0, -math.inf
+        self.length = round(1 / ((self.stream.average_rate or 25) * self.time_base))   # ticks of a frame
+        self.behind = 0          # ticks to add to the clock of a later recording
+        self.unproven = False    # has no keyframe come out of the decoder since a jump?
 
     def close(self):
         """Ends the decoder and lets go of its memory now; the garbage collector may come late."""
         if self.container is not None:
             self.container.close()
         self.container = self.stream = self.context = None
-
-    def read_head(self, thorough=False):
-        """The first packets of all -> frames in them, the first one among them; sees what can be trusted."""
-        self.timed, self.untimed, self.guessed = True, False, False
-        head = list(itertools.islice(self.packets(), REORDER))
-        start = [min(map(self.when, filter(self.appears, head)), default=0)]
-        # An MP4 without a list of keyframes says that all are. The frames show whether it is true.
-        doubtful = all(p.is_keyframe for p in head) and not self.context.codec.intra_only
-        frames = list(self.decode(head, [] if thorough or doubtful else start, thorough or doubtful))
-        self.keyed = not doubtful or all(frame.key_frame for frame in frames)
-        # The decoder puts frames into another order, but nothing says when they are shown: AVI, MP4 made of it
-        kind = self.container.format.name
-        no_times = self.context.has_b_frames and (kind == "avi" or all(p.pts in (None, p.dts) for p in head))
-        self.untimed = self.guessed or no_times
-        # libav guesses wrong after a seek where packets of MPEG program streams and of H.264 in ASF lack times
-        self.timed = not self.untimed and kind != "mpeg" and (kind, self.context.name) != ("asf", "h264")
-        return [frame for frame in frames if thorough or frame.pts == start[0]]
-
-    def join_recordings(self):
-        """Sees from a few places of the file whether its clock begins anew or leaps on the way. If it does,
-        reads all packets, to have a list of keyframes: seeking by time would get lost."""
-        size, clock = os.fstat(self.file.fileno()).st_size, []
-        for i in range(LOOKS):
-            self.file.start_over()
-            self.container.seek(size * i // LOOKS, stream=self.stream, unsupported_byte_offset=True)
-            clock += [p.dts for p in itertools.islice(self.packets(), 1) if p.dts is not None]
-        self.rewind()
-        if not all(itertools.starmap(self.runs_on, itertools.pairwise(clock))):
-            self.joined = []
-            self.joined = [(self.when(p), p.pos, self.behind) for p in self.packets() if p.is_keyframe]
-            self.rewind()
-        self.damage = ""
-
-    def runs_on(self, before, now):
-        """Is it the same clock?"""
-        return -0.1 <= (now - before) * self.time_base <= MAX_GAP
 
     def tick(self, seconds):
         """The tick at `seconds` after the first frame; a century at most, so that it fits into 64 bits."""
@@ -268,136 +255,122 @@ class Video:
         return packet.dts if self.untimed or packet.pts is None else packet.pts
 
     def appears(self, packet):
-        """Is it the beginning of a frame that is shown? An edit list hides some that others lean on."""
+        """Does it begin a frame that is shown? An edit list hides some that others lean on."""
         return not packet.is_discard and self.when(packet) is not None
 
     def packets(self):
-        """The packets of the track from here on, in file order, up to damage that libav cannot pass. An empty
-        packet means "repeat the frame" in AVI, but "the end" to a decoder, so none is passed on."""
-        before = clock = None   # ticks of the packet before
-        half = False
+        """The packets of the track from here on, in file order, up to damage that libav cannot pass; with
+        times, also where a container gives none, and in a recording whose clock begins anew. An empty packet
+        means "repeat the frame" in AVI, but "the end" to a decoder, so none is passed on."""
+        last, clock, half = None, None, False   # of the packet before
         # closing: PyAV leaks a packet otherwise. IndexError: its way to end where tracks turned up midway.
         with contextlib.closing(self.container.demux(self.stream)) as found, contextlib.suppress(IndexError):
             try:
                 for packet in found:
                     self.file.packet()
-                    if packet.is_corrupt and self.joined is None:   # so libav calls what is beside a seam
+                    if packet.is_corrupt and self.joined is None:   # so libav calls what is beside a seam, too
                         self.damage = self.damage or CUT
                         continue
-                    length = packet.duration or self.frame_length()
-                    now = packet.pts if packet.dts is None else packet.dts
-                    if not packet.size or now is None and before is None:
+                    now, length = packet.pts if packet.dts is None else packet.dts, packet.duration or self.length
+                    if not packet.size or now is last is None:
                         continue
-                    if now is not None and self.container.format.name in ("mpegts", "mpeg"):
+                    if now is None:
+                        packet.pts = packet.dts = last + length
+                    elif self.container.format.name in ("mpegts", "mpeg"):
                         if clock is not None and not self.runs_on(clock, now + self.behind):
                             if not packet.is_keyframe:
                                 continue
                             self.behind = clock + length - now   # the next recording follows the last one
                         clock = now + self.behind
-                        packet.dts = None if packet.dts is None else packet.dts + self.behind
-                        packet.pts = None if packet.pts is None else packet.pts + self.behind
-                    if now is None:
-                        packet.pts = packet.dts = before + length
-                    half = not half and before is not None and 0 <= self.when(packet) - before < 0.75 * self.spacing
-                    before = self.when(packet)
+                        packet.pts, packet.dts = (t if t is None else t + self.behind
+                                                  for t in (packet.pts, packet.dts))
+                    gap = math.inf if half or last is None else self.when(packet) - last
+                    half, last = 0 <= gap < 0.75 * self.spacing, self.when(packet)
                     if half:
                         packet.pts = packet.dts = None
-                    self.guessed |= now is None and not half
+                    elif now is None:
+                        self.guessed = True
                     yield packet
             except av.error.FFmpegError:
                 self.damage = self.damage or CUT
-
-    def frame_length(self):
-        """Ticks, on average."""
-        return round(1 / ((self.stream.average_rate or 25) * self.time_base))
 
     def go(self, jump):
         """To a keyframe (see keyframe_before), or to the beginning."""
         if jump:
             self.file.start_over()
             self.container.seek(jump[1], stream=self.stream, unsupported_byte_offset=self.joined is not None)
-            self.behind, self.latest = jump[2], -math.inf
+            self.behind = jump[2]
         else:
             self.rewind()
         self.unproven = jump is not None and self.context.name != "h264"   # whose decoder waits by itself
 
-    def feed(self, packet):
-        """A packet into the decoder -> the frames that come out. None: the end, all that it still holds."""
-        try:
-            decoded = self.context.decode(packet)
-        except av.error.FFmpegError:   # one damaged frame: the one before it stays on the screen
-            return []
-        if self.unproven:   # frames before a keyframe lean on others; a container may misplace one
-            decoded = list(itertools.dropwhile(lambda frame: not frame.key_frame, decoded))
-            self.unproven = not decoded
-        for frame in decoded:
-            if frame.pts is not None and frame.pts > self.latest:
-                self.latest = frame.pts
-                self.file.progress()
-        return decoded
-
-    def foresee(self, packets, ticks):
-        """Packets -> (packet, those of the sorted ticks at which its frame is on the screen): the packets
-        that follow tell when the next frame is shown."""
-        times, ahead, known = [], collections.deque(), 0
+    def choose(self, packets, ticks, due, thorough):
+        """Packets in file order, as far as the sorted ticks need them: those that follow tell how long a
+        frame is on the screen. due[tick]: will be when the frame that is on the screen then began. Unless
+        `thorough`, the decoder leaves out frames that are neither wanted nor leaned on."""
+        times, ahead = [], collections.deque()
         reorder = 1 if self.context.codec.intra_only else REORDER
         for packet in itertools.chain(packets, [None]):   # None: the end
             if packet is not None:
                 ahead.append(packet)
                 if self.appears(packet):
                     bisect.insort(times, self.when(packet))
-                    known += 1
-            while ahead and (packet is None or known > reorder):
-                found, shown = ahead.popleft(), []
-                if self.appears(found):
-                    known -= 1
-                    begin = self.when(found)
+            while ahead:
+                begin, shown = self.when(ahead[0]), []
+                if self.appears(ahead[0]):
                     later = bisect.bisect(times, begin)
+                    if packet is not None and len(times) - later < reorder:
+                        break
                     until = times[later] if later < len(times) else math.inf
                     shown = ticks[bisect.bisect_left(ticks, begin):bisect.bisect_left(ticks, until)]
-                yield found, shown
+                if begin is not None:   # else: it goes with the half before
+                    if self.timed and ticks and ticks[-1] in due and len(due) == len(set(ticks)):
+                        return
+                    due.update(dict.fromkeys(shown, begin))
+                    self.context.skip_frame = "DEFAULT" if thorough or shown else "NONREF"
+                yield ahead.popleft()
 
-    def decode(self, packets, ticks, thorough):
+    def decode(self, packets, ticks, due, thorough):
         """Packets from a keyframe on -> frames in the order of showing, those on the screen at the sorted
-        ticks among them. At the least cost, unless `thorough`: the decoder leaves out what is neither wanted
-        nor leaned on. It finishes after the last wanted frame."""
-        left, order = set(ticks), collections.deque()
-        for packet, shown in itertools.chain(self.foresee(packets, ticks), [(None, [])]):
+        ticks among them; the rest as for `choose`."""
+        latest, order = -math.inf, collections.deque()
+        for packet in itertools.chain(self.choose(packets, ticks, due, thorough), [None]):   # None: the end
             if packet is not None and self.when(packet) is not None:
-                if self.timed and ticks and not left:
-                    yield from self.feed(None)
-                    return
                 order.append(self.when(packet))
-                left.difference_update(shown)
-                self.due.update(dict.fromkeys(shown, self.when(packet)))
-                self.context.skip_frame = "DEFAULT" if thorough or shown else "NONREF"
-            for frame in self.feed(packet):
-                if self.untimed:
+            try:
+                frames = self.context.decode(packet)
+            except av.error.FFmpegError:   # one damaged frame: the one before it stays on the screen
+                continue
+            if self.unproven:   # frames before a keyframe lean on others; a container may misplace one
+                frames = list(itertools.dropwhile(lambda frame: not frame.key_frame, frames))
+                self.unproven = not frames
+            for frame in frames:
+                if self.untimed:   # the n-th frame takes the n-th time
                     frame.pts = order.popleft() if order else None
                 if frame.pts is not None:
+                    if frame.pts > latest:
+                        latest = frame.pts
+                        self.file.progress()
                     yield frame
 
     def play(self, ticks, jump, thorough):
-        """Sorted ticks -> the frame on the screen at each, decoded from a jump on; None where none comes."""
+        """Sorted ticks -> (the frame on the screen, when it should have begun) at each, decoded from a jump
+        on. No frame: None comes from there so early."""
         self.go(jump)
-        held = None if jump else self.first
-        earliest = jump[0] if jump else -math.inf   # before a keyframe: it may lean on frames never decoded
-        ticks = collections.deque(ticks)
-        for frame in self.decode(self.packets(), list(ticks), thorough):
-            if frame.pts < (held.pts if held else earliest):
-                continue
-            while ticks and frame.pts > ticks[0]:
-                ticks.popleft()
-                yield held
-            if not ticks:
-                return
-            held = frame
-        yield from [held] * len(ticks)
+        # a frame before the keyframe may lean on frames never decoded
+        held, earliest, due = None if jump else self.first, jump[0] if jump else self.start, {}
+        frames = self.decode(self.packets(), ticks, due, thorough)
+        coming = next(frames, None)
+        for tick in ticks:
+            while coming and coming.pts <= tick:
+                if coming.pts >= earliest:
+                    held, earliest = coming, coming.pts
+                coming = next(frames, None)
+            yield held, due.get(tick)
 
     def keyframe_before(self, tick):
-        """Where decoding can start to reach `tick` -> (tick of the keyframe there, place to seek to, ticks
-        that the clock there is behind). None: at the beginning, also where what a file calls keyframes are
-        none.
+        """Where decoding can start to reach `tick` -> jump: (tick of the keyframe, place to seek to, ticks
+        that the clock there is behind). None: at the beginning.
 
         Seeking may land late (its times are those of decoding, not of showing), on no keyframe at all
         (MPEG-TS), or in another part of a film with edits. So the packets found are looked at, and the search
@@ -406,7 +379,7 @@ class Video:
             before = bisect.bisect(self.joined, tick, key=lambda jump: jump[0])
             return self.joined[before - 1] if before else None
         back, second = 0, math.ceil(1 / self.time_base)
-        while self.timed and self.keyed:
+        while self.timed:
             place = max(tick - back, self.start)
             self.file.start_over()
             try:
@@ -425,21 +398,20 @@ class Video:
         """Sorted ticks -> the frame on the screen at each."""
         starts = {tick: self.keyframe_before(tick) for tick in ticks}   # all first: looking moves the reader
         for _, group in itertools.groupby(ticks, key=lambda tick: starts[tick] and starts[tick][0]):
-            group = collections.deque(group)
-            jump, thorough, back = starts[group[0]], not self.timed, 0
-            while group:
-                for frame in self.play(group, jump, thorough):
-                    tick = group[0]
+            left, thorough, back = collections.deque(group), not self.timed, 0
+            jump = starts[left[0]]
+            while left:
+                for frame, due in self.play(list(left), jump, thorough):
                     if frame is None:
                         back = max(math.ceil(10 / self.time_base), 2 * back)
-                        jump = self.keyframe_before(tick - back)
+                        jump = self.keyframe_before(left[0] - back)
                         break
-                    if self.timed and frame.pts != self.due.get(tick):
+                    if self.timed and frame.pts != due:
                         if not thorough:
                             break
-                        at = f"{self.seconds(tick):.2f} s"
+                        at = f"{self.seconds(left[0]):.2f} s"
                         self.damage = self.damage or f"damaged at {at}; the frame before the damage is shown"
-                    group.popleft()
+                    left.popleft()
                     yield frame
                 thorough = True
 
@@ -460,27 +432,20 @@ class Video:
         rgb = self.reformatter.reformat(frame, self.first.width, self.first.height, "rgb24",
                                         src_colorspace=guess, threads=1)
         picture = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)   # (3, H, W)
-        picture = picture[:, self.top:self.bottom, self.left:self.right]
+        picture = picture[:, *self.visible]
         picture = (picture.transpose(1, 2) if self.transposed else picture).flip(self.flipped)
         square = picture.shape[1:] == self.shown_size
         return picture if square else resize_bicubic(picture[None], *self.shown_size)[0]
 
     def end(self):
-        """Tick at which the last frame stops being shown, from the last packets; none is decoded.
-
-        Where these are, the file claims: the length of the track, which counts from its first packet, or else
-        of the longest track, which counts from zero."""
-        if self.stream.duration:
-            begin = self.start if self.stream.start_time is None else self.stream.start_time
-            claimed = self.stream.duration + min(self.start, begin)
-        else:
-            claimed = int((self.container.duration or 0) / av.time_base / self.time_base)
-        place = math.inf if self.joined else claimed
-        self.go(self.keyframe_before(max(self.start, min(place, self.tick(math.inf)))))
+        """Tick at which the last frame stops being shown, from the last packets; none is decoded."""
+        key = self.keyframe_before(self.tick(math.inf))
+        # Further back: an MP4 without a list of keyframes says that all are, but the last one is not shown last.
+        self.go(key and self.keyframe_before(key[0] - REORDER * self.length))
         last = max(filter(self.appears, self.packets()), key=self.when, default=None)
         if last is None:
             raise VideoError(self.path, "no readable frame in it")
-        return self.when(last) + (self.spacing or last.duration or self.frame_length())
+        return self.when(last) + (self.spacing or last.duration or self.length)
 
     def all_ticks(self):
         """When each frame appears, sorted, by reading all packets and decoding none."""

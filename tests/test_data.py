@@ -71,13 +71,13 @@ def test_webm_written_to_a_pipe_has_neither_duration_nor_index_and_still_works(t
 
 def test_a_late_frame_costs_one_group_of_pictures(clips, monkeypatch):
     decoded = []
-    feed = video.Video.feed
+    decode = video.Video.decode
 
-    def counted(self, packet):
-        frames = feed(self, packet)
-        decoded.extend(frames)
-        return frames
-    monkeypatch.setattr(video.Video, "feed", counted)
+    def counted(self, *args, **more):
+        for frame in decode(self, *args, **more):
+            decoded.append(frame)
+            yield frame
+    monkeypatch.setattr(video.Video, "decode", counted)
     # TS: a seek lands anywhere, the search steps a second back
     for name, most in (("h264 short gop", 10), ("h264 ts", 45)):
         for i in range(FRAMES):
