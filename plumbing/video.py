@@ -182,10 +182,11 @@ class Video:
         head = list(itertools.islice(self.packets(), REORDER))
         start = [min(map(self.when, filter(self.appears, head)), default=0)]
         frames = list(self.decode(head, [] if thorough else start, {}, thorough))
-        # The decoder puts frames into another order, but nothing says when each is shown: AVI, MP4 made of it.
-        kind, reorders = self.container.format.name, self.context.has_b_frames
-        self.untimed = self.guessed or reorders and (kind == "avi" or all(p.pts in (None, p.dts) for p in head))
-        # After a seek, packets of MPEG program streams and of H.264 in ASF lack times, and libav guesses wrong.
+        # The decoder puts frames into another order, and nothing says when each is shown: AVI, MP4 made of it.
+        kind = self.container.format.name
+        nothing = kind == "avi" or all(packet.pts in (None, packet.dts) for packet in head)
+        self.untimed = self.guessed or self.context.has_b_frames and nothing
+        # After a seek, packets of MPEG program streams and of H.264 in ASF lack times; libav guesses wrong.
         self.timed = not self.untimed and kind != "mpeg" and (kind, self.context.name) != ("asf", "h264")
         return [frame for frame in frames if thorough or frame.pts == start[0]]
 
@@ -233,7 +234,7 @@ class Video:
         # time and saved little: after every jump to another keyframe it has nothing to do at first.
         self.context.thread_count = 1
         self.context.open(strict=False)   # now, while it leaves out nothing: for AV1 that is decided here
-        self.length = round(1 / ((self.stream.average_rate or 25) * self.time_base))   # ticks of a frame
+        self.length = round(1 / ((self.stream.average_rate or 25) * self.time_base))   # a frame's, in ticks
         self.behind = 0          # ticks to add to the clock of a later recording
         self.unproven = False    # has no keyframe come out of the decoder since a jump?
 
@@ -259,34 +260,38 @@ class Video:
         """Does it begin a frame that is shown? An edit list hides some that others lean on."""
         return not packet.is_discard and self.when(packet) is not None
 
-    def packets(self):
-        """The packets of the track from here on, in file order, up to damage that libav cannot pass; with
-        times, also where a container gives none, and in a recording whose clock begins anew. An empty packet
-        means "repeat the frame" in AVI, but "the end" to a decoder, so none is passed on."""
-        last, clock, half = None, None, False   # of the packet before
+    def packets(self, jumped=False):
+        """The packets of the track from here on, after a jump from a keyframe on, in file order, up to damage
+        that libav cannot pass; with times, also where a container gives none or its clock begins anew. An
+        empty packet means "repeat the frame" in AVI, but "the end" to a decoder, so none is passed on."""
+        last, due, clock, half = None, None, None, False   # of the packet before; when the next one is due
         # closing: PyAV leaks a packet otherwise. IndexError: its way to end where tracks turned up midway.
         with contextlib.closing(self.container.demux(self.stream)) as found, contextlib.suppress(IndexError):
             try:
                 for packet in found:
                     self.file.packet()
-                    if packet.is_corrupt and self.joined is None:   # so libav calls what is beside a seam, too
+                    if packet.is_corrupt and self.joined is None:   # beside a seam it is whole
                         self.damage = self.damage or CUT
                         continue
-                    now, length = packet.pts if packet.dts is None else packet.dts, packet.duration or self.length
-                    if not packet.size or now is last is None:
+                    now = packet.pts if packet.dts is None else packet.dts
+                    if not packet.size or now is due is None or jumped and not packet.is_keyframe:
                         continue
+                    jumped, length = False, packet.duration or self.length
                     if now is None:
-                        packet.pts = packet.dts = last + length
+                        packet.pts = packet.dts = due
                     elif self.container.format.name in ("mpegts", "mpeg"):
                         if clock is not None and not self.runs_on(clock, now + self.behind):
                             if not packet.is_keyframe:
                                 continue
-                            self.behind = clock + length - now   # the next recording follows the last one
+                            self.behind = clock + length - now   # a recording follows the one before
                         clock = now + self.behind
+                        if packet.pts is not None and not self.runs_on(now, packet.pts):
+                            packet.pts = None   # libav guessed it from the next recording
                         packet.pts, packet.dts = (t if t is None else t + self.behind
                                                   for t in (packet.pts, packet.dts))
                     gap = math.inf if half or last is None else self.when(packet) - last
                     half, last = 0 <= gap < 0.75 * self.spacing, self.when(packet)
+                    due = last + length
                     if half:
                         packet.pts = packet.dts = None
                     elif now is None:
@@ -348,6 +353,8 @@ class Video:
             for frame in frames:
                 if self.untimed:   # the n-th frame takes the n-th time
                     frame.pts = order.popleft() if order else None
+                elif frame.pts is None and latest > -math.inf:
+                    frame.pts = latest + self.length
                 if frame.pts is not None:
                     if frame.pts > latest:
                         latest = frame.pts
@@ -360,7 +367,7 @@ class Video:
         self.go(jump)
         # a frame before the keyframe may lean on frames never decoded
         held, earliest, due = None if jump else self.first, jump[0] if jump else self.start, {}
-        frames = self.decode(self.packets(), ticks, due, thorough)
+        frames = self.decode(self.packets(jumped=jump is not None), ticks, due, thorough)
         coming = next(frames, None)
         for tick in ticks:
             while coming and coming.pts <= tick:
@@ -387,8 +394,7 @@ class Video:
                 self.container.seek(place, stream=self.stream)
             except av.error.FFmpegError:   # a container without any way to seek
                 return None
-            found = itertools.dropwhile(lambda packet: not packet.is_keyframe, self.packets())
-            key = next((self.when(packet) for packet in found if self.appears(packet)), None)
+            key = next(map(self.when, filter(self.appears, self.packets(jumped=True))), None)
             if key is not None and key <= tick:
                 return key, place, 0
             if place == self.start:
@@ -442,8 +448,9 @@ class Video:
         """Tick at which the last frame stops being shown, from the last packets; none is decoded."""
         key = self.keyframe_before(self.tick(math.inf))
         # Further back: an MP4 without a list of keyframes says that all are, but the last one is not shown last.
-        self.go(key and self.keyframe_before(key[0] - REORDER * self.length))
-        last = max(filter(self.appears, self.packets()), key=self.when, default=None)
+        jump = key and self.keyframe_before(key[0] - REORDER * self.length)
+        self.go(jump)
+        last = max(filter(self.appears, self.packets(jumped=jump is not None)), key=self.when, default=None)
         if last is None:
             raise VideoError(self.path, "no readable frame in it")
         return self.when(last) + (self.spacing or last.duration or self.length)
