@@ -35,9 +35,9 @@ MAX_PIXELS = 1 << 25                       # of one frame: 8K is just below; a h
 LIMITS = {"max_pixels": str(MAX_PIXELS)}   # the same, for decoders
 TIME_LIMIT = 30                            # seconds of work without a new frame or packet: a file is given up
 REORDER = 33                               # packets: no frame is shown later after its place in a file
-COLOUR_SPACES = {1, 4, 5, 6, 7, 9}         # matrix coefficients of ITU-T H.273 that libswscale converts
 LOOKS = 64                                 # places of an MPEG-TS whose clocks are compared
-MAX_GAP = 600                              # seconds; if a clock leaps by more, another recording begins
+MAX_GAP = 600                              # seconds; where a clock leaps by more, another recording begins
+COLOUR_SPACES = {1, 4, 5, 6, 7, 9}         # matrix coefficients of ITU-T H.273 that libswscale converts
 TOLERANCE = 1e-6                           # seconds: i / fps in floats still finds frame i
 CUT = "cut off or damaged; what cannot be read is not shown"
 
@@ -155,8 +155,7 @@ class Video:
             self.spacing = min((b - a for a, b in itertools.pairwise(times) if a < b), default=0)
             frames = self.read_head()
         if not self.timed or not frames:
-            self.rewind()
-            frames = self.decode(self.packets(), [], {}, thorough=True)
+            frames = self.decode(self.go(None), [], {}, thorough=True)
         self.first = next(iter(frames), None)
         if self.first is None:
             raise VideoError(self.path, f"no frame can be decoded: damaged, or of over {MAX_PIXELS} pixels")
@@ -182,7 +181,7 @@ class Video:
         head = list(itertools.islice(self.packets(), REORDER))
         start = [min(map(self.when, filter(self.appears, head)), default=0)]
         frames = list(self.decode(head, [] if thorough else start, {}, thorough))
-        # The decoder puts frames into another order, and nothing says when each is shown: AVI, MP4 made of it.
+        # The decoder puts frames into another order, and nothing says when each is shown: AVI, MP4 from it.
         kind = self.container.format.name
         nothing = kind == "avi" or all(packet.pts in (None, packet.dts) for packet in head)
         self.untimed = self.guessed or self.context.has_b_frames and nothing
@@ -199,9 +198,8 @@ class Video:
             self.container.seek(size * i // LOOKS, stream=self.stream, unsupported_byte_offset=True)
             clock += [p.dts for p in itertools.islice(self.packets(), 1) if p.dts is not None]
         if not all(itertools.starmap(self.runs_on, itertools.pairwise(clock))):
-            self.rewind()
             self.joined, self.damage = [], ""
-            self.joined = [(self.when(p), p.pos, self.behind) for p in self.packets() if p.is_keyframe]
+            self.joined = [(self.when(p), p.pos, self.behind) for p in self.go(None) if p.is_keyframe]
 
     def runs_on(self, before, now):
         """Is it the same clock?"""
@@ -301,7 +299,7 @@ class Video:
                 self.damage = self.damage or CUT
 
     def go(self, jump):
-        """To a keyframe (see keyframe_before), or to the beginning."""
+        """To a keyframe (see keyframe_before), or to the beginning -> the packets from there on."""
         if jump:
             self.file.start_over()
             self.container.seek(jump[1], stream=self.stream, unsupported_byte_offset=self.joined is not None)
@@ -309,6 +307,7 @@ class Video:
         else:
             self.rewind()
         self.unproven = jump is not None and self.context.name != "h264"   # whose decoder waits by itself
+        return self.packets(jumped=jump is not None)
 
     def choose(self, packets, ticks, due, thorough):
         """Packets in file order, as far as the sorted ticks need them: those that follow tell how long a
@@ -364,10 +363,9 @@ class Video:
     def play(self, ticks, jump, thorough):
         """Sorted ticks -> (the frame on the screen, when it should have begun) at each, decoded from a jump
         on. No frame: None comes from there so early."""
-        self.go(jump)
-        # a frame before the keyframe may lean on frames never decoded
+        # what is shown before the keyframe may lean on frames never decoded
         held, earliest, due = None if jump else self.first, jump[0] if jump else self.start, {}
-        frames = self.decode(self.packets(jumped=jump is not None), ticks, due, thorough)
+        frames = self.decode(self.go(jump), ticks, due, thorough)
         coming = next(frames, None)
         for tick in ticks:
             while coming and coming.pts <= tick:
@@ -447,22 +445,20 @@ class Video:
     def end(self):
         """Tick at which the last frame stops being shown, from the last packets; none is decoded."""
         key = self.keyframe_before(self.tick(math.inf))
-        # Further back: an MP4 without a list of keyframes says that all are, but the last one is not shown last.
-        jump = key and self.keyframe_before(key[0] - REORDER * self.length)
-        self.go(jump)
-        last = max(filter(self.appears, self.packets(jumped=jump is not None)), key=self.when, default=None)
+        # Further back: an MP4 without a list of keyframes says that all are; the last one is not shown last.
+        packets = self.go(key and self.keyframe_before(key[0] - REORDER * self.length))
+        last = max(filter(self.appears, packets), key=self.when, default=None)
         if last is None:
             raise VideoError(self.path, "no readable frame in it")
         return self.when(last) + (self.spacing or last.duration or self.length)
 
     def all_ticks(self):
         """When each frame appears, sorted, by reading all packets and decoding none."""
-        self.rewind()
-        ticks = {self.when(p) for p in self.packets() if self.appears(p) and self.when(p) >= self.start}
-        return sorted(ticks) or [self.start]
+        ticks = set(map(self.when, filter(self.appears, self.go(None))))
+        return sorted(tick for tick in ticks if tick >= self.start) or [self.start]
 
     def cropping(self):
-        """-> rows at the top and bottom, columns at the left and right that the container hides (PixelCrop of
+        """-> columns at the left and right, rows at the top and bottom that the container hides (PixelCrop of
         Matroska, clap of MP4). Only libav's description of a file tells them, and only where it may log."""
         level = av.logging.get_level()
         av.logging.set_level(av.logging.INFO)

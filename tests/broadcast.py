@@ -73,7 +73,7 @@ class Stream:
             part = payload[begin:begin + 184]
             count = self.counters[pid] = (self.counters.get(pid, -1) + 1) % 16
             room = 184 - len(part)
-            filling = (bytes([room - 1]) + b"\0" + b"\xff" * (room - 2))[:room]
+            filling = (bytes([max(room - 1, 0)]) + b"\0" + b"\xff" * (room - 2))[:room]
             head = struct.pack(">BHB", 0x47, (begin == 0) << 14 | pid, (0x30 if room else 0x10) | count)
             self.file.write(head + filling + part)
 
