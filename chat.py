@@ -74,7 +74,7 @@ from plumbing.store import Store, code_of, state_of
 ROOM = 64              # tokens that an answer should have; for these, old turns are forgotten
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command
 SETTINGS = ("temperature", "top_p", "max_new_tokens", "seed")   # can change between two answers
-ALIASES = {"exit": "/quit", "quit": "/quit", "help": "/help", "?": "/help"}   # with and without a stroke
+ALIASES = {"exit": "/quit", "quit": "/quit", "q": "/quit", "help": "/help", "?": "/help"}   # "/" or not
 CONVERSATION = '{"kind": "nanoBT conversation"'   # how a saved one begins
 HELP = '''\
 """              begins and ends a question of several lines

@@ -30,8 +30,7 @@ def choose(dtype, quantize, device, parameters):
 
 
 def choose_threads(module):
-    """One for a small model on a CPU: the processes of a loader want cores, too. Else as many as torch takes
-    by itself."""
+    """One for a small model, as a loader's processes want cores, too; else as many as torch takes itself."""
     if sum(p.numel() for p in module.parameters()) < SMALL:
         torch.set_num_threads(1)
 
@@ -42,8 +41,7 @@ def read(path):
 
 
 def available(device):
-    """Bytes that this process could still take without anything being swapped out; None where that is not
-    said."""
+    """Bytes that this process could take without anything being swapped out; None where nothing says it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -113,8 +113,7 @@ def contact_sheet(frames, times, path, names=None):
     width, font = THUMBNAIL, ImageFont.load_default(14)
     height = max(1, round(width * frames.shape[2] / frames.shape[3]))
     columns = math.ceil(math.sqrt(len(frames)))
-    rows = math.ceil(len(frames) / columns)
-    sheet = Image.new("RGB", (columns * (width + 4), rows * (height + 24)), "white")
+    sheet = Image.new("RGB", (columns * (width + 4), -(-len(frames) // columns) * (height + 24)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (frame, seconds) in enumerate(zip(frames, times)):
         x, y = i % columns * (width + 4) + 2, i // columns * (height + 24) + 2

@@ -11,17 +11,13 @@ import torch.nn.functional as F
 from plumbing.cli import say
 
 CELL = 18       # width of a frame in characters
-HISTORY = 1000  # lines that are kept from run to run
 QUOTES = '"""'
 
 
 # --------------------------------------------------------------------------------------------------- pictures
 def half_blocks(picture):
     """(3, h, w) uint8 with even h -> h / 2 strings for a terminal with 24-bit colours, each w characters
-    wide.
-
-    Each is U+2580, the upper half of a cell in the colour of one pixel, on a ground in that of the one
-    below."""
+    wide: U+2580, the upper half of a cell, in one pixel's colour on a ground in that of the pixel below."""
     cell = "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580"
     rows = picture.permute(1, 2, 0).tolist()   # h rows of w pixels (r, g, b)
     return ["".join(cell.format(*upper, *lower) for upper, lower in zip(*pair)) + "\x1b[0m"
@@ -102,7 +98,7 @@ def history(path):
         say(f"({path}: {getattr(e, 'strerror', e)}; what you type is not kept for the next time)")
         yield
         return
-    readline.set_history_length(HISTORY)
+    readline.set_history_length(1000)   # lines that are kept from run to run
     readline.parse_and_bind("set enable-bracketed-paste on")
     before = readline.get_current_history_length()
     try:
