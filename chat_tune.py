@@ -218,8 +218,8 @@ def main(cfg):
             with torch.autocast(device.type, torch.float16, enabled=half):
                 loss, learned = ddp(batch["pixels"].to(device), prompts)
             if not learned:
-                raise UserError(f"step {step}: no answer of its {cfg.batch_size} conversations lies within the "
-                                f"LLaMA's context of {chat.llm.config.context_length} tokens")
+                raise UserError(f"step {step}: no answer of its {cfg.batch_size} conversations lies within"
+                                f" the LLaMA's context of {chat.llm.config.context_length} tokens")
             shown = training.gather_numbers(here, loss.item()).mean().item()   # all stop where one must
             if not math.isfinite(shown):
                 raise UserError(f"step {step}: the loss is {shown}; {cfg.out}/last.pth is as it was")
