@@ -270,6 +270,8 @@ def main(cfg):
             training.save_run(cfg, trained, optimizer, scaler, step, skipped)
         if stop:
             raise SystemExit(143)
+    if not optimizer.state:
+        raise UserError(f"{cfg.out}: nothing was learned; {skipped} clips were left out")
     if first:
         path = os.path.join(cfg.out, "branch.pth")
         print(f"{path}: `python chat_tune.py --stage video --branch {path}` teaches it to answer; "

@@ -4,7 +4,6 @@
     python -m bench flat      # 101 frames of a minute, of ten minutes and of an hour   -> a table, a picture
     python -m bench line      # a chat about 5 seconds, a minute, ten minutes, an hour   -> a table, a picture
     python -m bench chat      # prompts and answers of a 7B, beside transformers   -> a table
-    python -m bench pretrain  # a step of pretraining at the size of ViT-L/14, with and without masks -> table
     python -m bench gpu       # what a GPU computes and how fast: 7 minutes at most   -> tables
 
 Each measurement but those of gpu is a process of its own, on Linux. Those of a table take turns, after a
@@ -21,15 +20,14 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: str                # what to measure: frames, flat, line, chat, pretrain or gpu
+    stage: str                # what to measure: frames, flat, line, chat or gpu
     data: str = "out/bench"   # where the clips and weights are, or will be
     pictures: str = "docs"    # folder for the pictures
     runs: cli.Count = 5       # measurements of each; the medians are shown
     layers: cli.Count = 32    # of the 7B; fewer for a quick look, the work of a layer stays the same
 
 
-STAGES = {"frames": "frames", "flat": "frames", "line": "chat", "chat": "chat",   # stage: its file
-          "pretrain": "pretrain", "gpu": "gpu"}
+STAGES = {"frames": "frames", "flat": "frames", "line": "chat", "chat": "chat", "gpu": "gpu"}   # stage: file
 
 
 def main(cfg):

@@ -118,6 +118,14 @@ def test_broken_videos_are_skipped_and_counted(world, tmp_path):
     assert log_of(tmp_path / "out")[-1]["skipped"] == 2   # two epochs of two steps
 
 
+def test_a_run_in_which_no_two_clips_could_be_contrasted_is_no_success(world, tmp_path):
+    text = "".join(json.dumps({"video": f"{name}.mp4", "caption": "x"}) + "\n" for name in (0, *"abcdefg"))
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(UserError, match="nothing was learned; 14 clips were left out"):
+        pretrain.main(pretraining(world, tmp_path / "out", steps=2, batch_size=8,
+                                  annotations=str(tmp_path / "a.jsonl")))
+
+
 def test_released_schedule_rises_over_half_an_epoch_and_ends_at_97_percent():
     share = [pretrain.lr_share(s, 1000, 1000, False) for s in range(1000)]
     assert share[0] == 0.05 and share[499] == 1 and share[999] == pytest.approx(0.970, abs=1e-3)

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from bench import __main__ as bench
-from bench import chat, frames, gpu, measure, pretrain
+from bench import chat, frames, gpu, measure
 from bench.__main__ import Config
 from bench.frames import Clip
 from clip import CLIPConfig, load_clip
 from llm import LLaMAConfig, load_llama
+from plumbing import cli
 from plumbing.cli import UserError
 
 LONG, SHORT = Clip(128, 72, 2, 25, 0.2), Clip(128, 72, 2, 10, 0.2)
@@ -40,7 +41,7 @@ def here(monkeypatch):
     def call(function, *arguments):
         calls.append(arguments)
         return function(*arguments), len(calls), 50.0
-    for module in (frames, chat, pretrain):
+    for module in (frames, chat):
         monkeypatch.setattr(module, "call", call)
     return calls
 
@@ -168,13 +169,7 @@ def test_two_questions_are_a_chat_with_random_weights(cfg):
         chat.two_questions("/nowhere", path)
 
 
-# ---------------------------------------------------------------------------------------- pretraining, a GPU
-def test_a_step_of_pretraining_is_measured_in_its_parts():
-    steps, limit = pretrain.training_steps(0.5, CLIP)
-    assert len(steps) == 2 and all(len(parts) == 2 and min(parts) > 0 for parts in steps)   # CLIP, branch
-    assert limit > 0
-
-
+# ---------------------------------------------------------------------------------------- a GPU
 def test_every_precision_is_near_fp32(capsys):
     gpu.errors(CPU)
     _, _, *rows = cells(capsys)
@@ -196,11 +191,11 @@ def test_speed_stands_beside_what_the_machine_can(capsys, monkeypatch):
     assert len(cells(capsys)) == 5
 
 
-def test_bad_input_is_one_line(cfg):
+def test_bad_input_is_one_line():
     with pytest.raises(UserError, match="no such stage; choose one of frames, flat"):
         bench.main(Config("frame"))
-    with pytest.raises(UserError, match="--runs 0: must be at least 1"):
-        bench.main(dataclasses.replace(cfg, runs=0))
+    with pytest.raises(UserError, match="--runs 0: must be from 1"):
+        cli.parse(Config, ["frames", "--runs", "0"], ["stage"])
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="gpu: this machine, or this build of torch, has none"):
             bench.main(Config("gpu"))
