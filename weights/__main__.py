@@ -4,7 +4,7 @@
     python -m weights get clip    # fetches one release to --out; given again, it goes on or finds all there
 
 weights/released.json is the list, with sizes and hashes as the pages show them: OpenAI's CLIP, and Hugging
-Face's; BT-Adapter's branches and projector; Video-ChatGPT's projector; whole LLaVAs and Vicuna.
+Face's; BT-Adapter's branches and projector; Video-ChatGPT's projector; whole LLaVAs and Vicunas; VTimeLLM.
 
 A file gets its name when all of it is there and its hash, where one is known, is right. Until then it is
 NAME.part. A broken download goes on where it broke if its hash is known, else it begins anew.
@@ -25,14 +25,17 @@ FLAGS = dict(positional=["stage", "what"])
 if __name__ == "__main__":
     CONFIG = cli.start(Config, **FLAGS)   # before the slow imports: a typing error shows at once
 
+import contextlib
 import hashlib
 import http.client
 import json
 import os
 import shutil
+import tarfile
 import time
 import urllib.parse
 import urllib.request
+import zlib
 
 from tqdm import tqdm
 
@@ -53,16 +56,20 @@ def list_released(cfg):
             if key in release:
                 print(f"    {key:8} {release[key]}")
         for file, facts in release["files"].items():
-            size = f"{facts['size']:,}" if "size" in facts else f"about {facts['about']:,}"
-            digest = facts.get("sha256", "unknown")
-            print(f"    {file} -> {facts['to']}  {size} bytes  sha256 {digest}")
+            about = f"about {facts['about']:,}" if "about" in facts else "unknown"
+            size, digest = f"{facts['size']:,}" if "size" in facts else about, facts.get("sha256", "unknown")
+            places = ", ".join([facts["to"], *facts.get("holds", {}).values()])
+            print(f"    {file} -> {places}  {size} bytes  sha256 {digest}")
 
 
 def get(cfg):
-    """Fetches the files of one release. What is there and right is left alone. Raises UserError."""
+    """Fetches the files of one release, and those that it goes with. What is there and right is left alone.
+    Raises UserError."""
     if cfg.what not in RELEASED:
         raise UserError(f"{cfg.what or 'no name'}: no released weights; choose one of {', '.join(RELEASED)}")
     release = RELEASED[cfg.what]
+    for other in release.get("with", []):
+        get(dataclasses.replace(cfg, what=other))
     say(f"{cfg.what}: {release['what']}; licence: {release['licence']}; {release['page']}")
     for file, facts in release["files"].items():
         path = os.path.join(cfg.out, facts["to"])
@@ -73,8 +80,28 @@ def get(cfg):
             raise UserError(f"{path}: {problem}; move it away, or choose another --out")
         else:
             say(f"{path}: there already")
+        unpack(path, facts.get("holds", {}), cfg.out)
     if "note" in release:
         say(f"{cfg.what}: {release['note']}")
+
+
+def unpack(archive, holds, out):
+    """Puts files of a tar at their places, {how a name in it ends: place in the folder `out`}. What is there
+    stays. Raises UserError."""
+    missing = {end: to for end, to in holds.items() if not os.path.lexists(os.path.join(out, to))}
+    try:
+        with tarfile.open(archive) if missing else contextlib.nullcontext([]) as members:
+            for member in members:
+                end = next((end for end in missing if member.isfile() and member.name.endswith(end)), None)
+                if end:
+                    path, content = os.path.join(out, missing.pop(end)), members.extractfile(member)
+                    cli.make_folder(os.path.dirname(path))
+                    cli.write_atomic(path, lambda f: shutil.copyfileobj(content, f))
+                    print(path)
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
+        raise UserError(f"{archive}: {shown(e)}; move it away, and give the same command again")
+    if missing:
+        raise UserError(f"{archive}: holds no {', '.join(missing)}")
 
 
 def fetch(address, path, facts):

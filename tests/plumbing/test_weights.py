@@ -2,6 +2,7 @@
 import contextlib
 import hashlib
 import http.server
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import urllib.request
@@ -24,7 +26,7 @@ from plumbing.cli import UserError
 from weights import __main__ as weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-ENTRIES = {"clip", "llava", "branch.pth", "mm_projector.bin"}   # what chat.py reads in a folder of weights
+ENTRIES = {"clip", "llava", "branch.pth", "mm_projector.bin", "stage2", "stage3"}   # what chat.py reads in a folder of weights
 OLD = bytes(torch.randint(256, (3_000_000,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
 FLIPPED = OLD[:1000] + bytes([OLD[1000] ^ 1]) + OLD[1001:]
 
@@ -312,6 +314,61 @@ def test_an_unknown_name_or_stage_is_told():
         weights.main(weights.Config("fetch"))
 
 
+# ---------------------------------------------------------------------------------------- an archive
+HOLDS = {"stage1/mm.bin": "mm.bin", "stage2/a.bin": "stage2/a.bin"}
+
+
+def packed(*names):
+    """A tar.gz of small files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(name)
+            tar.addfile(info, io.BytesIO(name.encode()))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_of_an_archive_the_files_of_the_table_are_put_at_their_places_and_no_others(get, by_hand):
+    content = packed("x-stage1/mm.bin", "x-stage2/a.bin", "../../evil", "x-stage3/a.bin")
+    if by_hand:
+        get.folder.mkdir()
+        get.file.write_bytes(content)
+    get(honest(content), holds=HOLDS)
+    assert get.seen == ([] if by_hand else [("/a.bin", 0)])
+    found = {str(p.relative_to(get.folder.parent)) for p in get.folder.parent.rglob("*") if p.is_file()}
+    assert found == {"toy/a.bin", "mm.bin", "stage2/a.bin"}
+    assert (get.folder.parent / "stage2/a.bin").read_text() == "x-stage2/a.bin"
+
+
+def test_what_was_unpacked_stays_and_what_is_missing_comes_again(get):
+    get(honest(packed("x-stage1/mm.bin", "x-stage2/a.bin")), holds=HOLDS)
+    (get.folder.parent / "mm.bin").write_text("my own")
+    os.remove(get.folder.parent / "stage2/a.bin")
+    get(refusing(500), holds=HOLDS)
+    assert (get.folder.parent / "mm.bin").read_text() == "my own"
+    assert (get.folder.parent / "stage2/a.bin").exists()
+
+
+@pytest.mark.parametrize("content, message", [
+    (packed("stage2/a.bin"), "holds no stage1/mm.bin"), (packed("stage2/a.bin")[:60], "move it away"),
+    (OLD[:5000], "move it away")])
+def test_an_archive_that_is_another_or_damaged_is_one_line(get, content, message):
+    with pytest.raises(UserError, match=f"toy/a.bin: .*{message}"):
+        get(honest(content), holds=HOLDS)
+
+
+def test_a_release_comes_with_those_that_it_needs(get, monkeypatch):
+    monkeypatch.setitem(weights.RELEASED, "base", toy(get.server.address, KNOWN) | {
+        "files": {"b.bin": {"to": "toy/b.bin", **KNOWN}}})
+    release = toy(get.server.address, KNOWN) | {"with": ["base"]}
+    get.server.answers = [honest()]
+    monkeypatch.setitem(weights.RELEASED, "toy", release)
+    weights.main(weights.Config("get", "toy", out=str(get.folder.parent)))
+    assert [path for path, _ in get.server.seen] == ["/b.bin", "/a.bin"]
+
+
 # ---------------------------------------------------------------------------------------- list
 def test_the_list_names_every_file_with_size_hash_licence_and_source(capsys):
     weights.main(weights.Config("list"))
@@ -321,8 +378,10 @@ def test_the_list_names_every_file_with_size_hash_licence_and_source(capsys):
         assert all(release.get(key, "") in block for key in ("licence", "page", "for", "memory", "note"))
         for file, facts in release["files"].items():
             line = next(line for line in block.splitlines() if line.split()[0] == file)
-            assert f"{facts.get('size') or facts['about']:,} bytes" in line
-            assert facts.get("sha256", "sha256 unknown") in line and facts["to"] in line
+            size = facts.get("size") or facts.get("about")
+            assert (f"{size:,} bytes" if size else "unknown bytes") in line
+            places = [facts["to"], *facts.get("holds", {}).values()]
+            assert facts.get("sha256", "sha256 unknown") in line and all(place in line for place in places)
     assert "16,777,216" in shown and "almost certainly cut" in shown
 
 
@@ -341,8 +400,10 @@ def test_the_table_stays_on_https_and_inside_its_folder():
     for release in weights.RELEASED.values():
         assert release["files"] and release["address"].startswith("https://")
         for file, facts in release["files"].items():
-            where = os.path.normpath(facts["to"])
-            assert where.split("/")[0] in ENTRIES and ("size" in facts) != ("about" in facts)
+            for place in facts.get("holds", {"": facts["to"]}).values():
+                assert os.path.normpath(place).split("/")[0] in ENTRIES
+            assert os.path.normpath(facts["to"]).split("/")[0] in (*ENTRIES, file)
+            assert not ("size" in facts and "about" in facts)
             assert re.fullmatch("[0-9a-f]{64}", facts.get("sha256", 64 * "0"))
 
 
