@@ -208,13 +208,18 @@ class Session:
         with self.viewer.looking(path) as see:
             self.show(see(self.chat))
 
+    @property
+    def shipped(self):
+        """Whether these are the weights that lie beside this file."""
+        cfg = self.cfg
+        return os.path.samefile(cfg.weights, Config.weights) and not cfg.branch and not cfg.chat
+
     def introduce(self, more=""):
         """Says what is looked at."""
-        seen, cfg = self.seen, self.cfg
+        seen = self.seen
         say(f"video {seen.path} ({seen.duration:.1f} s, {len(seen.times)} frames, {len(self.video_tokens)} "
             f"video tokens{', seen before' * seen.before}){more}")
-        shipped = os.path.samefile(cfg.weights, Config.weights) and not cfg.branch and not cfg.chat
-        if shipped and not os.path.samefile(seen.path, Config.video):
+        if self.shipped and not os.path.samefile(seen.path, Config.video):
             say("(the shipped weights know coloured shapes and nothing else; README.md says how to get more)")
 
     def stats(self):
@@ -448,6 +453,8 @@ def main(cfg):
     if sys.stdin.isatty():
         sys.stdin.reconfigure(errors="surrogateescape")   # names of files need not be UTF-8
         say("Ask about the video; /help lists commands, Ctrl-D leaves.")
+        if session.shipped:
+            say('These weights know "What does the shape do?", "What colour is it?", "Describe the video."')
         with terminal.history(os.path.join(cli.own_folder("XDG_STATE_HOME", "~/.local/state"), "history")):
             return converse(session)
     utf16 = sys.stdin.buffer.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")   # byte order marks: PowerShell's
