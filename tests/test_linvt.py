@@ -475,6 +475,7 @@ def test_only_the_linvt_is_trained(kinds):
     chat = kinds("branch+linvt")
     chat.requires_grad_(False).video_tokens.linvt.requires_grad_(True)
     chat.llm.requires_grad_(True)   # a stage with LoRA trains it, but not by the words of the question
+    chat.video_tokens.branch.requires_grad_(True)   # what is seen is frozen, whatever a stage trains
     chat.embed_video(pixels(24), QUESTIONS).sum().backward()
     trained = {name for name, p in chat.named_parameters() if p.grad is not None}
     assert trained and all(name.startswith("video_tokens.linvt.") for name in trained)
