@@ -24,6 +24,8 @@ from plumbing import cli
 @dataclasses.dataclass
 class Config:
     video: str = cli.shipped("assets/sample.mp4")   # a video file
+    start: cli.Seconds = 0.0         # of its part to talk about: seconds, m:ss or h:mm:ss
+    end: cli.Seconds | None = None   # its end; None: the end of the video
     question: str | None = None      # ask only this, and leave
     weights: str = cli.shipped("weights/tiny")   # a folder with clip, llava, branch.pth
     branch: str | None = None        # a branch file in the place of branch.pth: what pretrain.py wrote
@@ -52,6 +54,7 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import math
 import re
 import sys
 import threading
@@ -70,6 +73,7 @@ from model import LONGEST, TEMPLATES, VIDEO_INDEX, VIDEO_TOKENS, open_chat, prom
 from plumbing import memory, pictures, quant, terminal, training, video
 from plumbing.cli import UserError, say
 from plumbing.store import Store, code_of, state_of
+from plumbing.terminal import timestamp
 
 ROOM = 64              # tokens that an answer should have; for these, old turns are forgotten
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command
@@ -81,6 +85,7 @@ HELP = '''\
 /frames          the frames that the model saw
 /frames PNG      the same, as a picture file
 /video PATH      another video, a new conversation
+/video 1:00-1:15 a part of the video; behind PATH, of that one
 /reset           a new conversation
 /set             what can be changed for the next answers
 /set NAME VALUE  changes it; /set NAME shows it
@@ -95,7 +100,8 @@ Ctrl-C           stop an answer'''
 class Seen:
     """What the model saw of a video, and what it remembers of it."""
     path: str
-    duration: float          # seconds
+    duration: float          # of the whole video, in seconds
+    window: tuple            # its part that was looked at: start and end in seconds of the video
     times: list              # T floats: seconds at which the frames appear
     frames: torch.Tensor     # (T, 3, h, w) uint8, small pictures of them
     rows: torch.Tensor       # (1, K, D): what the kind of video tokens sees
@@ -121,12 +127,12 @@ class Viewer:
         except UserError as e:
             say(f"({e}; going on without it)")
 
-    def decode(self, path, left):
+    def decode(self, path, window, left):
         """-> pixels (T, 3, size, size) uint8, small pictures (T, 3, h, w) uint8, T times. `left`: an Event
         that ends it at the next frame. Raises VideoError."""
         T, times = self.num_frames, []
         pixels = torch.empty(T, 3, self.size, self.size, dtype=torch.uint8)
-        found = data.sample_frames(path, T, self.kind.rule)
+        found = data.sample_frames(path, T, self.kind.rule, window=window)
         for t, picture in tqdm(found, "frames", T, leave=False, disable=None, delay=2):
             if left.is_set():
                 return None
@@ -138,22 +144,28 @@ class Viewer:
         return pixels, frames, times
 
     @contextlib.contextmanager
-    def looking(self, path):
-        """Decodes a video in a thread while its block does something else. Yields see(chat) -> Seen, which
-        waits for the frames and lets the model look at them. Warnings come at the end of the block. Raises
-        VideoError, before the block begins for a file that is no video."""
-        key = [state_of(path), *self.key]
-        if entry := self.cached(Store.get, key):
-            tensors, about = entry
+    def looking(self, path, window=None):
+        """Decodes a video, or the part within `window` seconds, in a thread while its block does something
+        else. Yields see(chat) -> Seen, which waits for the frames and lets the model look at them. Warnings
+        come at the end of the block. Raises UserError, before the block begins for a file that is no video
+        or has no such part."""
+        start, end = map(float, window or (0, math.inf))
+        key = [state_of(path), start, end, *self.key]
+        tensors, about = self.cached(Store.get, key) or (None, {"duration": data.probe(path).duration})
+        duration = float(about["duration"])
+        window = start, min(end, duration)
+        if not start < window[1]:
+            raise UserError(f"{path}: nothing is from {start:g} to {end:g} s of a video of {duration:.2f} s")
+        if tensors:
             for message in json.loads(about["damage"]):
                 say(message)
-            yield lambda chat: Seen(path, float(about["duration"]), tensors["times"].tolist(),
-                                    tensors["frames"], tensors["rows"], before=True)
+            yield lambda chat: Seen(path, duration, window, tensors["times"].tolist(), tensors["frames"],
+                                    tensors["rows"], before=True)
             return
-        duration, left = data.probe(path).duration, threading.Event()
+        left = threading.Event()
         with warnings.catch_warnings(record=True) as noticed, ThreadPoolExecutor(1) as pool:
             warnings.simplefilter("always")
-            decoded = pool.submit(self.decode, path, left)
+            decoded = pool.submit(self.decode, path, window, left)
 
             @torch.inference_mode()
             def see(chat):
@@ -164,7 +176,7 @@ class Viewer:
                 tensors = {"times": torch.tensor(times, dtype=torch.float64), "frames": frames, "rows": rows}
                 about = {"duration": repr(duration), "damage": json.dumps(damage)}
                 self.cached(Store.put, key, tensors, about)
-                return Seen(path, duration, times, frames, rows)
+                return Seen(path, duration, window, times, frames, rows)
             try:
                 yield see
             finally:
@@ -203,9 +215,9 @@ class Session:
         self.kv_cache.truncate(0)                                 # video with the old conversation
         self.seen, self.video_tokens = seen, video_tokens
 
-    def open(self, path):
-        """Looks at another video. Raises VideoError, and then everything is as it was."""
-        with self.viewer.looking(path) as see:
+    def open(self, path, window=None):
+        """Looks at another video, or part of one. Raises UserError, and then everything is as it was."""
+        with self.viewer.looking(path, window) as see:
             self.show(see(self.chat))
 
     @property
@@ -216,9 +228,10 @@ class Session:
 
     def introduce(self, more=""):
         """Says what is looked at."""
-        seen = self.seen
-        say(f"video {seen.path} ({seen.duration:.1f} s, {len(seen.times)} frames, {len(self.video_tokens)} "
-            f"video tokens{', seen before' * seen.before}){more}")
+        seen, (start, end) = self.seen, self.seen.window
+        part = "" if end - start == seen.duration else f", {timestamp(start)} to {timestamp(end)}"
+        say(f"video {seen.path}{part} ({end - start:.1f} s, {len(seen.times)} frames, "
+            f"{len(self.video_tokens)} video tokens{', seen before' * seen.before}){more}")
         if self.shipped and not os.path.samefile(seen.path, Config.video):
             say("(the shipped weights know coloured shapes and nothing else; README.md says how to get more)")
 
@@ -327,8 +340,9 @@ def save_conversation(session, path):
     cfg, seen = session.cfg, session.seen
     turns = [{"question": question, "answer": answer, "forgotten": i < session.forgotten}
              for i, (question, answer) in enumerate(session.turns)]
-    about = {"video": os.path.abspath(seen.path), "duration": seen.duration, "times": seen.times,
-             "weights": os.path.abspath(cfg.weights), "settings": dataclasses.asdict(cfg), "turns": turns}
+    about = {"video": os.path.abspath(seen.path), "duration": seen.duration, "window": seen.window,
+             "times": seen.times, "weights": os.path.abspath(cfg.weights),
+             "settings": dataclasses.asdict(cfg), "turns": turns}
     cli.write_atomic(path, lambda f: f.write(f"{CONVERSATION}, {json.dumps(about)[1:]}\n".encode()))
     say(f"wrote {path}")
 
@@ -368,7 +382,8 @@ def run_command(session, line):
             pictures.contact_sheet(session.seen.frames, session.seen.times, path)
             say(f"wrote {path}")
         case "/video", n if n:
-            session.open(path)
+            path, window = terminal.path_and_part(rest.strip())
+            session.open(path or session.seen.path, window)
             session.introduce()
         case "/set", n if n <= 2:
             settings(session, *words)
@@ -429,7 +444,7 @@ def begin(cfg):
     dtype, scheme, precision = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
     viewer = Viewer(cfg, opened, [files, precision, device.type])
     check_memory(opened, dtype, scheme, device, viewer.num_frames)
-    with viewer.looking(cfg.video) as see:
+    with viewer.looking(cfg.video, (cfg.start, math.inf if cfg.end is None else cfg.end)) as see:
         filled = dataclasses.replace(cfg, tokens=opened.tokens, template=cfg.template or viewer.kind.template)
         session = Session(filled, opened.load(dtype, scheme, device), viewer)
         loaded = time.perf_counter()

@@ -25,6 +25,16 @@ Amount = typing.Annotated[float, 0, 1e9]
 Share = typing.Annotated[float, 0, 1]
 Rate = typing.Annotated[float, 0, 0.99]   # of what is left out
 Device = typing.Annotated[str, "auto", "cpu", "cuda"]
+TIME = r"\d{1,9}(?::[0-5]?\d){0,2}(?:\.\d*)?"   # seconds, m:ss or h:mm:ss, as one types it
+
+
+class Seconds:
+    """A time as one types it -> float, seconds. argparse makes one line of what it raises."""
+    def __new__(cls, text):
+        if not re.fullmatch(TIME, str(text)):
+            raise argparse.ArgumentTypeError(f"{text} is no time; write seconds, m:ss or h:mm:ss")
+        parts = reversed(str(text).split(":"))
+        return sum(60 ** i * float(part) for i, part in enumerate(parts))
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """A conversation on a terminal: pictures made of characters, questions of several lines, paths, a history."""
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -8,10 +9,11 @@ import sys
 
 import torch.nn.functional as F
 
-from plumbing.cli import say
+from plumbing.cli import TIME, Seconds, say
 
 CELL = 18       # width of a frame in characters
 QUOTES = '"""'
+SPAN = rf"(?P<start>{TIME})(?:-| to )(?P<end>{TIME})(?: s)?(?: \(.*\))?"   # as search.py and /when print it
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -80,6 +82,23 @@ def path_of(text):
     return os.path.expanduser(words[0]) if len(words) == 1 and not os.path.lexists(typed) else typed
 
 
+def path_and_part(text):
+    """What stands behind a command, a path or a part of a video, as 1:00-1:15, or both -> path, "" without
+    one; (start, end) in seconds, or None. A span that was printed may be pasted as it is."""
+    found = re.fullmatch(rf"(?:(?P<path>.*)\s)?{SPAN}", text) or re.fullmatch(rf"{SPAN}\s+(?P<path>.*)", text)
+    if not found or os.path.lexists(path_of(text)):
+        return path_of(text), None
+    return path_of((found["path"] or "").strip()), (Seconds(found["start"]), Seconds(found["end"]))
+
+
+def timestamp(seconds):
+    """-> 0:23.4, and from an hour on 1:00:23."""
+    tenths = round(10 * seconds)
+    if tenths < 36000:
+        return f"{tenths // 600}:{tenths % 600 / 10:04.1f}"
+    return f"{tenths // 36000}:{tenths // 600 % 60:02}:{tenths // 10 % 60:02}"
+
+
 @contextlib.contextmanager
 def history(path):
     """Within it, arrow-up also finds what was typed in earlier runs, and a paste of several lines is one
@@ -88,8 +107,8 @@ def history(path):
     Where there is no such file and none can be made, this is said and nothing is kept."""
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))   # ends the block as all else does
     try:
-        import readline   # its import alone gives input() keys to edit a line
-        from readline import append_history_file   # some systems have another library under this name
+        import readline  # its import alone gives input() keys to edit a line
+        from readline import append_history_file  # some systems have another library under this name
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)   # what was asked is one's own business
         open(path, "a").close()
         if os.path.getsize(path):   # libedit, that other library, minds an empty file

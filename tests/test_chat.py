@@ -606,8 +606,8 @@ def test_a_video_is_decoded_while_weights_are_read(begin, tmp_path, monkeypatch)
     """Reading weights waits here until the video is decoded: one after the other, neither would end."""
     decoded, sample_frames, load = threading.Event(), data.sample_frames, model.OpenChat.load
 
-    def told(*given):
-        yield from sample_frames(*given)
+    def told(*given, **more):
+        yield from sample_frames(*given, **more)
         decoded.set()
     monkeypatch.setattr(data, "sample_frames", told)
     monkeypatch.setattr(model.OpenChat, "load",
@@ -625,7 +625,7 @@ def test_a_video_that_breaks_while_it_is_decoded_beside_the_weights_is_one_line(
 def test_who_leaves_while_a_video_is_decoded_does_not_wait_for_its_end(session, tmp_path, monkeypatch):
     begun, decoded, before = threading.Event(), [], threading.active_count()
 
-    def endless(path, num_frames, rule):
+    def endless(path, *given, **more):
         while True:
             yield 0.0, torch.zeros(3, 4, 4, dtype=torch.uint8)
             decoded.append(path)
@@ -720,13 +720,60 @@ def test_a_cache_that_cannot_be_written_is_said_and_harms_nothing(start, tmp_pat
 def test_a_damaged_video_warns_again_when_it_is_not_decoded_again(start, monkeypatch, capsys):
     decode = data.sample_frames
 
-    def damaged(*given):
-        yield from decode(*given)
+    def damaged(*given, **more):
+        yield from decode(*given, **more)
         warnings.warn(plumbing.video.DamagedVideo("v.mp4: damaged"))
     monkeypatch.setattr(data, "sample_frames", damaged)
     for before in (False, True):
         assert start().seen.before is before
         assert capsys.readouterr().err.count("v.mp4: damaged\n") == 1
+
+
+# --------------------------------------------------------------------------------------------- a part of a video
+@pytest.mark.parametrize("rule, tokens", [("uniform", "mean"), ("linspace", "branch")])
+def test_a_part_is_seen_as_data_samples_it_with_the_times_of_the_whole(begin, monkeypatch, video, rule, tokens):
+    monkeypatch.setattr(model.VIDEO_TOKENS[tokens], "rule", rule)
+    session = begin(tokens=tokens, start=0.5, end=1.25, cache=False)
+    expected = list(data.sample_frames(video, 8, rule, window=(0.5, 1.25)))
+    assert session.seen.times == [t for t, _ in expected] and 0.5 <= min(session.seen.times)
+    assert torch.equal(session.seen.frames, torch.stack([picture for _, picture in expected]))
+    assert (session.seen.window, session.seen.duration) == ((0.5, 1.25), 2.0)
+
+
+def test_a_part_is_asked_for_with_flags_and_with_video_and_saved_with_the_talk(call, session, video, tmp_path):
+    assert "bar.mp4, 0:00.5 to 0:02.0 (1.5 s, 8 frames" in call(*ASK, "--start", "0:00.5", "--end", 75)[2]
+    for typed in (f"'{video}' 0:00.5-0:01.5", "0.5-1.5 s", f"0.5-1.5 s  {video}", "0:00.5 to 0:01.5 (± 0.1 s)"):
+        session.open(video)
+        chat.run_command(session, f"/video {typed}")
+        assert (session.seen.path, session.seen.window) == (video, (0.5, 1.5))
+    chat.run_command(session, f"/save {tmp_path / 'talk.json'}")
+    assert json.loads((tmp_path / "talk.json").read_text())["window"] == [0.5, 1.5]
+    chat.run_command(session, f"/video {video}")
+    assert session.seen.window == (0, 2)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--start", 60, "--end", 75], ["bar.mp4", "60 to 75 s", "of 2.00 s"]), (["--start", 2], ["of 2.00 s"]),
+    (["--start", 1, "--end", 0.5], ["from 1 to 0.5 s"]), (["--start", "1:75"], ["--start", "1:75", "m:ss"]),
+    (["--end", "soon"], ["--end", "soon"]), (["--start", "nan"], ["--start"]), (["--end", -1], ["--end"])])
+def test_a_part_that_cannot_be_is_refused_before_weights_are_made_ready(call, monkeypatch, flags, words):
+    monkeypatch.setattr(model.OpenChat, "load", None)
+    assert refused(call(*ASK, *flags), *words)
+
+
+def test_a_part_that_cannot_be_leaves_the_conversation_as_it_was(session):
+    said(session)
+    before = dict(vars(session))
+    with pytest.raises(UserError, match="nothing is from 3 to 4 s of a video of 2.00 s"):
+        chat.run_command(session, "/video 3-4")
+    assert vars(session) == before and session.turns
+
+
+def test_each_part_is_kept_for_itself(start):
+    for fields in (dict(), dict(start=0.5), dict(start=0.5, end=1.0)):
+        first, again = start(**fields), start(**fields)
+        assert not first.seen.before and again.seen.before
+        assert (again.seen.window, again.seen.times) == (first.seen.window, first.seen.times)
 
 
 # --------------------------------------------------------------------------------------- results of training

@@ -18,6 +18,7 @@ from PIL import Image
 
 import chat
 from plumbing import terminal
+from plumbing.cli import Seconds
 from small import write_video
 
 SECONDS = 60   # until a program that says nothing is given up: a guard, not a measurement
@@ -332,6 +333,24 @@ def test_a_file_with_quotes_in_its_name_is_found_by_this_name(monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "'a.mp4'").touch()
     assert (terminal.path_of("'a.mp4'"), terminal.path_of("'b.mp4'")) == ("'a.mp4'", "b.mp4")
+
+
+@pytest.mark.parametrize("text, path, span", [
+    ("a.mp4", "a.mp4", None), ("a.mp4 1:00-1:15", "a.mp4", (60, 75)), ("1:00-1:15", "", (60, 75)),
+    ("'my film.mp4' 12.0-14.0 s", "my film.mp4", (12, 14)), ("my film.mp4 0-1:01:15.5", "my film.mp4", (0, 3675.5)),
+    ("12.0-14.0 s  /v/a 1.mp4", "/v/a 1.mp4", (12, 14)), ("a.mp4 0:23.4 to 0:45.9 (± 0.2 s)", "a.mp4", (23.4, 45.9)),
+    ("a.mp4 1:75-2:00", "a.mp4 1:75-2:00", None), ("2024-05-01", "2024-05-01", None), ("a 1-2", "a 1-2", None)])
+def test_a_part_of_a_video_stands_behind_its_path_or_before_it_or_alone(monkeypatch, tmp_path, text, path, span):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a 1-2").touch()
+    assert terminal.path_and_part(text) == (path, span)
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0:00.0"), (23.44, "0:23.4"), (59.96, "1:00.0"), (61.5, "1:01.5"),
+                                           (3599.9, "59:59.9"), (3599.96, "1:00:00"), (86399.9, "23:59:59")])
+def test_a_time_is_written_in_tenths_up_to_an_hour_and_read_back(seconds, text):
+    assert terminal.timestamp(seconds) == text
+    assert abs(Seconds(text) - seconds) < (1 if seconds > 3600 else 0.06)
 
 
 @pytest.mark.parametrize("name", ["file/history", "folder"])   # a file for a folder, a folder for a file
