@@ -8,6 +8,7 @@ Nothing here knows about video. It comes as `embeds`, rows that stand where word
 Shapes: B batch, S new tokens, P tokens in the KV cache, D width, H heads, h KV heads, d head width, V words.
 """
 import base64
+import contextlib
 import glob
 import json
 import math
@@ -114,6 +115,20 @@ class KVCache:
         assert 0 <= length <= self.length, f"cannot keep {length} tokens of {self.length}"
         self.length = length
 
+    @contextlib.contextmanager
+    def aside(self, start, end):
+        """Within it, tokens from `start` to `end` may be written over. Then all is as it was: what stood
+        there is put aside and put back, not computed again."""
+        length, tensors = self.length, [*self.k, *self.v]
+        kept = [t[:, :, start:min(end, length)].clone() for t in tensors]   # (B, h, at most end - start, d)
+        try:
+            yield
+        finally:
+            self.length = start   # first: a Ctrl-C must not leave what is half put back
+            for t, old in zip(tensors, kept):
+                t[:, :, start:start + old.shape[2]] = old
+            self.length = length
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv 1910.07467). Squares in fp32: fp16 overflows."""
@@ -195,21 +210,25 @@ class LLaMA(nn.Module):
         if self.config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids=None, embeds=None, kv_cache=None, last_only=False):
+    def forward(self, ids=None, embeds=None, kv_cache=None, last_only=False, apart=False):
         """ids (B, S) int64, or embeds (B, S, D) -> logits (B, S, V) fp32, or (B, 1, V) if last_only.
 
         Positions go on from kv_cache.length, and the cache takes in the S tokens. A batch padded on the right
-        needs no mask: only padding sees padding. Raises UserError if the context holds less than P + S."""
+        needs no mask: only padding sees padding. apart: the S tokens do not follow each other, each is a next
+        one after the P in the cache. Raises UserError if the context holds less than P + S."""
         assert (ids is None) != (embeds is None), "give exactly one of ids and embeds"
         weight, P = self.model.embed_tokens.weight, 0 if kv_cache is None else kv_cache.length
         x = self.model.embed_tokens(ids) if embeds is None else embeds.to(weight.dtype)   # (B, S, D)
         S, longest = x.shape[1], self.config.context_length
         if P + S > longest:
             raise UserError(f"{P + S} tokens, but this language model reads at most {longest} at once")
-        cos, sin = (table.to(x.dtype) for table in rope_tables(self.config, P, S, x.device))
+        positions = 1 if apart else S
+        cos, sin = (table.to(x.dtype) for table in rope_tables(self.config, P, positions, x.device))
         mask = None   # no prefix: plain causal attention; one new token: it sees everything
         if P > 0 and S > 1:   # new token s sees the P cached ones and the new ones up to itself
             mask = torch.ones(S, P + S, dtype=torch.bool, device=x.device).tril(diagonal=P)
+            if apart:   # up to itself, without the others
+                mask[:, P:] = torch.eye(S, dtype=torch.bool)
         for block in self.model.layers:
             x = block(x, cos, sin, mask, kv_cache)
         if kv_cache is not None:
@@ -268,6 +287,21 @@ def generate(model, ids=None, embeds=None, *, max_new_tokens, temperature=0.0, t
             return
         yield token
         ids, embeds = torch.tensor([[token]], device=weight.device), None
+
+
+@torch.inference_mode()
+def number_probabilities(model, kv_cache, before, digits):
+    """How likely each of 00 to 99 comes next, as two tokens -> (100,) fp32; their sum is that of any of them.
+
+    kv_cache: all tokens up to `before`, the last one, which it lacks. digits: the ids of 0 to 9. As p(ab) is
+    p(a) p(b | a), it takes one pass for the ten p(a), and one for all p(b | a), in which ten continuations
+    share the cache. Afterwards it is as long as before."""
+    P, device = kv_cache.length, model.model.embed_tokens.weight.device
+    first, second = torch.tensor([[before]], device=device), torch.tensor([digits], device=device)
+    tens = model(first, kv_cache=kv_cache)[0].softmax(-1)[:, digits]                  # (1, 10)
+    units = model(second, kv_cache=kv_cache, apart=True)[0].softmax(-1)[:, digits]    # (10, 10): p(b | a)
+    kv_cache.truncate(P)
+    return (tens.T * units).flatten().cpu()
 
 
 def stream_text(tokenizer, ids):

@@ -165,6 +165,45 @@ def test_a_truncated_cache_continues_as_if_the_rest_had_never_been():
         assert torch.allclose(model(ids[:, 8:], kv_cache=cache), model(ids)[:, 8:], atol=1e-5)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_tokens_apart_are_as_many_continuations_of_one_cache(kv_heads):
+    model, ids = tiny(kv_heads=kv_heads), torch.randint(64, (1, 20))
+    cache = cache_of(model)
+    with torch.no_grad():
+        model(ids[:, :12], kv_cache=cache)
+        together = model(ids[:, 12:], kv_cache=cache, apart=True)[0]
+        for i in range(8):
+            alone = model(torch.cat((ids[:, :12], ids[:, 12 + i:13 + i]), dim=1))[0, -1]
+            assert torch.allclose(together[i], alone, atol=1e-5)
+
+
+def test_number_probabilities_are_those_of_a_model_that_reads_each_prompt_by_itself():
+    model, ids, digits = tiny(), torch.randint(64, (1, 9)), list(range(30, 50, 2))
+    cache = cache_of(model)
+    with torch.no_grad():
+        model(ids[:, :8], kv_cache=cache)
+        found = llm.number_probabilities(model, cache, ids[0, 8].item(), digits)
+        for a, b in [(0, 0), (4, 7), (9, 3)]:
+            written = torch.cat((ids, torch.tensor([[digits[a], digits[b]]])), dim=1)
+            p = model(written)[0].softmax(-1)
+            assert torch.allclose(found[10 * a + b], p[8, digits[a]] * p[9, digits[b]], rtol=1e-4)
+    assert found.shape == (100,) and cache.length == 8
+
+
+def test_what_stood_in_a_cache_is_put_back_to_the_bit():
+    model, ids = tiny(), torch.randint(64, (1, 20))
+    cache, other = cache_of(model), torch.randint(64, (1, 7))
+    with torch.no_grad():
+        model(ids, kv_cache=cache)
+        before = [t[:, :, :20].clone() for t in (*cache.k, *cache.v)]
+        with cache.aside(5, 12):
+            cache.truncate(5)
+            model(other, kv_cache=cache)
+            assert not torch.equal(cache.k[0][:, :, :20], before[0])
+    assert cache.length == 20
+    assert all(torch.equal(t[:, :, :20], old) for t, old in zip((*cache.k, *cache.v), before))
+
+
 def test_last_only_is_the_last_row():
     model, ids = tiny(), torch.randint(64, (2, 9))
     with torch.no_grad():
