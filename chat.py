@@ -31,7 +31,7 @@ class Config:
     branch: str | None = None        # a branch file in the place of branch.pth: what pretrain.py wrote
     chat: str | None = None          # a file in the place of chat.bin: what chat_tune.py wrote
     tuned: bool = True               # use what was tuned on video; --no-tuned is the zero-shot setting
-    tokens: str | None = None        # branch, mean or st_pool; None: what the weights are for
+    tokens: str | None = None        # branch, mean, st_pool, frame_cls; None: what the weights are for
     template: str | None = None      # of prompts, as vicuna_v1; None: what the kind of tokens goes with
     num_frames: cli.Count | None = None   # frames that the model sees; None: 100, or 8 for the toy world
     temperature: cli.Amount = 0.0    # 0: the likeliest token; more: more varied; the released chat has 0.2
