@@ -29,8 +29,8 @@ class Config:
     protocol: Annotated[str, "nanobt", "vtimellm"] = "nanobt"   # VTimeLLM rounds IoU, and has its own clock
     skip_broken: bool = False        # leave out videos that cannot be read, and events without an answer
     captions: bool = False           # ask for all events of a video, too
-    ask: str = "When does this happen: {}?"                                  # about an event
-    ask_all: str = "What happens in the video, and when? List all events."   # with --captions
+    ask: str | None = None           # about an event {}; None: as /when in chat.py
+    ask_all: str | None = None       # with --captions, about all; None: as there
     weights: str = cli.shipped("weights/tiny")   # a folder that chat.py opens
     tokens: str | None = None        # kind of video tokens; None: what the weights are for
     num_frames: cli.Count | None = None   # frames that the model sees; None: 100, or 8 for the toy world
@@ -44,7 +44,6 @@ if __name__ == "__main__":
     CONFIG = cli.start(Config)   # before the slow imports: a typing error shows at once
 
 import collections
-import difflib
 import json
 import math
 import os
@@ -55,9 +54,9 @@ from tqdm import tqdm
 
 import data
 from llm import generate, stream_text
-from metrics import (CAPTIONS, GROUNDING, caption_scores, grounding_scores, interval, rarity, temporal_iou,
-                     words)
-from model import VIDEO_TOKENS, open_chat, prompt_ids
+from metrics import (CAPTIONS, GROUNDING, caption_scores, grounding_scores, interval, rarity, read_events,
+                     read_spans, temporal_iou, words)
+from model import ALL_EVENTS, VIDEO_TOKENS, WHEN, open_chat, prompt_ids
 from plumbing import memory, training
 from plumbing.cli import UserError, say
 from plumbing.store import state_of
@@ -68,6 +67,7 @@ def main(cfg):
     cli.check(cfg, tokens=VIDEO_TOKENS, dtype=memory.DTYPES, quantize=memory.SCHEMES)
     if bool(cfg.save) == bool(cfg.from_):
         raise UserError("give --save FILE to ask a model, or --from FILE to score answers again")
+    cfg = dataclasses.replace(cfg, ask=cfg.ask or WHEN, ask_all=cfg.ask_all or ALL_EVENTS)
     if cfg.ask.count("{}") != 1:
         raise UserError(f"--ask {cfg.ask}: needs {{}} once, where the event goes")
     # ------------------------------------------------------------------------------ data, model, evaluation
@@ -188,7 +188,7 @@ def ask(cfg, clips):
 def new_answers(cfg, chat, device, clips, answers):
     """Yields a row of read_answers for each question that has none. A clip is looked at once."""
     kind, size = chat.video_tokens, chat.clip.config.image_size
-    num_frames = cfg.num_frames or (kind.num_frames if size >= 224 else 8)   # smaller: the toy world's
+    num_frames = kind.frames_of(cfg.num_frames, size)
     for clip in tqdm(clips, "ask", disable=None):
         questions = {text: cfg.ask.replace("{}", text.lower().rstrip(".")) for *_, text in clip["events"]}
         questions |= {None: cfg.ask_all} if cfg.captions else {}
@@ -201,7 +201,7 @@ def new_answers(cfg, chat, device, clips, answers):
             if duration <= 0:
                 raise data.VideoError(path, f"is over before its window, which begins at {start} s")
             found = data.sample_frames(path, num_frames, kind.rule, window=(start, end))
-            pixels = torch.cat([data.squash(picture[None], size) for _, picture in found])
+            pixels = torch.cat([kind.pixels(picture[None], size) for _, picture in found])
         except data.VideoError as e:
             if not cfg.skip_broken:
                 raise
@@ -209,48 +209,12 @@ def new_answers(cfg, chat, device, clips, answers):
             continue
         tokens = kind(kind.see(chat.clip, pixels[None].to(device)))[0]   # (K, D_llm)
         for event, question in questions.items():
-            prompt = chat.splice(prompt_ids(chat.tokenizer, [(question, None)])[0], tokens)[None]
+            ids, _ = prompt_ids(chat.tokenizer, [(question, None)], kind.template)
+            prompt = chat.splice(ids, tokens)[None]
             new = generate(chat.llm, embeds=prompt, max_new_tokens=cfg.max_new_tokens,
                            stop_ids=chat.tokenizer.stop_ids)
             yield {"video": clip["video"], "window": clip["window"], "duration": duration, "event": event,
                    "question": question, "answer": "".join(stream_text(chat.tokenizer, new)).strip()}
-
-
-# --------------------------------------------------------------------------------------- reading an answer
-def read_span(answer, released):
-    """The first time in an answer, as "23 to 45" -> [start, end], shares of the clip; nan without one."""
-    found = re.search(r"(\d\d) (?:to|and) (\d\d)", answer)
-    return shares(int(found[1]), int(found[2]), released) if found else [math.nan, math.nan]
-
-
-def shares(start, end, released, wider=0):
-    """Two times of the clock, 00 to 99 -> shares of the clip. An end of 99 is the end of the clip.
-    released: VTimeLLM has no such rule, but its captions end a step later (wider)."""
-    return [start / 100, (end + wider) / 100 if released else 1.0 if end == 99 else end / 100]
-
-
-def read_events(answer, released):
-    """An answer about all events -> [(start, end, text)], shares of the clip: a JSON list of {"event",
-    "timestamps": "from 10 to 23"}, on one line if as released; else sentences, `From 10 to 23, text.`
-
-    Two that follow each other and say the same are one."""
-    events, merged = [], []
-    listed = re.search(r"\[.*\]" if released else r"(?s)\[\s*\{.*\}\s*\]", answer)
-    try:
-        for item in json.loads(listed[0]) if listed else ():
-            times = item["timestamps"]
-            events.append((int(times[5:7]), int(times[-2:]), item["event"].strip()))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass   # what stands before the mistake counts
-    if not listed and not released:
-        found = re.findall(r"[Ff]rom (\d\d) to (\d\d),? ([^.]+)", answer)
-        events = [(int(start), int(end), text) for start, end, text in found]
-    for start, end, text in events:
-        if merged and abs(start - merged[-1][1]) <= 1:
-            if difflib.SequenceMatcher(None, merged[-1][2], text).ratio() > 0.98:
-                start = merged.pop()[0]
-        merged.append((start, end, text))
-    return [(*shares(start, end, released, wider=1), text) for start, end, text in merged]
 
 
 # --------------------------------------------------------------------------------------------------- scores
@@ -269,7 +233,7 @@ def collect(clips, answers, released):
         true = true if released else true.clamp(0, 1)
         for i, row in enumerate(rows):
             if row:
-                start, end = read_span(row["answer"], released)
+                start, end = next(iter(read_spans(row["answer"], duration, released)), (math.nan, math.nan))
                 odd["timeless"] += math.isnan(start)
                 odd["backwards"] += start > end
                 events.append((clip["video"], true, i, true.new_tensor([[start, end]])))

@@ -1,7 +1,9 @@
 """Every number that is printed, as plain functions of tensors."""
 import collections
+import difflib
 import functools
 import heapq
+import json
 import math
 import re
 
@@ -82,6 +84,49 @@ def interval(values, groups):
     n = len(numbers)
     off = values.new_zeros(n, values.shape[1]).index_add(0, group, values - values.mean(0))
     return 1.96 * (off.square().sum(0) * n / (n - 1 or math.nan)).sqrt() / len(values)
+
+
+# ------------------------------------------------------------------------------------ times in an answer
+SPAN = re.compile(r"(?<![\d.])(\d\d?) ?(?:to|and|until|-) ?(\d\d?)(?!\d)( seconds)?")
+RELEASED_SPAN = re.compile(r"(\d\d) (?:to|and) (\d\d)()")   # VTimeLLM's
+
+
+def read_spans(answer, duration, released=False):
+    """The times in an answer, as "23 to 45" -> [[start, end]], shares of a clip of `duration` seconds. They
+    count in steps of the clock, or in seconds where the answer says so."""
+    found = (RELEASED_SPAN if released else SPAN).finditer(answer)
+    return [[min(1.0, int(t) / duration) for t in match.groups()[:2]] if match[3] else
+            shares(int(match[1]), int(match[2]), released) for match in found]
+
+
+def shares(start, end, released, wider=0):
+    """Two times of the clock, 00 to 99 -> shares of the clip. An end of 99 is the end of the clip.
+    released: VTimeLLM has no such rule, but its captions end a step later (wider)."""
+    return [start / 100, (end + wider) / 100 if released else 1.0 if end == 99 else end / 100]
+
+
+def read_events(answer, released=False):
+    """An answer about all events -> [(start, end, text)], shares of the clip: a JSON list of {"event",
+    "timestamps": "from 10 to 23"}, on one line if as released; else sentences, `From 10 to 23, text.`
+
+    Two that follow each other and say the same are one."""
+    events, merged = [], []
+    listed = re.search(r"\[.*\]" if released else r"(?s)\[\s*\{.*\}\s*\]", answer)
+    try:
+        for item in json.loads(listed[0]) if listed else ():
+            times = item["timestamps"]
+            events.append((int(times[5:7]), int(times[-2:]), item["event"].strip()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass   # what stands before the mistake counts
+    if not listed and not released:
+        found = re.findall(r"[Ff]rom (\d\d) to (\d\d),? ([^.]+)", answer)
+        events = [(int(start), int(end), text) for start, end, text in found]
+    for start, end, text in events:
+        if merged and abs(start - merged[-1][1]) <= 1:
+            if difflib.SequenceMatcher(None, merged[-1][2], text).ratio() > 0.98:
+                start = merged.pop()[0]
+        merged.append((start, end, text))
+    return [(*shares(start, end, released, wider=1), text) for start, end, text in merged]
 
 
 # ------------------------------------------------------------------------------------ dense captions

@@ -395,6 +395,7 @@ class VideoTokens(nn.Module):
     num_frames, rule, pixels = 100, "uniform", staticmethod(data.squash)   # a rule and pixels of data.py
     reads_branch, reads_linvt, template = False, False, "vicuna_v1"
     window = None   # frames that it looks at together; None: all
+    has_clock = False   # whether it can say when, in hundredths of the video
 
     def __init__(self, mm_projector, branch=None, linvt=None):
         super().__init__()
@@ -468,6 +469,7 @@ class FrameCLS(VideoTokens):
 
     Where a frame stands in the prompt is all that tells its time, so there are always as many."""
     rule, pixels, template = "linspace", staticmethod(data.bicubic_pixels), "vtimellm"
+    has_clock = True
 
     @staticmethod
     def width(config):
@@ -536,6 +538,10 @@ TEMPLATES = {
     "none": Template("USER: {}\n<video>ASSISTANT:"),
     "vtimellm": Template("USER: <video>\n{} ASSISTANT:", system=VICUNA, marked=False),
     "plain": Template("<video>", answer="\n{}\n", end=False, marked=False)}   # VTimeLLM's first stage
+
+
+WHEN = "When does this happen: {}?"   # asked of weights with a clock, about an event; and about all of them:
+ALL_EVENTS = "What happens in the video, and when? List all events."
 
 
 def prompt_ids(tokenizer, turns, template="vicuna_v1"):

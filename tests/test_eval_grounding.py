@@ -1,5 +1,6 @@
 """eval_grounding.py: annotations as released, answers as models give them, a file that goes on."""
 import json
+import math
 import os
 import re
 import shutil
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 import eval_grounding
-from eval_grounding import Config, read_annotations, read_events, read_span
-from metrics import caption_scores, grounding_scores, rarity, words
+from eval_grounding import Config, read_annotations
+from metrics import caption_scores, grounding_scores, rarity, read_events, read_spans, words
 from plumbing.cli import UserError
 from test_metrics import VTIMELLM, double, java_counts
 
@@ -41,7 +42,8 @@ def answer(event, text, video="a", duration=10):
 def test_iou_of_answers_equals_the_recorded_one_rounded_and_not():
     ious = []
     for said, start, end, duration, rounded, exact in VTIMELLM["grounding"]:
-        span, event = double([read_span(said, released=True)]), double([[start, end]]) / duration
+        spans, event = read_spans(said, duration, released=True), double([[start, end]]) / duration
+        span = double(spans[:1] or [[math.nan, math.nan]])
         if rounded is None:   # there 0 / 0 raises
             assert grounding_scores(span, event, 0)[0] == 1
             continue
@@ -90,7 +92,20 @@ def test_answers_are_read_as_they_are_given():
     assert read_events(said.replace("\n", ""), True) == [(0.1, 0.21, "A."), (0.3, 1, "B")]
     assert read_events('[{"event": 3, "timestamps": "from 1 to 2"}]', False) == []
     assert read_events("[" * 100000, False) == read_events('[{"a": ' * 100000 + "}]", False) == []
-    assert read_span("From 40 to 99.", False) == [0.4, 1] and read_span("From 40 to 99.", True) == [0.4, 0.99]
+
+
+@pytest.mark.parametrize("said, spans", [
+    ("From 40 to 99.", [[0.4, 1]]), ("between 5 and 09", [[0.05, 0.09]]), ("from 45 to 23", [[0.45, 0.23]]),
+    ("12-15, 20 until 30", [[0.12, 0.15], [0.2, 0.3]]), ("from 12 to 15 seconds", [[0.24, 0.3]]),
+    ("from 60 to 80 seconds", [[1, 1]]),
+    ("100 to 199", []), ("from 1.5 to 2", []), ("now", [])])
+def test_times_of_an_answer_are_shares_of_the_clip(said, spans):
+    assert read_spans(said, 50) == spans
+
+
+def test_the_released_code_reads_fewer_answers_and_does_not_know_the_end():
+    assert read_spans("From 40 to 99.", 50, released=True) == [[0.4, 0.99]]
+    assert read_spans("100 to 199", 50, released=True) == [[0, 0.19]] and not read_spans("5 to 9", 50, True)
 
 
 # --------------------------------------------------------------------------------------------- annotations
