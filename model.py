@@ -48,8 +48,7 @@ def drop_path(x, p, training):
 
 
 class TemporalLayer(nn.Module):
-    """Attention along time: a patch sees the patches at its own place in all frames. CLS passes by (Eq.
-    2)."""
+    """Attention along time (Eq. 2): a patch sees those at its own place in all frames. CLS passes by."""
     def __init__(self, width, heads, p):
         super().__init__()
         self.p = p
@@ -68,8 +67,7 @@ class TemporalLayer(nn.Module):
 
 
 class SpatialLayer(nn.Module):
-    """A CLIP layer within each frame. The video's CLS joins every frame; what it gathers is averaged over
-    frames."""
+    """A CLIP layer within each frame. The video's CLS joins all frames, and averages what it gathers."""
     def __init__(self, width, heads, mlp_width, p):
         super().__init__()
         self.p = p
@@ -118,8 +116,7 @@ class Branch(nn.Module):
 
     @classmethod
     def beside(cls, clip, depth=4, **options):
-        """A new branch for this CLIP: spatial layer j starts as a copy of the CLIP layer whose output it
-        reads."""
+        """A new branch for this CLIP: a spatial layer starts as a copy of the layer that it reads."""
         c = clip.config
         branch = cls(c.vision_width, c.vision_heads, c.vision_mlp, depth, **options)
         sources = clip.vision_model.encoder.layers[-depth:]
@@ -159,8 +156,7 @@ class Branch(nn.Module):
 
 
 def average_frames(state, group):
-    """(B, T, L, D) -> (B, ceil(T / group), L, D): means of neighbours; the last frame is repeated to fill
-    up."""
+    """(B, T, L, D) -> (B, ceil(T / group), L, D): means of neighbours; the last frame fills up."""
     if group == 1:
         return state
     state = torch.cat([state, state[:, -1:].expand(-1, -state.shape[1] % group, -1, -1)], dim=1)
@@ -173,8 +169,7 @@ def to_branch(cls, patches):
 
 
 def mix(branch, backbone, balance, multiplier):
-    """Gated: (1 - w) branch + w backbone, w = sigmoid(multiplier * balance), one weight a channel (Eq. 4); or
-    the sum."""
+    """Gated: (1 - w) branch + w backbone, w = sigmoid(multiplier * balance) (D,) (Eq. 4); or the sum."""
     if balance is None:
         return branch + backbone
     w = torch.sigmoid(multiplier * balance.float()).to(branch.dtype)
@@ -182,8 +177,7 @@ def mix(branch, backbone, balance, multiplier):
 
 
 def tube_mask(B, N, mask_ratio, generator=None):
-    """-> kept (B, n) int64, sorted: patches that stay visible, the same in every frame; n = N -
-    int(mask_ratio * N)."""
+    """-> kept (B, n) int64, sorted: patches visible in every frame; n = N - int(mask_ratio * N)."""
     order = torch.rand(B, N, generator=generator).argsort(1)
     return order[:, : N - int(mask_ratio * N)].sort(1).values
 
@@ -205,12 +199,11 @@ def frames_at_once(config, device):
 
 @torch.no_grad()
 def backbone_states(clip, video, depth, skip_last=0, kept=None, at_once=None):
-    """video (B, T, 3, H, W) uint8 -> the outputs of the `depth` CLIP layers before the last `skip_last`, each
-    (B, T, 1+n, D).
+    """video (B, T, 3, H, W) uint8 -> (B, T, 1+n, D) of each of `depth` layers before the last `skip_last`.
 
-    CLIP sees every patch; of what it says, only CLS and the patches in `kept` (B, n) are held on to, or all.
-    Frames go through a few at a time (`at_once`; None: frames_at_once), so that activations of many frames
-    never pile up."""
+    CLIP sees every patch; of what it says, only CLS and the patches in `kept` (B, n) stay; None: all N.
+
+    at_once: frames that go through together, so that activations never pile up; None: frames_at_once."""
     last, T = clip.config.vision_layers - skip_last, video.shape[1]
     at_once = at_once or frames_at_once(clip.config, video.device)
     rows = [[] for _ in range(depth)]
@@ -238,8 +231,7 @@ class VideoEncoder(nn.Module):
         self.clip, self.branch = clip.requires_grad_(False), branch
 
     def feature(self, states, kept=None):
-        """What backbone_states gave -> (video_feature (B, P), not normalised; last branch tokens (B, 1 + n*T,
-        D))."""
+        """Of backbone_states -> video_feature (B, P), not normalised; last branch tokens (B, 1 + n*T, D)."""
         tokens = self.branch(states, place_embedding(self.clip), kept)[-1]
         cls = mix(tokens[:, :1], states[-1][:, :, 0], self.branch.balance1, LAST_GATE)   # (B, T, D): Eq. 5
         return self.clip.project_image(cls).mean(1), tokens
@@ -292,8 +284,7 @@ def encode_videos(encoder, dataset, device, batch_size=16, workers=0, amp=False)
 
 @torch.no_grad()
 def encode_texts(encoder, tokenizer, texts, length, device, amp=False):
-    """-> normalised features (Q, P), on the CPU in fp32; length: tokens of a text that are read, if CLIP has
-    as many."""
+    """-> normalised features (Q, P), on the CPU in fp32; length: tokens of a text that are read, at most."""
     length = min(length, encoder.clip.config.context_length)
     with torch.autocast(device.type, torch.float16, enabled=amp and device.type == "cuda"):
         rows = [encoder.clip.encode_text(tokenizer(texts[i:i + 256], length).to(device)).float().cpu()
@@ -331,8 +322,7 @@ def gather(x):
 
 
 def contrastive_loss(video, text, temperature=0.01):
-    """video, text (B, P), row i belongs to row i -> InfoNCE over cosines, both directions *summed* as
-    released."""
+    """video, text (B, P), row i to row i -> InfoNCE over cosines, both directions *summed* as released."""
     with torch.autocast(video.device.type, enabled=False):   # at a scale of 100, half precision is coarse
         video, text = (F.normalize(x.float(), dim=-1, eps=1e-8) for x in (video, text))
         logits = video @ text.T / temperature
@@ -346,20 +336,17 @@ def vtc_loss(video_feature, text_feature):
 
 
 def mbca_loss(patch_feature, text_feature):
-    """Masked branch cross-modal alignment (Eq. 8): the mean of the visible patches, projected, against the
-    caption."""
+    """Masked branch cross-modal alignment (Eq. 8): visible patches, projected, their mean; the caption."""
     return contrastive_loss(gather(patch_feature), gather(text_feature))
 
 
 def mbta_loss(student, teacher):
-    """Masked branch token alignment (Eq. 7): student and teacher (B, n*T, P), CLIP's same patches -> mean of
-    2 - 2 cos."""
+    """Masked branch token alignment (Eq. 7): student, CLIP as teacher (B, n*T, P) -> mean of 2 - 2 cos."""
     return (2 - 2 * F.cosine_similarity(student.float(), teacher.float(), dim=-1, eps=1e-8)).mean()
 
 
 class Pretraining(nn.Module):
-    """The encoder, the head of MBTA and the frozen text tower. `see` is all that is frozen, `forward` all
-    that learns."""
+    """The encoder and the head of MBTA. `see` is all that is frozen, `forward` all that learns."""
     def __init__(self, encoder):
         super().__init__()
         P = encoder.clip.config.projection_dim
@@ -368,14 +355,12 @@ class Pretraining(nn.Module):
 
     @torch.no_grad()
     def see(self, video, ids, kept):
-        """video (B, T, 3, H, W) uint8, ids (B, S), kept (B, n) -> (K states (B, T, 1+n, D), text feature (B,
-        P))."""
+        """video (B, T, 3, H, W) uint8, ids (B, S), kept (B, n) -> K states (B, T, 1+n, D), texts (B, P)."""
         clip = self.encoder.clip
         return backbone_states(clip, video, self.encoder.branch.depth, kept=kept), clip.encode_text(ids)
 
     def forward(self, states, kept):
-        """-> (video feature (B, P), for VTC; mean of the projected visible patches (B, P), for MBCA; MBTA
-        loss ())."""
+        """-> video feature (B, P) for VTC; mean of projected patches (B, P) for MBCA; MBTA loss ()."""
         clip = self.encoder.clip
         video_feature, tokens = self.encoder.feature(states, kept)
         with torch.no_grad():   # in the branch's order
@@ -425,8 +410,7 @@ class VideoTokens(nn.Module):
         return self.frozen(clip, video)
 
     def forward(self, seen, question=None, mask=None):
-        """seen (B, K, D) -> (B, K, D_llm). question (B, S, D_llm), mask (B, S) bool: for kinds that depend on
-        it."""
+        """seen (B, K, D) -> (B, K, D_llm). question (B, S, D_llm), mask (B, S): if rows depend on it."""
         return self.mm_projector(seen.to(next(self.mm_projector.parameters()).dtype))
 
 
@@ -439,8 +423,7 @@ def branch_rows(clip, branch, states):
 
 
 class BranchTokens(VideoTokens):
-    """BT-Adapter: the means over time of backbone and of branch, half each; the N patches, then CLS: K = N +
-    1."""
+    """BT-Adapter: means over time of backbone and branch, half each; the N patches, then CLS: K = N + 1."""
     reads_branch = True
 
     def frozen(self, clip, video):
@@ -608,8 +591,7 @@ class VideoChat(nn.Module):
         return self.video_tokens(self.video_tokens.see(self.clip, video), *asked)
 
     def splice(self, ids, video_tokens):
-        """ids: list of int with one VIDEO_INDEX; video_tokens (K, D_llm) -> (len(ids) - 1 + K +
-        len(start_end), D_llm)."""
+        """ids: a list with one VIDEO_INDEX; video_tokens (K, D_llm) -> all rows of a prompt (S, D_llm)."""
         at = ids.index(VIDEO_INDEX)
         words = torch.tensor(ids[:at] + ids[at + 1:], device=video_tokens.device)
         before, after = self.llm.model.embed_tokens(words).tensor_split([at])

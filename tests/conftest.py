@@ -2,6 +2,7 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ import chat  # noqa: E402
 from clip import Tokenizer  # noqa: E402
 from llm import LLaMA, LLaMAConfig, save_llama  # noqa: E402
 from small import write_branch, write_clip, write_llava, write_video  # noqa: E402
+from toy import language
 from toy import world as shapes  # noqa: E402
 from toy.tiny_models import train_tokenizer  # noqa: E402
 
@@ -34,10 +36,10 @@ def world(tmp_path_factory):
         shapes.write_video(str(folder / f"{i}.mp4"), shapes.film(clip, 32))
         Image.fromarray(shapes.draw(clip, 0.5, 32)).save(folder / f"{i}.png")
         captions.append({"video": f"{i}.mp4", "caption": clip.caption})
-        questions = shapes.temporal_questions(clip)[:2]
-        talks.append(shapes.conversation(str(i), questions, video=f"{i}.mp4", kind="temporal"))
-        questions = shapes.still_caption(clip, 0.5)[1][:2]
-        stills.append(shapes.conversation(str(i), questions, image=f"{i}.png"))
+        asked = language.ask(language.moves(clip), clip, 2, np.random.default_rng(i))
+        talks.append(language.conversation(str(i), asked, video=f"{i}.mp4", kind="temporal"))
+        asked = language.ask(language.still_caption(clip, 0.5)[1], clip, 2, np.random.default_rng(i))
+        stills.append(language.conversation(str(i), asked, image=f"{i}.png"))
     for name, rows in (("captions", captions), ("talks", talks), ("stills", stills)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     full = Tokenizer.from_file(os.path.join(ROOT, "assets", "bpe_simple_vocab_16e6.txt.gz"))

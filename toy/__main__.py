@@ -23,7 +23,7 @@ class Config:
     branches: str = "weights/tiny/branch.pth"   # branch files to score, one a seed, with commas between
     pairs: cli.Count = 4000            # training clips and their twins
     seed: cli.Whole = 0                # everything random follows from it
-    threads: cli.Count = 2             # processes that render, or threads that train
+    processes: cli.Count = 2           # that render
 
 
 if __name__ == "__main__":
@@ -33,22 +33,26 @@ import os
 
 import torch
 
-from toy import score, tiny_models, world
-from toy.tiny_models import ASSETS
+from toy import language, score, tiny_models, world
+
+
+def render(cfg):
+    world.render(cfg)
+    language.annotate(cfg.data, cfg.pairs, cfg.seed)
 
 
 def sample(cfg):
-    world.write_video(os.path.join(ASSETS, "sample.mp4"), world.film(world.SAMPLE, 256))
+    world.write_video(os.path.join(world.ASSETS, "sample.mp4"), world.film(world.SAMPLE, 256))
 
 
-STAGES = {"render": world.render, "sample": sample, "clip": tiny_models.train_clip,
+STAGES = {"render": render, "sample": sample, "clip": tiny_models.train_clip,
           "llama": tiny_models.train_llama, "score": score.score, "picture": score.picture}
 
 
 def main(cfg):
     if cfg.stage not in STAGES:
         raise cli.UserError(f"{cfg.stage}: no such stage; choose one of {', '.join(STAGES)}")
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(1)   # the models are too small for two
     STAGES[cfg.stage](cfg)
 
 

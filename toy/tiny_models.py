@@ -15,10 +15,10 @@ from clip import CLIP, CLIPConfig, Tokenizer, save_clip
 from llm import LLaMA, LLaMAConfig, SentencePieceTokenizer, save_llama
 from model import IGNORE_INDEX, TEMPLATES, VIDEO_INDEX, prompt_ids
 from plumbing import cli, training
-from toy.world import FPS, FRAMES, SIZE, make_clips, static_questions, still_caption, temporal_questions
+from toy.language import still_caption, talk
+from toy.world import ASSETS, FPS, FRAMES, SIZE, make_clips
 
-ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
-BATCH = 128   # pictures a step, or answers
+BATCH = 128   # pictures a step
 
 
 def fit(cfg, model, loss_of, steps, warmup):
@@ -102,24 +102,15 @@ def train_tokenizer(corpus, vocab_size):
 
 
 def train_llama(cfg):
-    """With a caption in the place of the video, answer questions: about a still, or about a whole clip."""
+    """With words in the place of the video, answer questions about them: see toy.language.talk."""
     clips = make_clips(cfg.pairs, cfg.seed, False)
-
-    def talk(rng):
-        clip = clips[rng.integers(len(clips))]
-        caption, questions = still_caption(clip, rng.random())
-        if rng.random() < 0.5:
-            caption = clip.caption
-            questions = static_questions(clip.colour, clip.shape, clip.size, clip.place)
-            questions += temporal_questions(clip)
-        return caption, [questions[i] for i in rng.permutation(len(questions))[:4]]
     corpus, rng = [TEMPLATES["vicuna_v1"].system] * 100, np.random.default_rng([cfg.seed, 11])
-    for caption, turns in (talk(rng) for _ in range(4000)):
-        corpus += [caption] + [text for q, answer in turns for text in (f"USER: {q}", f"ASSISTANT: {answer}")]
+    for text, turns, _ in (talk(clips, rng) for _ in range(8000)):
+        corpus += [text] + [said for q, answer in turns for said in (f"USER: {q}", f"ASSISTANT: {answer}")]
     folder = os.path.join(cfg.out, "llama")
     model_file = os.path.join(folder, "tokenizer.model")
     cli.make_folder(folder)
-    cli.write_atomic(model_file, lambda f: f.write(train_tokenizer(corpus, 560)))
+    cli.write_atomic(model_file, lambda f: f.write(train_tokenizer(corpus, 720)))
     tokenizer = SentencePieceTokenizer(model_file)
     torch.manual_seed(cfg.seed)
     model = LLaMA(LLaMAConfig(vocab_size=tokenizer.vocab_size, width=128, layers=4, heads=4, mlp=352,
@@ -127,14 +118,17 @@ def train_llama(cfg):
 
     def loss_of(step):
         rng, rows, targets = np.random.default_rng([cfg.seed, 12, step]), [], []
-        for caption, turns in (talk(rng) for _ in range(BATCH // 4)):
+        for text, turns, learned in (talk(clips, rng) for _ in range(24)):
             ids, labels = prompt_ids(tokenizer, turns)
-            at, words = ids.index(VIDEO_INDEX), tokenizer.encode(caption)
+            if learned < len(turns):
+                known = len(prompt_ids(tokenizer, turns[:-learned])[0])
+                labels[:known] = [IGNORE_INDEX] * known
+            at, words = ids.index(VIDEO_INDEX), tokenizer.encode(text)
             rows.append(torch.tensor(ids[:at] + words + ids[at + 1:]))
             targets.append(torch.tensor(labels[:at] + [IGNORE_INDEX] * len(words) + labels[at + 1:]))
         ids = pad_sequence(rows, batch_first=True)   # (B, S)
         target = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)   # (B, S)
         logits = model(ids)[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=IGNORE_INDEX), ""
-    fit(cfg, model, loss_of, steps=1500, warmup=50)
+    fit(cfg, model, loss_of, steps=2500, warmup=50)
     save_llama(folder, model, model_file)

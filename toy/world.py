@@ -23,6 +23,7 @@ from tqdm import tqdm
 import data
 from plumbing import cli, pictures
 
+ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
 SIZE, FPS, FRAMES = 64, 12, 24
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 235), "yellow": (235, 220, 40),
            "purple": (150, 50, 200), "orange": (245, 140, 30), "cyan": (50, 210, 220),
@@ -168,63 +169,6 @@ def write_video(path, frames, qp=18):
         container.mux(stream.encode())
 
 
-# -------------------------------------------------------------------------------- captions and questions
-def still_caption(clip, share):
-    """What a single frame shows, in words: nothing about motion -> (caption, [(question, answer)]).
-
-    Up and down, clockwise and counterclockwise are said of places and angles here, big and small of sizes.
-    That is how the text tower, frozen later, learns to tell such words apart: of a word that it never met it
-    makes next to nothing."""
-    x, y, radius, angle, visible = clip.at(share)
-    if not visible:
-        return "an empty picture", [("What do you see?", "It is an empty picture.")]
-    size = "small" if radius < 0.19 else "big"
-    period = math.radians(SPINNING.get(clip.shape, 1))
-    angle = math.degrees((angle + period / 2) % period - period / 2)   # the least turn that leads here
-    tilt = "tilted clockwise" if angle > 7 else "tilted counterclockwise" if angle < -7 else ""
-    vertical = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
-    horizontal = "left" if x < 0.4 else "right" if x > 0.6 else ""
-    beside = f"on the {horizontal}" if horizontal else "in the middle"
-    place = f"at the {vertical} {horizontal}".strip() if vertical else beside
-    what, way = f"a {size} {clip.colour} {clip.shape}", place
-    seen = ("What do you see?", f"It is {what} {place}.")
-    frame = int(share * FRAMES)   # the same is said in several ways: every word has to carry its meaning
-    if vertical and frame // 4 % 2:
-        way = ("up " if vertical == "top" else "down ") + beside
-    if frame // 8 % 2:
-        what = f"a {clip.colour} {clip.shape} that is {size}"
-    questions = static_questions(clip.colour, clip.shape, size, place) + [seen]
-    return " ".join(f"{what} {tilt} {way}".split()), questions
-
-
-def static_questions(colour, shape, size, place):
-    """-> [(question, answer)] that any frame answers."""
-    kind = f"It is a {shape}.".replace("a arrow", "an arrow")
-    questions = [(q, f"It is {colour}.") for q in ("What colour is the shape?", "What color is it?")]
-    questions += [(q, kind) for q in ("What shape is it?", "Which shape do you see?")]
-    questions += [("Is it big or small?", f"It is {size}.")] * bool(size)
-    return questions + [("Where is it?", f"It is {place}.")] * bool(place)
-
-
-def temporal_questions(clip):
-    """-> [(question, answer)] that no single frame answers: twins show the same frames."""
-    questions = [(q, f"It {clip.motion}.") for q in ("What does the shape do?", "What happens in the video?")]
-    first, _, last = clip.motion.partition(" then ")
-    if last:
-        last = f"moves {last}" if last in STEPS else last
-        questions += [("What does it do first?", f"It {first}."), ("What does it do last?", f"It {last}.")]
-        return questions
-    which = {"moves": "Which way does it move?", "spins": "Which way does it spin?"}
-    return questions + [(which.get(first.split()[0], "Does it get big or small?"), f"It {first}.")]
-
-
-def conversation(name, pairs, **source):
-    """One row of a conversation data set, in Video-ChatGPT's format."""
-    turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
-    turns[0]["value"] += "\n<video>"
-    return {"id": name, **source, "conversations": turns}
-
-
 # -------------------------------------------------------------------------------- files
 def splits(pairs, seed):
     """Yields "train" or "test", its clips, at which share of each pair's first clip the still is taken."""
@@ -255,36 +199,5 @@ def render(cfg):
         jobs = [(clip, os.path.join(folder, f"{i:05d}"), share)
                 for i, (clip, share) in enumerate(zip(clips[::2], shares))]
         jobs = [job for job in jobs if not os.path.exists(f"{job[1]}.png")]
-        with multiprocessing.get_context("spawn").Pool(cfg.threads, *QUIET) as pool:
+        with multiprocessing.get_context("spawn").Pool(cfg.processes, *QUIET) as pool:
             list(tqdm(pool.imap_unordered(render_clip, jobs, chunksize=16), f"render {split}", len(jobs)))
-    annotate(cfg.data, cfg.pairs, cfg.seed)
-
-
-def annotate(folder, pairs, seed):
-    """Captions, conversations, stills -> JSON lines. In the test world twins are asked the same."""
-    for split, clips, shares in splits(pairs, seed):
-        captions, talks, stills = [], [], []
-        for i, clip in enumerate(clips):
-            rng = np.random.default_rng([seed, 8, i // 2])   # one for both twins
-
-            def pick(questions, count):
-                return [questions[k] for k in rng.permutation(len(questions))[:count]]
-            name = f"{i // 2:05d}{'ab'[i % 2]}"
-            video, temporal = f"{split}/{name}.mp4", temporal_questions(clip)
-            static = static_questions(clip.colour, clip.shape, clip.size, clip.place)
-            captions.append({"video": video, "caption": clip.caption, **dataclasses.asdict(clip)})
-            if split == "train":   # one about time in each: the first would answer a second, without a look
-                talks += [conversation(f"{name}-{k}", pick([asked, *pick(static, 1)], 2), video=video)
-                          for k, asked in enumerate(pick(temporal, 2))]
-            else:
-                talks += [conversation(f"{name}-{kind}", pick(questions, 1), kind=kind, video=video)
-                          for kind, questions in (("static", static), ("temporal", temporal))]
-            if i % 2 == 0:
-                questions = pick(still_caption(clip, shares[i // 2])[1], 4 if split == "train" else 1)
-                stills.append(conversation(name, questions, image=f"{split}/{i // 2:05d}.png"))
-        files = {f"{split}_captions": captions, f"{split}_talks": talks, f"{split}_stills": stills}
-        if split == "test":   # every eighth pair, to watch while training
-            files["watch_captions"] = [row for i, row in enumerate(captions) if i // 2 % 8 == 0]
-        for name, rows in files.items():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            cli.write_atomic(os.path.join(folder, f"{name}.jsonl"), lambda f: f.write(text.encode()))

@@ -1,6 +1,7 @@
 """The toy world keeps its promises: twins, held-out combinations, words that say what the pictures show."""
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 import data
 from films import stacked
 from toy import __main__ as toy
-from toy import score, world
+from toy import language, score, world
 
 
 def test_twins_are_the_same_pictures_backwards_to_the_bit(tmp_path):
@@ -70,28 +71,69 @@ def test_clockwise_is_clockwise():
     assert x0 < -0.5 and x1 > 0.5 and y0 < 0 and y1 < 0   # over the top; y points down
 
 
+def rng():
+    return np.random.default_rng(0)
+
+
 def test_twins_are_asked_the_same_questions_in_the_test_world(tmp_path):
-    world.annotate(str(tmp_path), 4, 0)
+    language.annotate(str(tmp_path), 4, 0)
     rows = [json.loads(line) for line in (tmp_path / "test_talks.jsonl").read_text().splitlines()]
+    kinds = ["static", "temporal", "other words", "nothing of it"]
     asked = [(row["kind"], row["conversations"][0]["value"]) for row in rows]
     answers = [row["conversations"][1]["value"] for row in rows]
-    for i in range(0, len(rows), 4):   # a static and a temporal question of a clip, then the same of its twin
-        assert asked[i:i + 2] == asked[i + 2:i + 4]
-        assert [kind for kind, _ in asked[i:i + 2]] == ["static", "temporal"]
-        assert answers[i] == answers[i + 2] and answers[i + 1] != answers[i + 3]
+    for i in range(0, len(rows), 8):   # four questions of a clip, then the same of its twin
+        assert asked[i:i + 4] == asked[i + 4:i + 8] and [kind for kind, _ in asked[i:i + 4]] == kinds
+        assert answers[i] == answers[i + 4] and answers[i + 1] != answers[i + 5]
+        assert answers[i + 3] == language.NOTHING
 
 
-def test_twins_have_the_same_static_questions_and_other_temporal_answers():
+def test_twins_have_the_same_static_facts_and_other_temporal_ones():
     for clip in world.make_clips(0, 0, True)[::2]:
-        ours, theirs = dict(world.temporal_questions(clip)), dict(world.temporal_questions(clip.twin))
-        assert ours.keys() == theirs.keys() and all(ours[q] != theirs[q] for q in ours), clip.caption
+        assert language.looks(clip) == language.looks(clip.twin)
+        ours, theirs = language.moves(clip), language.moves(clip.twin)
+        assert ours.keys() == theirs.keys(), clip.caption
+        assert all(ours[topic] != theirs[topic] for topic in ours), clip.caption
+
+
+def test_every_fact_can_be_asked_for_in_about_twenty_ways_and_some_are_kept_from_training():
+    clips = world.make_clips(0, 0, True)
+    topics = {topic for clip in clips for topic in language.looks(clip) | language.moves(clip)}
+    for topic in topics:
+        trained, kept = language.ways()[topic]
+        assert kept and not set(trained) & set(kept)
+        assert len(trained) >= 20 or topic.startswith("is ") or topic == "how many"
+
+
+def test_fifty_questions_about_something_else_are_kept_from_training():
+    kept = language.ways()["nothing of it"][1]
+    clips, random = world.make_clips(40, 0, False), rng()
+    trained = {q for _ in range(3000) for q, _ in language.talk(clips, random)[1]}
+    assert len(set(kept)) == 50 and not trained & set(kept)
+
+
+@pytest.mark.parametrize("topic", ["is colour", "is shape", "is motion"])
+def test_yes_and_no_are_both_right_answers(topic):
+    random = rng()
+    answers = [language.put(topic, world.SAMPLE, "It is this.", random)[1] for _ in range(40)]
+    assert set(answers) == {"Yes, it is this.", "No, it is this."}
+
+
+def test_of_rows_that_are_exchanged_only_the_last_answer_is_learned():
+    clips, random = world.make_clips(40, 0, False), rng()
+    talks = [language.talk(clips, random) for _ in range(300)]
+    exchanged = [(text, turns) for text, turns, learned in talks if learned < len(turns)]
+    assert exchanged
+    for text, turns in exchanged:   # the last question names what the text has
+        asked = re.findall("[a-z]+", turns[-1][0].lower())
+        assert {*text.split()} & {*asked} & {*world.SHAPES, *world.COLOURS}
 
 
 def test_stills_say_nothing_about_motion():
     words = {"moves", "gets", "spins", "blinks", "then"}
     for clip in world.make_clips(0, 0, True):
         for share in (0.1, 0.5, 0.9):
-            assert not words & set(world.still_caption(clip, share)[0].split())
+            caption, facts = language.still_caption(clip, share)
+            assert not words & set(" ".join([caption, *facts.values()]).split())
 
 
 def test_twin_accuracy_of_equal_embeddings_is_one_half():

@@ -1,0 +1,291 @@
+"""The toy world's language: what can be asked about a clip, in about twenty ways each, and the right answer.
+
+A fact is a topic and its answer, {"colour": "It is red."}; toy/questions.txt has the ways to ask for it.
+Static facts are seen in any frame, temporal ones in none: twins show the same frames. Whatever the world
+does not have is answered by NOTHING.
+"""
+import dataclasses
+import functools
+import gzip
+import json
+import math
+import os
+import re
+
+import numpy as np
+
+from plumbing import cli
+from toy.world import ASSETS, COLOURS, FRAMES, MOTIONS, SHAPES, SPINNING, STEPS, TURNS, make_clips, splits
+
+NOTHING = "I only know coloured shapes."
+VIDEO = ["this video", "the clip", "this clip", "the film", "the scene", "the picture", "the image"]
+GREETINGS = ["Hi,", "Hello,", "So", "And", "Now", "Please,", "Ok,", "Well,", "Then", "But", "Yes,", "Hey,"]
+
+
+# -------------------------------------------------------------------------------- facts
+def an(text):
+    """A noun with what stands before it, and its article."""
+    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+
+
+def sentence(text):
+    """Starts with a capital, ends with a full stop, has single spaces."""
+    text = " ".join(text.split())
+    return text[0].upper() + text[1:] + "."
+
+
+def looks(clip):
+    """What a shape is in any frame -> {topic: answer}."""
+    colour, shape = f"It is {clip.colour}.", f"It is {an(clip.shape)}."
+    facts = {"colour": colour, "is colour": colour, "shape": shape, "is shape": shape,
+             "how many": "There is one.",
+             "place": f"It is {clip.place}." if clip.place else "It moves across the picture."}
+    size = "big" if "spins" in clip.motion else clip.size
+    return facts | ({"size": f"It is {size}."} if size else {})
+
+
+def events(clip):
+    """What a shape does, one event after the other: "moves left", "moves up"."""
+    return [f"moves {event}" if event in STEPS else event for event in clip.motion.split(" then ")]
+
+
+def moves(clip):
+    """What no single frame shows -> {topic: answer}."""
+    motion, done = f"It {clip.motion}.", events(clip)
+    size = [event for event in done if event.startswith("gets")]
+    what = an(f"{clip.size} {clip.colour} {clip.shape}".strip())
+    kind = {"moves": "way", "spins": "turn"}.get(clip.motion.split()[0], "growth")
+    facts = {"motion": motion, "is motion": motion, kind: motion, "first": f"It {done[0]}.",
+             "last": f"It {done[-1]}.", "look": sentence(f"it is {what} that {clip.motion} {clip.place}")}
+    return facts | ({"size": f"It {size[0]}."} if size else {})
+
+
+def still_caption(clip, share):
+    """What a single frame shows, in words: nothing about motion -> (caption, facts).
+
+    Up and down, clockwise and counterclockwise are said of places and angles here, big and small of sizes.
+    That is how the text tower, frozen later, learns to tell such words apart: of a word that it never met it
+    makes next to nothing."""
+    x, y, radius, angle, visible = clip.at(share)
+    if not visible:
+        return "an empty picture", {"look": "It is an empty picture."}
+    size = "small" if radius < 0.19 else "big"
+    period = math.radians(SPINNING.get(clip.shape, 1))
+    angle = math.degrees((angle + period / 2) % period - period / 2)   # the least turn that leads here
+    tilt = "tilted clockwise" if angle > 7 else "tilted counterclockwise" if angle < -7 else ""
+    vertical = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
+    horizontal = "left" if x < 0.4 else "right" if x > 0.6 else ""
+    beside = f"on the {horizontal}" if horizontal else "in the middle"
+    place = f"at the {vertical} {horizontal}".strip() if vertical else beside
+    what, way = f"a {size} {clip.colour} {clip.shape}", place
+    facts = looks(dataclasses.replace(clip, size=size, place=place, motion=""))
+    facts["look"] = f"It is {what} {place}."
+    frame = int(share * FRAMES)   # the same is said in several ways: every word has to carry its meaning
+    if vertical and frame // 4 % 2:
+        way = ("up " if vertical == "top" else "down ") + beside
+    if frame // 8 % 2:
+        what = f"a {clip.colour} {clip.shape} that is {size}"
+    return " ".join(f"{what} {tilt} {way}".split()), facts
+
+
+# -------------------------------------------------------------------------------- questions
+@functools.cache
+def ways():
+    """questions.txt -> {topic: (ways of training, ways kept from it)}."""
+    found = {}
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "questions.txt")) as f:
+        for line in map(str.strip, f):
+            if line.startswith("["):
+                found[line.strip("[]")] = topic = [], []
+            elif line and not line.startswith("#"):
+                topic[line.startswith("* ")].append(line.removeprefix("* "))
+    return found
+
+
+def choice(rng, options):
+    return options[rng.integers(len(options))]
+
+
+def put(topic, clip, answer, rng, kept=False, named=False):
+    """One thing, asked in one of its ways -> (question, answer). kept: in a way that training does not have.
+    named: there are other shapes, and the question says which one is meant."""
+    names = [] if named else ["it", "it", "it", "the shape", "the thing", "the object"]
+    names += [] if "shape" in topic else [f"the {clip.shape}"]
+    names += [] if "colour" in topic else [f"the {clip.colour} {noun}" for noun in ("shape", "one")]
+    text, asked = choice(rng, [way for way in ways()[topic][kept] if "{it}" in way or not named]), {}
+    if topic.startswith("is "):   # the answer says what is so: to say yes or no is beyond a model this small
+        own = getattr(clip, topic[3:])
+        if topic == "is motion":
+            x = choice(rng, MOTIONS[TURNS[own][0]][:2])
+        else:
+            x = choice(rng, [own, choice(rng, SHAPES if topic == "is shape" else list(COLOURS))])
+        bare = " ".join(word.removesuffix("s") if word in ("moves", "gets", "spins", "blinks") else word
+                        for word in x.split())
+        asked, text = {"x": bare, "y": x}, text.replace("a {x}", an(x))
+    return casual(text.format(it=choice(rng, names), **asked), rng), answer
+
+
+def casual(question, rng):
+    """As people write: other words for a video, a greeting, a word too many, no capitals, no question mark."""
+    if rng.random() < 0.3:
+        question = question.replace("the video", choice(rng, VIDEO))
+    if rng.random() < 0.1:
+        question = f"{choice(rng, GREETINGS)} {question[0].lower()}{question[1:]}"
+    if rng.random() < 0.15:
+        words = question.split()
+        words.insert(rng.integers(len(words)), any_word(rng))
+        question = " ".join(words)
+    question = question[0].upper() + question[1:]
+    if rng.random() < 0.15:
+        question = question.lower()
+    return question[:-1] if rng.random() < 0.15 and question[-1] in ".?!" else question
+
+
+@functools.cache
+def english():
+    """Words of CLIP's vocabulary that the world does not have, the frequent ones first."""
+    with gzip.open(os.path.join(ASSETS, "bpe_simple_vocab_16e6.txt.gz"), "rt") as f:
+        merged = [line.strip().replace(" ", "") for line in f.readlines()[1:20_000]]
+    ours = {*SHAPES, *COLOURS, *" ".join(TURNS).split()}
+    for topic, (trained, kept) in ways().items():
+        if topic != "nothing of it":
+            ours |= set(re.findall("[a-z]+", " ".join(trained + kept).lower()))
+    words = [word.removesuffix("</w>") for word in merged if word.endswith("</w>")]
+    return [word for word in words if re.fullmatch("[a-z]{3,}", word) and word not in ours]
+
+
+def any_word(rng):
+    return english()[int(len(english()) * rng.random() ** 2)]
+
+
+def nothing_of_it(rng, kept=False):
+    """A question about something that the world does not have -> (question, NOTHING)."""
+    text = choice(rng, ways()["nothing of it"][kept])
+    while "{word}" in text:   # frequent words are likelier
+        text = text.replace("{word}", any_word(rng), 1)
+    while "{number}" in text:
+        text = text.replace("{number}", str(rng.integers(100)), 1)
+    return text if kept else casual(text, rng), NOTHING
+
+
+def ask(facts, clip, count, rng, astray=0.0):
+    """`count` of the facts, each asked in one of its ways -> [(question, answer)]. astray: how likely a
+    question about something else stands among them."""
+    topics = [list(facts)[i] for i in rng.permutation(len(facts))[:count]]
+    turns = [put(topic, clip, facts[topic], rng) for topic in topics]
+    if rng.random() < astray:
+        turns.insert(rng.integers(len(turns) + 1), nothing_of_it(rng))
+    return turns
+
+
+# -------------------------------------------------------------------------------- text alone, for the LLaMA
+def talk(clips, rng):
+    """What may stand in the place of a video, and a conversation about it -> (text, turns, learned).
+
+    learned: how many of the last turns are to be learned. Most is about one clip or still. The rest prepares
+    for long videos: rows that are exchanged for another scene's before the last question; and times."""
+    clip, kind = choice(rng, clips), rng.random()
+    if kind < 0.45:
+        turns = ask(looks(clip) | moves(clip), clip, rng.integers(2, 7), rng, astray=0.3)
+        return clip.caption, turns, len(turns)
+    if kind < 0.7:
+        caption, facts = still_caption(clip, rng.random())
+        turns = ask(facts, clip, rng.integers(2, 7), rng, astray=0.3)
+        return caption, turns, len(turns)
+    scenes = unlike(clips, rng)
+    if kind < 0.85:
+        before = [about(scene, rng) for scene in scenes[1:]]
+        last = about(scenes[0], rng) if rng.random() < 0.8 else after(scenes[1], scenes[0], rng)
+        return scenes[0].caption, [*before, last], 1
+    spans = timeline(len(scenes), rng)
+    said = [f"{an(f'{scene.colour} {scene.shape}')} {scene.motion}" for scene in scenes]
+    turns = ask_times(said, spans, rng)
+    return ", ".join(f"from {a} to {b} {what}" for what, (a, b) in zip(said, spans)), turns, len(turns)
+
+
+def unlike(clips, rng):
+    """Two to four clips, each with a colour and a shape of its own."""
+    chosen = [choice(rng, clips)]
+    for _ in range(rng.integers(1, 4)):
+        clip = choice(rng, clips)
+        if all(clip.colour != other.colour and clip.shape != other.shape for other in chosen):
+            chosen.append(clip)
+    return chosen if len(chosen) > 1 else unlike(clips, rng)
+
+
+def about(clip, rng):
+    """One question about one of several scenes, which it names -> (question, answer)."""
+    topic = choice(rng, ["colour", "colour", "motion", "motion", "shape", "place", "first"])
+    return put(topic, clip, (looks(clip) | moves(clip))[topic], rng, named=True)
+
+
+def after(scene, other, rng):
+    """What comes after a scene -> (question, answer)."""
+    question = choice(rng, ways()["after"][0]).format(it=f"{scene.colour} {scene.shape}")
+    return casual(question, rng), sentence(an(f"{other.colour} {other.shape}"))
+
+
+def timeline(count, rng):
+    """`count` events with gaps between them -> [(begin, end)], two digits each, of 100 parts of the video."""
+    edges = np.sort(rng.choice(50, 2 * count, replace=False)) * 2 + rng.integers(2)
+    return [(f"{a:02d}", f"{b:02d}") for a, b in edges.reshape(count, 2)]
+
+
+def ask_times(said, spans, rng):
+    """Events in words and their spans -> [(question, answer)]."""
+    if rng.random() < 0.2:
+        text = " ".join(f"From {a} to {b}, {what}." for what, (a, b) in zip(said, spans))
+        return [(casual(choice(rng, ways()["events"][0]), rng), text)]
+    turns = []
+    for i in rng.permutation(len(said)):
+        (a, b), topic = spans[i], "when" if rng.random() < 0.6 else "between"
+        question = choice(rng, ways()[topic][0]).format(what=said[i], a=a, b=b)
+        turns.append((casual(question, rng), f"From {a} to {b}." if topic == "when" else sentence(said[i])))
+    return turns
+
+
+# -------------------------------------------------------------------------------- files
+def conversation(name, pairs, **source):
+    """One row of a conversation data set, in Video-ChatGPT's format."""
+    turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
+    turns[0]["value"] += "\n<video>"
+    return {"id": name, **source, "conversations": turns}
+
+
+def test_talks(clip, name, video, rng):
+    """Four questions about a held-out clip, of the four kinds that are counted apart."""
+    static, temporal = looks(clip), moves(clip)
+    both = static | temporal
+    asked = {"static": ask(static, clip, 1, rng), "temporal": ask(temporal, clip, 1, rng)}
+    topic = choice(rng, list(both))
+    asked["other words"] = [put(topic, clip, both[topic], rng, kept=True)]
+    asked["nothing of it"] = [nothing_of_it(rng, kept=True)]
+    return [conversation(f"{name}-{kind}", turns, kind=kind, video=video) for kind, turns in asked.items()]
+
+
+def annotate(folder, pairs, seed):
+    """Captions, conversations, stills -> JSON lines. In the test world twins are asked the same."""
+    for split, clips, shares in splits(pairs, seed):
+        captions, talks, stills = [], [], []
+        for i, clip in enumerate(clips):
+            rng = np.random.default_rng([seed, 8, i // 2])   # one for both twins
+            name = f"{i // 2:05d}{'ab'[i % 2]}"
+            video = f"{split}/{name}.mp4"
+            captions.append({"video": video, "caption": clip.caption, **dataclasses.asdict(clip)})
+            if split == "train":   # one about time in each: the first would answer a second, without a look
+                for k in range(2):
+                    turns = ask(moves(clip), clip, 1, rng) + ask(looks(clip), clip, 1, rng, astray=0.5)
+                    turns = [turns[j] for j in rng.permutation(len(turns))]
+                    talks.append(conversation(f"{name}-{k}", turns, video=video))
+            else:
+                talks += test_talks(clip, name, video, rng)
+            if i % 2 == 0:
+                facts, train = still_caption(clip, shares[i // 2])[1], split == "train"
+                turns = ask(facts, clip, 4 if train else 1, rng, astray=0.5 * train)
+                stills.append(conversation(name, turns, image=f"{split}/{i // 2:05d}.png"))
+        files = {f"{split}_captions": captions, f"{split}_talks": talks, f"{split}_stills": stills}
+        if split == "test":   # every eighth pair, to watch while training
+            files["watch_captions"] = [row for i, row in enumerate(captions) if i // 2 % 8 == 0]
+        for name, rows in files.items():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            cli.write_atomic(os.path.join(folder, f"{name}.jsonl"), lambda f: f.write(text.encode()))
