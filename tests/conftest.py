@@ -46,10 +46,10 @@ def world(tmp_path_factory):
     tokenizer = Tokenizer([(full.symbols[a], full.symbols[b]) for a, b in full.merges][:200])
     write_clip(folder / "clip", tokenizer, patch_size=8, text_width=32, text_mlp=64, context_length=77)
     write_branch(folder / "branch.pth")
-    words = train_tokenizer([turn["value"] for row in talks + stills for turn in row["conversations"]], 300)
+    words = train_tokenizer([turn["value"] for row in talks + stills for turn in row["conversations"]], 340)
     (folder / "tokenizer.model").write_bytes(words)
     torch.manual_seed(0)
-    llama = LLaMA(LLaMAConfig(vocab_size=300, width=32, layers=2, heads=2, mlp=64, context_length=512))
+    llama = LLaMA(LLaMAConfig(vocab_size=340, width=32, layers=2, heads=2, mlp=64, context_length=512))
     save_llama(str(folder / "llama"), llama, str(folder / "tokenizer.model"))
     return folder
 

@@ -9,6 +9,7 @@ from films import film
 from llm import LLaMA, LLaMAConfig, load_tokenizer, save_llama
 from model import Branch, branch_tensors
 from plumbing.training import save_checkpoint
+from toy.tiny_models import init_clip
 
 
 def write_clip(folder, tokenizer=Tokenizer([]), **sizes):
@@ -18,7 +19,9 @@ def write_clip(folder, tokenizer=Tokenizer([]), **sizes):
               "vision_mlp": 64, "text_width": 16, "text_layers": 1, "text_heads": 2, "text_mlp": 16,
               "context_length": 8, "projection_dim": 16}
     config = CLIPConfig(vocab_size=tokenizer.vocab_size, **{**config, **sizes})
-    save_clip(str(folder), CLIP(config), tokenizer)
+    clip = CLIP(config)
+    init_clip(clip)
+    save_clip(str(folder), clip, tokenizer)
 
 
 def write_branch(path, width=32, seed=0):

@@ -36,9 +36,7 @@ def sentence(text):
 
 def looks(clip):
     """What a shape is in any frame -> {topic: answer}."""
-    colour, shape = f"It is {clip.colour}.", f"It is {an(clip.shape)}."
-    facts = {"colour": colour, "is colour": colour, "shape": shape, "is shape": shape,
-             "how many": "There is one.",
+    facts = {"colour": f"It is {clip.colour}.", "shape": f"It is {an(clip.shape)}.",
              "place": f"It is {clip.place}." if clip.place else "It moves across the picture."}
     size = "big" if "spins" in clip.motion else clip.size
     return facts | ({"size": f"It is {size}."} if size else {})
@@ -55,7 +53,7 @@ def moves(clip):
     size = [event for event in done if event.startswith("gets")]
     what = an(f"{clip.size} {clip.colour} {clip.shape}".strip())
     kind = {"moves": "way", "spins": "turn"}.get(clip.motion.split()[0], "growth")
-    facts = {"motion": motion, "is motion": motion, kind: motion, "first": f"It {done[0]}.",
+    facts = {"motion": motion, kind: motion, "first": f"It {done[0]}.",
              "last": f"It {done[-1]}.", "look": sentence(f"it is {what} that {clip.motion} {clip.place}")}
     return facts | ({"size": f"It {size[0]}."} if size else {})
 
@@ -110,23 +108,19 @@ def put(topic, clip, answer, rng, kept=False, named=False):
     """One thing, asked in one of its ways -> (question, answer). kept: in a way that training does not have.
     named: there are other shapes, and the question says which one is meant."""
     names = [] if named else ["it", "it", "it", "the shape", "the thing", "the object"]
-    names += [] if "shape" in topic else [f"the {clip.shape}"]
-    names += [] if "colour" in topic else [f"the {clip.colour} {noun}" for noun in ("shape", "one")]
-    text, asked = choice(rng, [way for way in ways()[topic][kept] if "{it}" in way or not named]), {}
-    if topic.startswith("is "):   # the answer says what is so: to say yes or no is beyond a model this small
-        own = getattr(clip, topic[3:])
-        if topic == "is motion":
-            x = choice(rng, MOTIONS[TURNS[own][0]][:2])
-        else:
-            x = choice(rng, [own, choice(rng, SHAPES if topic == "is shape" else list(COLOURS))])
-        bare = " ".join(word.removesuffix("s") if word in ("moves", "gets", "spins", "blinks") else word
-                        for word in x.split())
-        asked, text = {"x": bare, "y": x}, text.replace("a {x}", an(x))
-    return casual(text.format(it=choice(rng, names), **asked), rng), answer
+    names += [] if topic == "shape" else [f"the {clip.shape}"]
+    names += [] if topic == "colour" else [f"the {clip.colour} {noun}" for noun in ("shape", "one")]
+    text = choice(rng, [way for way in ways()[topic][kept] if "{it}" in way or not named])
+    both = MOTIONS[TURNS[clip.motion][0]][:2]   # the clip's motion and its twin's
+    x = choice(rng, {"colour": list(COLOURS), "shape": SHAPES, "motion": both}.get(topic, [""]))
+    bare = " ".join(word.removesuffix("s") if word in ("moves", "gets", "spins", "blinks") else word
+                    for word in x.split())
+    text = text.replace("a {x}", an(x)) if topic == "shape" else text
+    return casual(text.format(it=choice(rng, names), x=bare, y=x), rng), answer
 
 
 def casual(question, rng):
-    """As people write: other words for a video, a greeting, a word too many, no capitals, no question mark."""
+    """As people write: other words for a video, a greeting, a word too many, no capitals, no full stop."""
     if rng.random() < 0.3:
         question = question.replace("the video", choice(rng, VIDEO))
     if rng.random() < 0.1:
@@ -158,6 +152,13 @@ def any_word(rng):
     return english()[int(len(english()) * rng.random() ** 2)]
 
 
+def astray(rng):
+    """A question that takes no look -> (question, answer)."""
+    if rng.random() < 0.9:
+        return nothing_of_it(rng)
+    return casual(choice(rng, ways()["how many"][0]), rng), "There is one."
+
+
 def nothing_of_it(rng, kept=False):
     """A question about something that the world does not have -> (question, NOTHING)."""
     text = choice(rng, ways()["nothing of it"][kept])
@@ -168,13 +169,13 @@ def nothing_of_it(rng, kept=False):
     return text if kept else casual(text, rng), NOTHING
 
 
-def ask(facts, clip, count, rng, astray=0.0):
-    """`count` of the facts, each asked in one of its ways -> [(question, answer)]. astray: how likely a
-    question about something else stands among them."""
+def ask(facts, clip, count, rng, aside=0.0):
+    """`count` of the facts, each asked in one of its ways -> [(question, answer)]. aside: how likely a
+    question that takes no look stands among them."""
     topics = [list(facts)[i] for i in rng.permutation(len(facts))[:count]]
     turns = [put(topic, clip, facts[topic], rng) for topic in topics]
-    if rng.random() < astray:
-        turns.insert(rng.integers(len(turns) + 1), nothing_of_it(rng))
+    if rng.random() < aside:
+        turns.insert(rng.integers(len(turns) + 1), astray(rng))
     return turns
 
 
@@ -186,11 +187,11 @@ def talk(clips, rng):
     for long videos: rows that are exchanged for another scene's before the last question; and times."""
     clip, kind = choice(rng, clips), rng.random()
     if kind < 0.45:
-        turns = ask(looks(clip) | moves(clip), clip, rng.integers(2, 7), rng, astray=0.3)
+        turns = ask(looks(clip) | moves(clip), clip, rng.integers(2, 7), rng, aside=0.3)
         return clip.caption, turns, len(turns)
     if kind < 0.7:
         caption, facts = still_caption(clip, rng.random())
-        turns = ask(facts, clip, rng.integers(2, 7), rng, astray=0.3)
+        turns = ask(facts, clip, rng.integers(2, 7), rng, aside=0.3)
         return caption, turns, len(turns)
     scenes = unlike(clips, rng)
     if kind < 0.85:
@@ -274,14 +275,14 @@ def annotate(folder, pairs, seed):
             captions.append({"video": video, "caption": clip.caption, **dataclasses.asdict(clip)})
             if split == "train":   # one about time in each: the first would answer a second, without a look
                 for k in range(2):
-                    turns = ask(moves(clip), clip, 1, rng) + ask(looks(clip), clip, 1, rng, astray=0.5)
+                    turns = ask(moves(clip), clip, 1, rng) + ask(looks(clip), clip, 1, rng, aside=0.5)
                     turns = [turns[j] for j in rng.permutation(len(turns))]
                     talks.append(conversation(f"{name}-{k}", turns, video=video))
             else:
                 talks += test_talks(clip, name, video, rng)
             if i % 2 == 0:
                 facts, train = still_caption(clip, shares[i // 2])[1], split == "train"
-                turns = ask(facts, clip, 4 if train else 1, rng, astray=0.5 * train)
+                turns = ask(facts, clip, 4 if train else 1, rng, aside=0.5 * train)
                 stills.append(conversation(name, turns, image=f"{split}/{i // 2:05d}.png"))
         files = {f"{split}_captions": captions, f"{split}_talks": talks, f"{split}_stills": stills}
         if split == "test":   # every eighth pair, to watch while training
