@@ -431,7 +431,7 @@ def test_half_precision_halves_the_frozen_towers_and_nothing_that_learns(world, 
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     assert {p.dtype for p in model.encoder.clip.vision_model.encoder.parameters()} == {torch.bfloat16}
     for a, b in zip(log_of(tmp_path / "fp32"), log_of(tmp_path / "bf16"), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=0.03)
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.05)   # at a temperature of 0.01, without training
 
 
 # ----------------------------------------------------------------------------------------------- bad input
