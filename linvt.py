@@ -14,10 +14,14 @@ Shapes: B videos, T units (frames, or short windows of frames), N tokens a unit,
 L words, k kept tokens, w the width inside. Token (t, n) has the number t * N + n.
 """
 import math
+import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from plumbing import weightfile
+from plumbing.cli import UserError
 
 
 class Attention(nn.Module):
@@ -161,3 +165,32 @@ def diagonal(width, scale):
     nn.init.eye_(linear.weight)
     linear.weight.data *= scale
     return linear
+
+
+# ----------------------------------------------------------------------------- linvt.bin
+def load_linvt(path, tokens, dim):
+    """A linvt.bin -> LinVT for units of `tokens` rows of `dim` numbers each. Raises UserError.
+
+    Sizes are those of its tensors; metadata tells what no size does: heads, and how many tokens are kept."""
+    tensors, about = weightfile.read_file(path), weightfile.read_metadata(path)
+    heads, top_k = (re.fullmatch(r"\d{1,9}", about.get(name, "0")) for name in ("heads", "top_k"))
+    shapes = [tensors[name].shape for name in ("place", "proj_in.weight", "time_embed") if name in tensors]
+    if [len(shape) for shape in shapes] != [2, 2, 2] or not heads or not top_k:
+        raise UserError(f"{path}: holds no LinVT; {weightfile.likely_reason(tensors)}")
+    (M, N), (width, D), (max_units, _) = shapes
+    heads, top_k, content = int(heads[0]), int(top_k[0]) or None, "w_token.weight" in tensors
+    if (N, D) != (tokens, dim):
+        raise UserError(f"{path}: made for {N} tokens of {D} numbers, and here are {tokens} of {dim}; it "
+                        "belongs to another LLaMA or kind of video tokens")
+    if not heads or width % heads:
+        raise UserError(f"{path}: {heads} heads for a width of {width}")
+    layers = len({name.split(".")[1] for name in tensors if name.startswith("space.")})
+    with weightfile.shapes_only():
+        linvt = LinVT(D, N, M, width, heads, layers, top_k, max_units, content)
+    return weightfile.load_into(linvt, tensors, path)
+
+
+def save_linvt(path, linvt, dtype=torch.float16):
+    """Writes a linvt.bin."""
+    tensors = {name: t.detach().cpu().to(dtype) for name, t in linvt.state_dict().items()}
+    weightfile.write_safetensors(path, tensors, {"heads": str(linvt.heads), "top_k": str(linvt.top_k or 0)})

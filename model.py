@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import llm
 from clip import MLP, Attention, load_clip, read_clip
-from linvt import LinVT
+from linvt import load_linvt
 from plumbing import quant, weightfile
 from plumbing.cli import UserError
 from plumbing.pictures import THUMBNAIL
@@ -498,8 +498,6 @@ VIDEO_TOKENS = {"branch": BranchTokens, "mean": MeanTokens, "st_pool": STPool, "
 # ---------------------------------------------------------------------------------------------------- prompts
 IGNORE_INDEX = -100   # a label that is not learned
 VIDEO_INDEX = -200    # stands in a prompt where the video tokens go
-
-
 VIDEO = "<video>"     # stands there in its text
 
 
@@ -668,34 +666,6 @@ def branch_tensors(branch, prefix, dtype=torch.float32):
     dtype: of all but the gates, whose small numbers matter."""
     return {prefix + name: t.detach().cpu().to(t.dtype if name.startswith("balance") else dtype)
             for name, t in branch.state_dict().items()}
-
-
-def load_linvt(path, tokens, dim):
-    """A linvt.bin -> LinVT for units of `tokens` rows of `dim` numbers each. Raises UserError.
-
-    Sizes are those of its tensors; metadata tells what no size does: heads, and how many tokens are kept."""
-    tensors, about = weightfile.read_file(path), weightfile.read_metadata(path)
-    heads, top_k = (re.fullmatch(r"\d{1,9}", about.get(name, "0")) for name in ("heads", "top_k"))
-    shapes = [tensors[name].shape for name in ("place", "proj_in.weight", "time_embed") if name in tensors]
-    if [len(shape) for shape in shapes] != [2, 2, 2] or not heads or not top_k:
-        raise UserError(f"{path}: holds no LinVT; {weightfile.likely_reason(tensors)}")
-    (M, N), (width, D), (max_units, _) = shapes
-    heads, top_k, content = int(heads[0]), int(top_k[0]) or None, "w_token.weight" in tensors
-    if (N, D) != (tokens, dim):
-        raise UserError(f"{path}: made for {N} tokens of {D} numbers, and here are {tokens} of {dim}; it "
-                        "belongs to another LLaMA or kind of video tokens")
-    if not heads or width % heads:
-        raise UserError(f"{path}: {heads} heads for a width of {width}")
-    layers = len({name.split(".")[1] for name in tensors if name.startswith("space.")})
-    with weightfile.shapes_only():
-        linvt = LinVT(D, N, M, width, heads, layers, top_k, max_units, content)
-    return weightfile.load_into(linvt, tensors, path)
-
-
-def save_linvt(path, linvt, dtype=torch.float16):
-    """Writes a linvt.bin."""
-    tensors = {name: t.detach().cpu().to(dtype) for name, t in linvt.state_dict().items()}
-    weightfile.write_safetensors(path, tensors, {"heads": str(linvt.heads), "top_k": str(linvt.top_k or 0)})
 
 
 def load_encoder(folder, branch_file=None, device=torch.device("cpu")):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import chat_tune
 import data
 from films import film, stacked
-from linvt import Attention, LinVT
-from model import VIDEO_TOKENS, open_chat, prompt_ids, save_chat, save_linvt
+from linvt import Attention, LinVT, save_linvt
+from model import VIDEO_TOKENS, open_chat, prompt_ids, save_chat
 from plumbing.cli import UserError
 from plumbing.weightfile import read_file, read_metadata, write_safetensors
 
