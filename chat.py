@@ -68,8 +68,10 @@ from tqdm import tqdm
 import clip
 import data
 import model
-from llm import KVCache, generate, stream_text
-from model import LONGEST, TEMPLATES, VIDEO_INDEX, VIDEO_TOKENS, open_chat, prompt_ids
+from llm import KVCache, generate, number_probabilities, stream_text
+from metrics import SPAN, read_events, read_spans
+from model import (ALL_EVENTS, LONGEST, TEMPLATES, VIDEO_INDEX, VIDEO_TOKENS, WHEN, open_chat,
+                   prompt_ids)
 from plumbing import memory, pictures, quant, terminal, training, video
 from plumbing.cli import UserError, say
 from plumbing.store import Store, code_of, state_of
@@ -86,6 +88,9 @@ HELP = '''\
 /frames PNG      the same, as a picture file
 /video PATH      another video, a new conversation
 /video 1:00-1:15 a part of the video; behind PATH, of that one
+/when EVENT      when it happens; the conversation stays as it is
+/when! EVENT     the same, and how likely each start and end was
+/when            all events; /when --srt FILE also writes them as subtitles
 /reset           a new conversation
 /set             what can be changed for the next answers
 /set NAME VALUE  changes it; /set NAME shows it
@@ -247,8 +252,11 @@ class Session:
         return "\n".join([*lines, f"memory: {memory.resident(self.kv_cache.k[0].device) / 1e9:.2f} GB"])
 
     def prompt(self, question):
-        """-> ids of the prompt, with the oldest turns forgotten where they leave no room for an answer; that
+        """-> ids of the prompt, with the oldest turns forgotten where they leave no room for an answer; the
+        same with VIDEO_INDEX for each row of the video (S); how many of these the LLaMA knows already; the
         room. Raises UserError where the question alone leaves none."""
+        if re.search("[\0\ud800-\udfff\ufffd]", question):   # what bytes other than UTF-8 are read as
+            raise UserError(f"a question must be UTF-8, and this is not: {ascii(question[:40])}")
         cfg, K, context = self.cfg, len(self.video_tokens), self.kv_cache.max_len
         for forgotten in range(self.forgotten, len(self.turns) + 1):
             turns = [*self.turns[forgotten:], (question, None)]
@@ -262,21 +270,34 @@ class Session:
         for old, _ in self.turns[self.forgotten:forgotten]:
             say(f"(forgotten, for lack of room: {old})")
         self.forgotten = forgotten
-        return ids, room
+        at, rows = ids.index(VIDEO_INDEX), K + len(self.chat.start_end)
+        prompt = ids[:at] + [VIDEO_INDEX] * rows + ids[at + 1:]
+        same = min(len(os.path.commonprefix([prompt, self.cached_ids])), len(prompt) - 1)
+        return ids, prompt, same, room
+
+    @contextlib.contextmanager
+    def aside(self, question):
+        """Within it, `question` can be asked in a conversation of its own, which is greedy. Afterwards this
+        one goes on, and nothing of it has to be worked through again."""
+        before = {name: getattr(self, name) for name in ("cfg", "turns", "forgotten", "cached_ids")}
+        try:
+            self.cfg, self.turns, self.forgotten = dataclasses.replace(self.cfg, temperature=0.0), [], 0
+            _, prompt, same, _ = self.prompt(question)
+            with self.kv_cache.aside(same, len(prompt) + self.cfg.max_new_tokens + 10):   # 10: the digits
+                yield
+        finally:
+            vars(self).update(before)
+            self.cached_ids = self.cached_ids[:self.kv_cache.length]   # shorter after a second Ctrl-C
 
     def ask(self, question, show):
-        """Answers `question`: hands the text to `show`, piece by piece as it comes, then a line break.
+        """Answers `question`: hands the text to `show`, piece by piece as it comes, then a line break. -> the
+        ids of the answer.
 
         What was said becomes a turn of the conversation, also where Ctrl-C or an error breaks it off."""
         began, cfg, chat, tokens, said = time.perf_counter(), self.cfg, self.chat, [], ""
-        if re.search("[\0\ud800-\udfff\ufffd]", question):   # what bytes other than UTF-8 are read as
-            raise UserError(f"a question must be UTF-8, and this is not: {ascii(question[:40])}")
-        ids, room = self.prompt(question)
+        ids, prompt, same, room = self.prompt(question)
         with torch.inference_mode():
             embeds = chat.splice(ids, self.video_tokens)[None]   # (1, S, D_llm)
-        at, rows = ids.index(VIDEO_INDEX), len(self.video_tokens) + len(chat.start_end)
-        prompt = ids[:at] + [VIDEO_INDEX] * rows + ids[at + 1:]   # S ids
-        same = min(len(os.path.commonprefix([prompt, self.cached_ids])), len(prompt) - 1)
         self.cached_ids = prompt[:same]   # first: a Ctrl-C must not leave more here than in the cache
         self.kv_cache.truncate(same)
         cost = self.cost = Cost(same, len(prompt) - same, [])
@@ -306,6 +327,7 @@ class Session:
             say(f"(cut after {cfg.max_new_tokens} tokens, see --max_new_tokens)")
         if cfg.verbose:
             say(self.stats())
+        return tokens
 
 
 def write_out(text):
@@ -320,7 +342,10 @@ def write_out(text):
 
 
 def answer_line(session, question):
-    """A question in a conversation of its own -> its answer, or a JSON object, as one line of output."""
+    """A question in a conversation of its own -> its answer, or a JSON object, as one line of output. With
+    /when it is a line for each time that the model names."""
+    if re.match(r"/when!?(\s|$)", question):
+        return run_command(session, question)
     pieces, session.turns, session.forgotten = [], [], 0
     session.ask(question, pieces.append)
     answer, cost = "".join(pieces), session.cost
@@ -331,6 +356,63 @@ def answer_line(session, question):
         write_out(json.dumps(row) + "\n")
     else:
         write_out(" ".join(answer.split()) + "\n")
+
+
+# ------------------------------------------------------------------------------------- when does it happen?
+def when(session, event, likely):
+    """/when EVENT: a line of output for each time that the model names, and on standard error a bar over the
+    clip; if `likely`, two more, of how likely each start and end was. /when: a line for each event that the
+    model sees; /when --srt FILE also writes them as subtitles. Raises UserError."""
+    if not session.viewer.kind.has_clock:
+        able = " or ".join(name for name, kind in VIDEO_TOKENS.items() if kind.has_clock)
+        raise UserError(f"/when: these weights have no clock; those for {able} have, as VTimeLLM's "
+                        "(python -m weights get vtimellm)")
+    path = terminal.path_of(event.removeprefix("--srt ").strip()) if event.startswith("--srt ") else None
+    if path and os.path.lexists(path):
+        raise UserError(f"{path}: is there already; choose another name")
+    event, (begin, end) = event if path is None else "", session.seen.window
+    question = WHEN.replace("{}", event.lower().rstrip(".")) if event else ALL_EVENTS
+    with session.aside(question):
+        tokens = session.ask(question, lambda piece: None)
+        bars = start_and_end(session, tokens) if likely else [None, None]
+    answer, step = CONTROL.sub("\ufffd", session.chat.tokenizer.decode(tokens)), (end - begin) / 100
+    timed = [(*span, event) for span in read_spans(answer, end - begin)]
+    timed = timed if event else sorted(read_events(answer))
+    rows = [{"event": text, "start": begin + min(a, b) * 100 * step, "end": begin + max(a, b) * 100 * step,
+             "from": min(round(100 * a), 99), "to": min(round(100 * b), 99)} for a, b, text in timed]
+    if session.cfg.json:
+        nothing = {"event": event or None, **dict.fromkeys(("start", "end", "from", "to"))}
+        for row in rows or [nothing]:
+            row |= {"answer": answer.strip(), "p_start": bars[0], "p_end": bars[1]}
+            write_out(json.dumps(row) + "\n")
+    else:   # half a step of the clock; and times are written in tenths
+        write_out(terminal.span_lines(rows, max(step / 2, 0.05), texts=not event))
+    if not rows:
+        return say(f"(the model did not name a time: {' '.join(answer.split())})")
+    if event:
+        inside = {k for row in rows for k in (row["from"], *range(*sorted((row["from"], row["to"]))))}
+        terminal.show_bars({"start": bars[0], "end": bars[1], "": [k in inside for k in range(100)]})
+    say(f"(a step of the clock, of 100, is {step:.2f} s)")
+    if path:
+        cli.write_atomic(path, lambda f: f.write(terminal.subtitles(rows).encode()))
+        say(f"wrote {path}")
+
+
+def start_and_end(session, tokens):
+    """Tokens of an answer that the LLaMA has just given -> how likely each of 00 to 99 was as its first start
+    and, behind the start that it named, as the end: two lists of 100, or of None without a time."""
+    tokenizer, cache = session.chat.tokenizer, session.kv_cache
+    digits = [tokenizer.encode(str(digit))[-1] for digit in range(10)]
+    found, bars = SPAN.search(tokenizer.decode(tokens)), [None, None]
+    for i in (1, 0) if found else ():   # the start last: it writes over what the cache has of the end
+        at = next(n for n in range(len(tokens)) if len(tokenizer.decode(tokens[:n + 1])) > found.start(i + 1))
+        if tokens[at] not in digits:
+            raise UserError("/when!: this LLaMA does not write numbers digit by digit; /when works")
+        before = session.cost.cached + session.cost.new + at - 1
+        cache.truncate(before)
+        p = number_probabilities(session.chat.llm, cache, session.cached_ids[before], digits)
+        bars[i] = [round(x, 6) for x in p.tolist()]
+    return bars
 
 
 # --------------------------------------------------------------------------------------------------- commands
@@ -373,6 +455,10 @@ def run_command(session, line):
             return False
         case "/help", 0:
             say(HELP)
+        case "/when", _ if rest.strip() != "--srt":
+            when(session, rest.strip(), likely=False)
+        case "/when!", n if n:
+            when(session, rest.strip(), likely=True)
         case "/reset", 0:
             session.show(session.seen)
             say("a new conversation")
@@ -421,18 +507,6 @@ def converse(session):
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def check_memory(opened, dtype, scheme, device, num_frames):
-    """Raises UserError, with what would fit, where free memory will not hold what a chat needs."""
-    need, free = opened.need(dtype, scheme, device, num_frames), memory.available(device)
-    if free is not None and sum(need.values()) > free:
-        parts = ", ".join(f"{part} {size / 1e9:.1f} GB" for part, size in need.items())
-        sizes = {s: sum(opened.need(dtype, s, device, num_frames).values()) for s in ("int8", "int4")}
-        fits = [f"--quantize {s} needs {size / 1e9:.1f} GB" for s, size in sizes.items() if size <= free]
-        advice = " and ".join(fits) or "take fewer --num_frames, a smaller model or another machine"
-        raise UserError(f"a chat needs {sum(need.values()) / 1e9:.1f} GB of memory ({parts}), and "
-                        f"{free / 1e9:.1f} GB are free; {advice}")
-
-
 def begin(cfg):
     """Opens the weights and looks at the video -> Session. Raises UserError."""
     began, device = time.perf_counter(), training.pick_device(cfg.device)
@@ -443,7 +517,7 @@ def begin(cfg):
     parameters = sum(p.numel() for p in opened.chat.llm.parameters())
     dtype, scheme, precision = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
     viewer = Viewer(cfg, opened, [files, precision, device.type])
-    check_memory(opened, dtype, scheme, device, viewer.num_frames)
+    memory.check(opened.need, dtype, scheme, device, viewer.num_frames)
     with viewer.looking(cfg.video, (cfg.start, math.inf if cfg.end is None else cfg.end)) as see:
         filled = dataclasses.replace(cfg, tokens=opened.tokens, template=cfg.template or viewer.kind.template)
         session = Session(filled, opened.load(dtype, scheme, device), viewer)

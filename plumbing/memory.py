@@ -3,6 +3,7 @@ import os
 
 import torch
 
+from plumbing.cli import UserError
 from plumbing.quant import fast_bf16
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +62,19 @@ def available(device):
         if not group:
             return free
         group = group.rpartition("/")[0]
+
+
+def check(need_of, dtype, scheme, device, num_frames):
+    """Raises UserError, with what would fit, where free memory will not hold a chat. need_of(dtype, scheme,
+    device, num_frames): {part: bytes}."""
+    need, free = need_of(dtype, scheme, device, num_frames), available(device)
+    if free is not None and sum(need.values()) > free:
+        parts = ", ".join(f"{part} {size / 1e9:.1f} GB" for part, size in need.items())
+        sizes = {s: sum(need_of(dtype, s, device, num_frames).values()) for s in ("int8", "int4")}
+        fits = [f"--quantize {s} needs {size / 1e9:.1f} GB" for s, size in sizes.items() if size <= free]
+        advice = " and ".join(fits) or "take fewer --num_frames, a smaller model or another machine"
+        raise UserError(f"a chat needs {sum(need.values()) / 1e9:.1f} GB of memory ({parts}), and "
+                        f"{free / 1e9:.1f} GB are free; {advice}")
 
 
 def resident(device):

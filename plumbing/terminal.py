@@ -43,10 +43,65 @@ def frame_lines(frames, times, columns, colour):
     return lines
 
 
+def is_plain():
+    """Whether a terminal wants neither colours nor pictures made of characters."""
+    return os.environ.get("TERM") == "dumb" or bool(os.environ.get("NO_COLOR"))
+
+
 def show_frames(frames, times):
     """Frames (T, 3, H, W) uint8 and their times on standard error, which is best a terminal with colours."""
-    colour = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    colour = sys.stderr.isatty() and not is_plain()
     say("\n".join(frame_lines(frames, times, shutil.get_terminal_size().columns, colour)))
+
+
+def bar_lines(rows, columns, heights):
+    """rows {label: 100 numbers from 0 on, of the steps of a clip, or None} -> a line each, none wider than
+    `columns`: a cell for a step, or for a few, as high as the largest of them, as a part of the line's
+    largest. heights: a character for each, from the lowest to the highest."""
+    rows = {name: values for name, values in rows.items() if values}
+    label = max(map(len, rows)) + 1
+    cells, lines = max(1, min(100, columns - label - 2)), []
+    for name, values in rows.items():
+        highest, top = max(values) or 1, len(heights) - 1
+        parts = [max(values[100 * i // cells:100 * (i + 1) // cells]) for i in range(cells)]
+        lines.append(f"{name:{label}}|{''.join(heights[round(x / highest * top)] for x in parts)}|")
+    return lines
+
+
+def show_bars(rows):
+    """See bar_lines; on standard error."""
+    simple = is_plain() or not (sys.stderr.encoding or "").lower().startswith("utf")
+    heights = ".:-=+*#" if simple else ".▁▂▃▄▅▆▇█"
+    say("\n".join(bar_lines(rows, shutil.get_terminal_size().columns, heights)))
+
+
+# ------------------------------------------------------------------------------------------------------ times
+def timestamp(seconds):
+    """-> 0:23.4, and from an hour on 1:00:23."""
+    tenths = round(10 * seconds)
+    if tenths < 36000:
+        return f"{tenths // 600}:{tenths % 600 / 10:04.1f}"
+    return f"{tenths // 36000}:{tenths // 600 % 60:02}:{tenths // 10 % 60:02}"
+
+
+def span_lines(rows, off, texts):
+    """Events {"event": text; "start", "end": seconds, in order; "from", "to": as they were named} -> a line
+    each. off: by how many seconds a time may be wrong; texts: whether to say what happens."""
+    lines = []
+    for row in rows:
+        note = f"± {off:.1f} s" + ", named backwards" * (row["from"] > row["to"])
+        text = f"  {' '.join(row['event'].split())}" if texts else ""
+        lines.append(f"{timestamp(row['start'])} to {timestamp(row['end'])} ({note}){text}\n")
+    return "".join(lines)
+
+
+def subtitles(rows):
+    """The same -> the text of an .srt file."""
+    def stamp(seconds):
+        ms = round(1000 * seconds)
+        return f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
+    return "\n".join(f"{i}\n{stamp(row['start'])} --> {stamp(row['end'])}\n{' '.join(row['event'].split())}\n"
+                     for i, row in enumerate(rows, 1))
 
 
 # ------------------------------------------------------------------------------------------------ typed lines
@@ -89,14 +144,6 @@ def path_and_part(text):
     if not found or os.path.lexists(path_of(text)):
         return path_of(text), None
     return path_of((found["path"] or "").strip()), (Seconds(found["start"]), Seconds(found["end"]))
-
-
-def timestamp(seconds):
-    """-> 0:23.4, and from an hour on 1:00:23."""
-    tenths = round(10 * seconds)
-    if tenths < 36000:
-        return f"{tenths // 600}:{tenths % 600 / 10:04.1f}"
-    return f"{tenths // 36000}:{tenths // 600 % 60:02}:{tenths // 10 % 60:02}"
 
 
 @contextlib.contextmanager

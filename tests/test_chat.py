@@ -1,4 +1,6 @@
 """chat.py as scripts drive it, as a Session, and with all that can be wrong."""
+import contextlib
+import dataclasses
 import functools
 import inspect
 import io
@@ -729,9 +731,9 @@ def test_a_damaged_video_warns_again_when_it_is_not_decoded_again(start, monkeyp
         assert capsys.readouterr().err.count("v.mp4: damaged\n") == 1
 
 
-# --------------------------------------------------------------------------------------------- a part of a video
+# ------------------------------------------------------------------------------------------- a part of a video
 @pytest.mark.parametrize("rule, tokens", [("uniform", "mean"), ("linspace", "branch")])
-def test_a_part_is_seen_as_data_samples_it_with_the_times_of_the_whole(begin, monkeypatch, video, rule, tokens):
+def test_a_part_is_seen_as_data_samples_it_with_times_of_the_whole(begin, monkeypatch, video, rule, tokens):
     monkeypatch.setattr(model.VIDEO_TOKENS[tokens], "rule", rule)
     session = begin(tokens=tokens, start=0.5, end=1.25, cache=False)
     expected = list(data.sample_frames(video, 8, rule, window=(0.5, 1.25)))
@@ -740,9 +742,10 @@ def test_a_part_is_seen_as_data_samples_it_with_the_times_of_the_whole(begin, mo
     assert (session.seen.window, session.seen.duration) == ((0.5, 1.25), 2.0)
 
 
-def test_a_part_is_asked_for_with_flags_and_with_video_and_saved_with_the_talk(call, session, video, tmp_path):
+def test_a_part_is_asked_for_with_flags_and_with_video_and_is_saved(call, session, video, tmp_path):
     assert "bar.mp4, 0:00.5 to 0:02.0 (1.5 s, 8 frames" in call(*ASK, "--start", "0:00.5", "--end", 75)[2]
-    for typed in (f"'{video}' 0:00.5-0:01.5", "0.5-1.5 s", f"0.5-1.5 s  {video}", "0:00.5 to 0:01.5 (± 0.1 s)"):
+    for typed in (f"'{video}' 0:00.5-0:01.5", "0.5-1.5 s", f"0.5-1.5 s  {video}",
+                  "0:00.5 to 0:01.5 (± 0.1 s)"):
         session.open(video)
         chat.run_command(session, f"/video {typed}")
         assert (session.seen.path, session.seen.window) == (video, (0.5, 1.5))
@@ -774,6 +777,203 @@ def test_each_part_is_kept_for_itself(start):
         first, again = start(**fields), start(**fields)
         assert not first.seen.before and again.seen.before
         assert (again.seen.window, again.seen.times) == (first.seen.window, first.seen.times)
+
+
+# ------------------------------------------------------------------------------------------- when it happens
+@pytest.fixture(scope="module")
+def clock_weights(tmp_path_factory, tokenizer_model):
+    """Weights for `frame_cls`: their LLaMA reads CLIP's projected features."""
+    folder = tmp_path_factory.mktemp("clock")
+    write_clip(folder / "clip")
+    write_llava(folder / "llava", tokenizer_model, visual=16)
+    return str(folder)
+
+
+@pytest.fixture
+def clock(begin, clock_weights, monkeypatch):
+    """clock(answer, chances, fields of chat.Config...) -> a chat whose LLaMA gives this answer to everything.
+
+    It works through all tokens as ever; only then its logits are replaced. chances {place: (p(a), p(b | a))},
+    a tensor (10,) and one (10, 10): what it thinks of the digits from this token of the answer on."""
+    def clock(answer, chances={}, **fields):
+        session = begin(**{"weights": clock_weights, "tokens": "frame_cls", "max_new_tokens": 99, **fields})
+        tokenizer, worked, start = session.chat.tokenizer, session.chat.llm.forward, [0]
+        script = [*tokenizer.encode(answer), tokenizer.eos_id]
+
+        def forward(ids=None, embeds=None, kv_cache=None, last_only=False, apart=False):
+            logits = torch.full_like(worked(ids, embeds, kv_cache, last_only, apart), -50)
+            start[0] = start[0] if embeds is None else kv_cache.length   # where the answer begins
+            place = kv_cache.length - start[0] - (len(logits[0]) if apart else 0)
+            if apart:
+                logits[0][:, digits(session)] = chances[place][1].log()
+            elif place in chances:
+                logits[0, -1, digits(session)] = chances[place][0].log()
+                logits[0, -1, tokenizer.eos_id] = (1 - chances[place][0].sum()).log()
+            else:
+                logits[0, -1, script[place]] = 50
+            return logits
+        monkeypatch.setattr(session.chat.llm, "forward", forward)
+        return session
+    return clock
+
+
+def digits(session):
+    return [session.chat.tokenizer.encode(str(digit))[-1] for digit in range(10)]
+
+
+def state(session):
+    """What a conversation has in mind, with its keys and values."""
+    cache = session.kv_cache
+    tensors = [t[:, :, :cache.length].clone() for t in (*cache.k, *cache.v)]
+    return session.turns, session.forgotten, session.cached_ids, session.cfg, cache.length, tensors
+
+
+def same_state(a, b):
+    return a[:-1] == b[:-1] and all(map(torch.equal, a[-1], b[-1]))
+
+
+@pytest.mark.parametrize("template", ["vtimellm", "vicuna_v1"])   # the video before the question, or behind
+def test_when_prints_the_time_and_leaves_the_conversation_to_the_bit(clock, capsys, monkeypatch, template):
+    monkeypatch.setenv("COLUMNS", "103")
+    session = clock("It is from 25 to 75.", template=template)
+    said(session, "What is this?" * 9), said(session)
+    before = state(session)
+    capsys.readouterr()
+    chat.run_command(session, "/when a dog jumps")
+    out, err = capsys.readouterr()
+    assert out == "0:00.5 to 0:01.5 (± 0.1 s)\n"
+    bar = "." * 25 + "\u2588" * 50 + "." * 25
+    assert err == f" |{bar}|\n(a step of the clock, of 100, is 0.02 s)\n"
+    assert same_state(state(session), before)
+    said(session, "And that?")
+    assert session.cost.cached == before[4] and session.turns[-1][0] == "And that?"
+
+
+def test_ctrl_c_within_when_leaves_the_conversation_as_it_was(clock, monkeypatch):
+    session = clock("It is from 25 to 75.")
+    said(session, "What is this?")
+    before, calls, forward = state(session), [], session.chat.llm.forward
+
+    def stopped(*given, **more):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(*given, **more)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(session.chat.llm, "forward", stopped)
+        chat.run_command(session, "/when a dog jumps")
+    assert len(calls) == 4 and same_state(state(session), before)
+
+
+def test_ctrl_c_while_the_conversation_is_put_back_costs_time_and_nothing_else(clock, monkeypatch):
+    session = clock("It is from 25 to 75.")
+    said(session, "What is this?")
+    turns, cache = list(session.turns), session.kv_cache
+
+    @contextlib.contextmanager
+    def half_put_back(start, end):
+        yield
+        cache.truncate(start)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(cache, "aside", half_put_back)
+        chat.run_command(session, "/when a dog jumps")
+    assert session.turns == turns and len(session.cached_ids) == cache.length
+    assert next_answer_is_that_of_the_whole_prompt(session)
+
+
+def test_the_chances_of_100_starts_and_ends_are_read_from_the_logits(clock, capsys):
+    torch.manual_seed(0)
+    answer = "From 23 to 45."
+    session = clock(answer)
+    script = session.chat.tokenizer.encode(answer)
+    places = [i for i, token in enumerate(script) if token in digits(session)]
+    chances = {}
+    for place, (a, b) in ((places[0], (2, 3)), (places[2], (4, 5))):   # the named digits are the likeliest
+        tens, units = torch.rand(10), torch.rand(10, 10).softmax(1)
+        tens[a] = 2
+        chances[place] = tens / tens.sum() * 0.9, units   # in 1 of 10 it ends here
+    session = clock(answer, chances, json=True, temperature=5.0)   # it is asked greedily
+    before = state(session)
+    chat.run_command(session, "/when! it jumps")
+    row = json.loads(capsys.readouterr().out)
+    for name, place in (("p_start", places[0]), ("p_end", places[2])):
+        tens, units = chances[place]
+        assert row[name] == pytest.approx((tens[:, None] * units).flatten().tolist(), abs=2e-6)
+        assert sum(row[name]) == pytest.approx(0.9, abs=1e-3)
+    assert (row["answer"], row["from"], row["to"]) == (answer, 23, 45) and same_state(state(session), before)
+    chat.run_command(session, "/when! it jumps")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:7] for line in lines[:3]] == ["start |", "end   |", "      |"]
+
+
+def test_times_are_those_of_the_whole_video_and_the_step_of_the_clock_is_said(clock, capsys):
+    session = clock("From 00 to 50.", start=1.0)
+    chat.run_command(session, "/when it moves")
+    assert capsys.readouterr().out == "0:01.0 to 0:01.5 (± 0.1 s)\n"
+    session.seen = dataclasses.replace(session.seen, window=(1800, 5400), duration=5400)
+    chat.run_command(session, "/when it moves")
+    out, err = capsys.readouterr()
+    assert out == "30:00.0 to 1:00:00 (± 18.0 s)\n" and "is 36.00 s" in err
+
+
+@pytest.mark.parametrize("answer, lines", [
+    ("From 10 to 20 and from 60 to 99.", ["0:00.2 to 0:00.4 (± 0.1 s)", "0:01.2 to 0:02.0 (± 0.1 s)"]),
+    ("From 75 to 25.", ["0:00.5 to 0:01.5 (± 0.1 s, named backwards)"]),
+    ("From 40 to 40.", ["0:00.8 to 0:00.8 (± 0.1 s)"]),
+    ("1 - 1 seconds", ["0:01.0 to 0:01.0 (± 0.1 s)"])])
+def test_every_time_of_an_answer_is_a_line(clock, capsys, answer, lines):
+    session = clock(answer)
+    chat.run_command(session, "/when it moves")
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_an_answer_without_a_time_is_one_line_and_null_in_json(clock, capsys):
+    session = clock("A red\ncircle.")
+    for line in ("/when it moves", "/when! it moves", "/when"):
+        capsys.readouterr()
+        chat.run_command(session, line)
+        assert capsys.readouterr() == ("", "(the model did not name a time: A red circle.)\n")
+    session = clock("A circle.", json=True)
+    capsys.readouterr()
+    chat.answer_line(session, "/when! it moves")
+    nothing = dict.fromkeys(("start", "end", "from", "to", "p_start", "p_end"))
+    assert json.loads(capsys.readouterr().out) == {"event": "it moves", "answer": "A circle.", **nothing}
+
+
+def test_all_events_are_listed_and_written_as_subtitles(clock, capsys, tmp_path):
+    session = clock("From 50 to 99, a star spins. From 05 to 25, a ring moves left.")
+    path = tmp_path / "a b.srt"
+    chat.run_command(session, f"/when --srt '{path}'")
+    assert capsys.readouterr().out == ("0:00.1 to 0:00.5 (± 0.1 s)  a ring moves left\n"
+                                       "0:01.0 to 0:02.0 (± 0.1 s)  a star spins\n")
+    assert path.read_text() == ("1\n00:00:00,100 --> 00:00:00,500\na ring moves left\n\n"
+                                "2\n00:00:01,000 --> 00:00:02,000\na star spins\n")
+    with pytest.raises(UserError, match="a b.srt: is there already"):
+        chat.run_command(session, f"/when --srt {path}")
+    chat.answer_line(clock("From 50 to 99, a star spins.", json=True), "/when")
+    row = json.loads(capsys.readouterr().out)
+    assert (row["event"], row["start"], row["end"], row["from"], row["to"]) == ("a star spins", 1, 2, 50, 99)
+
+
+def test_weights_without_a_clock_are_told_which_have_one(call):
+    code, out, err = call("-q", "/when a dog jumps")
+    line = err.splitlines(keepends=True)[-1]
+    assert refused((code, out, line), "frame_cls", "VTimeLLM's (python -m weights get vtimellm)")
+
+
+def test_a_llama_that_writes_numbers_whole_is_told_at_when_with_bars(clock, monkeypatch):
+    session = clock("From 23 to 45.")
+    tokenizer, encode = session.chat.tokenizer, session.chat.tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: [0] if text.isdigit() else encode(text))
+    with pytest.raises(UserError, match="digit by digit"):
+        chat.run_command(session, "/when! it moves")
+
+
+@pytest.mark.parametrize("line, usage", [("/when!", "/when! EVENT "), ("/when --srt", "/when EVENT ")])
+def test_when_that_is_typed_wrong_says_how_it_is_used(clock, line, usage):
+    with pytest.raises(UserError, match=f"^{re.escape(usage)}"):
+        chat.run_command(clock(""), line)
 
 
 # --------------------------------------------------------------------------------------- results of training

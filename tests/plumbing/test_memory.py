@@ -85,7 +85,7 @@ def test_pictures_that_are_kept_are_counted():
 
 def check(free, monkeypatch, scheme=None):
     monkeypatch.setattr(memory, "available", lambda device: free)
-    chat.check_memory(opened(), torch.bfloat16, scheme, CPU, 100)
+    memory.check(opened().need, torch.bfloat16, scheme, CPU, 100)
 
 
 def test_what_fits_is_accepted_and_so_is_what_is_not_known(monkeypatch):

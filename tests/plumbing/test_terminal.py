@@ -54,6 +54,27 @@ def test_a_half_block_has_the_upper_pixel_as_its_colour_and_the_lower_as_its_gro
     assert terminal.half_blocks(picture) == ["\x1b[38;2;1;2;3;48;2;4;5;6m\u2580\x1b[0m"]
 
 
+@pytest.mark.parametrize("columns", [1, 40, 80, 200])
+def test_bars_fit_into_the_terminal_and_the_largest_step_is_the_highest_cell(columns):
+    chances = [0.001] * 100
+    chances[42] = 0.1
+    rows = {"start": chances, "": [k == 99 for k in range(100)], "end": None}
+    lines = terminal.bar_lines(rows, columns, ".-#")
+    first, second = (line.split("|")[1] for line in lines)
+    assert len(lines) == 2 and len(lines[0]) == len(lines[1]) <= max(columns, 9) and len(first) <= 100
+    assert first.index("#") == 42 * len(first) // 100 and second.endswith("#")
+    assert first.count("#") == second.count("#") == 1 and "-" not in first + second
+
+
+def test_bars_are_ascii_where_a_terminal_is_simple(monkeypatch, capsys):
+    rows = {"": [k >= 50 for k in range(100)]}
+    terminal.show_bars(rows)
+    monkeypatch.setenv("NO_COLOR", "1")
+    terminal.show_bars(rows)
+    blocks, simple = capsys.readouterr().err.splitlines()
+    assert "\u2588" in blocks and simple == blocks.replace("\u2588", "#")
+
+
 @pytest.fixture
 def shown(session, monkeypatch):
     """shown(environment variables...) -> what show_frames writes to a terminal."""
@@ -337,17 +358,19 @@ def test_a_file_with_quotes_in_its_name_is_found_by_this_name(monkeypatch, tmp_p
 
 @pytest.mark.parametrize("text, path, span", [
     ("a.mp4", "a.mp4", None), ("a.mp4 1:00-1:15", "a.mp4", (60, 75)), ("1:00-1:15", "", (60, 75)),
-    ("'my film.mp4' 12.0-14.0 s", "my film.mp4", (12, 14)), ("my film.mp4 0-1:01:15.5", "my film.mp4", (0, 3675.5)),
-    ("12.0-14.0 s  /v/a 1.mp4", "/v/a 1.mp4", (12, 14)), ("a.mp4 0:23.4 to 0:45.9 (± 0.2 s)", "a.mp4", (23.4, 45.9)),
-    ("a.mp4 1:75-2:00", "a.mp4 1:75-2:00", None), ("2024-05-01", "2024-05-01", None), ("a 1-2", "a 1-2", None)])
-def test_a_part_of_a_video_stands_behind_its_path_or_before_it_or_alone(monkeypatch, tmp_path, text, path, span):
+    ("'my film.mp4' 12.0-14.0 s", "my film.mp4", (12, 14)), ("a b.mp4 0-1:01:15.5", "a b.mp4", (0, 3675.5)),
+    ("12.0-14.0 s  /v/a 1.mp4", "/v/a 1.mp4", (12, 14)), ("2024-05-01", "2024-05-01", None),
+    ("a.mp4 0:23.4 to 0:45.9 (± 0.2 s)", "a.mp4", (23.4, 45.9)), ("a 1-2", "a 1-2", None),
+    ("a.mp4 1:75-2:00", "a.mp4 1:75-2:00", None)])
+def test_a_part_of_a_video_stands_behind_its_path_before_it_or_alone(monkeypatch, tmp_path, text, path, span):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a 1-2").touch()
     assert terminal.path_and_part(text) == (path, span)
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0:00.0"), (23.44, "0:23.4"), (59.96, "1:00.0"), (61.5, "1:01.5"),
-                                           (3599.9, "59:59.9"), (3599.96, "1:00:00"), (86399.9, "23:59:59")])
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0:00.0"), (23.44, "0:23.4"), (59.96, "1:00.0"), (61.5, "1:01.5"), (3599.9, "59:59.9"),
+    (3599.96, "1:00:00"), (86399.9, "23:59:59")])
 def test_a_time_is_written_in_tenths_up_to_an_hour_and_read_back(seconds, text):
     assert terminal.timestamp(seconds) == text
     assert abs(Seconds(text) - seconds) < (1 if seconds > 3600 else 0.06)
