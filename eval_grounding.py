@@ -207,9 +207,10 @@ def new_answers(cfg, chat, device, clips, answers):
                 raise
             say(f"skipped: {e}")
             continue
-        tokens = kind(kind.see(chat.clip, pixels[None].to(device)))[0]   # (K, D_llm)
+        seen = kind.see(chat.clip, pixels[None].to(device))
         for event, question in questions.items():
             ids, _ = prompt_ids(chat.tokenizer, [(question, None)], kind.template)
+            tokens = kind(seen, *chat.embed_questions([question]))[0]   # (K, D_llm)
             prompt = chat.splice(ids, tokens)[None]
             new = generate(chat.llm, embeds=prompt, max_new_tokens=cfg.max_new_tokens,
                            stop_ids=chat.tokenizer.stop_ids)

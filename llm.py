@@ -215,13 +215,15 @@ class LLaMA(nn.Module):
 
         Positions go on from kv_cache.length, and the cache takes in the S tokens. A batch padded on the right
         needs no mask: only padding sees padding. apart: the S tokens do not follow each other, each is a next
-        one after the P in the cache. Raises UserError if the context holds less than P + S."""
+        one after the P in the cache. Raises UserError if context or cache hold less than P + S."""
         assert (ids is None) != (embeds is None), "give exactly one of ids and embeds"
-        weight, P = self.model.embed_tokens.weight, 0 if kv_cache is None else kv_cache.length
+        weight, P, longest = self.model.embed_tokens.weight, 0, self.config.context_length
+        if kv_cache is not None:
+            P, longest = kv_cache.length, min(longest, kv_cache.max_len)
         x = self.model.embed_tokens(ids) if embeds is None else embeds.to(weight.dtype)   # (B, S, D)
-        S, longest = x.shape[1], self.config.context_length
+        S = x.shape[1]
         if P + S > longest:
-            raise UserError(f"{P + S} tokens, but this language model reads at most {longest} at once")
+            raise UserError(f"{P + S} tokens, but this language model reads at most {longest} at once here")
         positions = 1 if apart else S
         cos, sin = (table.to(x.dtype) for table in rope_tables(self.config, P, positions, x.device))
         mask = None   # no prefix: plain causal attention; one new token: it sees everything
@@ -251,11 +253,14 @@ class LLaMA(nn.Module):
 
 # ---------------------------------------------------------------------------------------- generation
 def sample(logits, temperature, top_p, generator):
-    """One token from logits (V,) -> int. Temperature 0 takes the likeliest.
+    """One token from logits (V,) -> int. Temperature 0 takes the likeliest. Raises UserError for NaN.
 
     top_p (Holtzman et al. 2019, arXiv 1904.09751): draws from the fewest likeliest tokens that together have
     at least that probability. On the CPU, so that a seed means the same on every device."""
     assert temperature >= 0 and 0 < top_p <= 1, f"temperature {temperature}, top_p {top_p}"
+    if logits.isnan().any():
+        raise UserError("the language model gives no numbers; are the weights damaged, or does --dtype fp32 "
+                        "help?")
     if temperature == 0:
         return int(logits.argmax())
     logits = logits.double().cpu()   # where fp32 would take a low temperature for 0

@@ -87,16 +87,21 @@ def interval(values, groups):
 
 
 # ------------------------------------------------------------------------------------ times in an answer
-SPAN = re.compile(r"(?<![\d.])(\d\d?) ?(?:to|and|until|-) ?(\d\d?)(?!\d)( seconds)?")
-RELEASED_SPAN = re.compile(r"(\d\d) (?:to|and) (\d\d)()")   # VTimeLLM's
+TIME = r"(?<![\d.:])(\d+(?:\.\d+)?)( ?s\b| seconds?\b)?(?![\d:])"
+SPAN = re.compile(TIME + " ?(?:to|and|until|-) ?" + TIME)
+RELEASED_SPAN = re.compile(r"(\d\d)() (?:to|and) (\d\d)()")   # VTimeLLM's
 
 
 def read_spans(answer, duration, released=False):
     """The times in an answer, as "23 to 45" -> [[start, end]], shares of a clip of `duration` seconds. They
-    count in steps of the clock, or in seconds where the answer says so."""
-    found = (RELEASED_SPAN if released else SPAN).finditer(answer)
-    return [[min(1.0, int(t) / duration) for t in match.groups()[:2]] if match[3] else
-            shares(int(match[1]), int(match[2]), released) for match in found]
+    are steps of the clock, of one or two digits, or seconds where the answer says so."""
+    spans = []
+    for start, _, end, seconds in (RELEASED_SPAN if released else SPAN).findall(answer):
+        if seconds:
+            spans.append([min(1.0, float(t) / duration) for t in (start, end)])
+        elif max(len(start), len(end)) <= 2:
+            spans.append(shares(int(start), int(end), released))
+    return spans
 
 
 def shares(start, end, released, wider=0):
@@ -119,7 +124,7 @@ def read_events(answer, released=False):
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass   # what stands before the mistake counts
     if not listed and not released:
-        found = re.findall(r"[Ff]rom (\d\d) to (\d\d),? ([^.]+)", answer)
+        found = re.findall(r"[Ff]rom (\d\d?) to (\d\d?),? ((?:[^.]|\.\d)+)", answer)
         events = [(int(start), int(end), text) for start, end, text in found]
     for start, end, text in events:
         if merged and abs(start - merged[-1][1]) <= 1:

@@ -10,6 +10,7 @@ import torch
 
 import eval_grounding
 from eval_grounding import Config, read_annotations
+from linvt import LinVT, save_linvt
 from metrics import caption_scores, grounding_scores, rarity, read_events, read_spans, words
 from plumbing.cli import UserError
 from test_metrics import VTIMELLM, double, java_counts
@@ -90,6 +91,7 @@ def test_answers_are_read_as_they_are_given():
         (0.1, 0.2, "a dog runs"), (0.3, 1, "it sleeps")]
     assert read_events(said, True) == []                               # there a list has one line
     assert read_events(said.replace("\n", ""), True) == [(0.1, 0.21, "A."), (0.3, 1, "B")]
+    assert read_events("From 5 to 9, a dog jumps 1.5 m. It rests.") == [(0.05, 0.09, "a dog jumps 1.5 m")]
     assert read_events('[{"event": 3, "timestamps": "from 1 to 2"}]', False) == []
     assert read_events("[" * 100000, False) == read_events('[{"a": ' * 100000 + "}]", False) == []
 
@@ -98,6 +100,8 @@ def test_answers_are_read_as_they_are_given():
     ("From 40 to 99.", [[0.4, 1]]), ("between 5 and 09", [[0.05, 0.09]]), ("from 45 to 23", [[0.45, 0.23]]),
     ("12-15, 20 until 30", [[0.12, 0.15], [0.2, 0.3]]), ("from 12 to 15 seconds", [[0.24, 0.3]]),
     ("from 60 to 80 seconds", [[1, 1]]),
+    ("12 to 17.5 s", [[0.24, 0.35]]), ("from 10 seconds to 20 seconds", [[0.2, 0.4]]),
+    ("100 to 120 seconds", [[1, 1]]), ("at 1:05 to 1:20", []),
     ("100 to 199", []), ("from 1.5 to 2", []), ("now", [])])
 def test_times_of_an_answer_are_shares_of_the_clip(said, spans):
     assert read_spans(said, 50) == spans
@@ -223,6 +227,15 @@ def test_what_was_answered_is_not_asked_again(asked, capsys, monkeypatch):
     assert capsys.readouterr().out == table
     eval_grounding.main(Config(asked.annotations, from_=asked.save))
     assert len(calls) == 4 and capsys.readouterr().out == table
+
+
+def test_tokens_that_depend_on_the_question_are_made_for_each(asked, tmp_path, capsys):
+    for name in os.listdir(asked.weights):
+        os.symlink(os.path.join(asked.weights, name), tmp_path / name)
+    save_linvt(tmp_path / "linvt.bin", LinVT(32, 4, width=16, heads=2))
+    asked.weights, asked.tokens = str(tmp_path), "linvt"
+    eval_grounding.main(asked)
+    assert ": 4 events, 0 left out" in capsys.readouterr().out
 
 
 def test_a_file_of_other_answers_is_not_touched(asked, tmp_path):

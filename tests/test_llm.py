@@ -349,6 +349,17 @@ def draws(temperature, top_p, count=2000):
     return torch.bincount(torch.tensor(tokens), minlength=5) / count
 
 
+def test_a_full_cache_and_logits_that_are_no_numbers_are_one_line():
+    model = LLaMA(LLaMAConfig(20, 16, 1, 2, mlp=16))
+    cache = KVCache(model.config, 1, 8, "cpu", torch.float32)
+    model(torch.zeros(1, 7, dtype=torch.long), kv_cache=cache)
+    with pytest.raises(UserError, match="18 tokens, .* at most 8 at once"):
+        llm.number_probabilities(model, cache, 3, list(range(10)))
+    for temperature in (0, 1):
+        with pytest.raises(UserError, match="gives no numbers"):
+            sample(torch.tensor([1, torch.nan]), temperature, 1, None)
+
+
 def test_sampling_follows_the_softmax_of_the_logits():
     assert (draws(1.0, 1.0) - LOGITS.exp()).abs().max() < 0.04
 
