@@ -37,7 +37,6 @@ if __name__ == "__main__":
     CONFIG = cli.start(Config)   # before the slow imports: a typing error shows at once
 
 import os
-import pathlib
 import sys
 
 import torch
@@ -149,8 +148,7 @@ def report(features, about):
 # ------------------------------------------------------------------------------------- test sets, as released
 class EvaluationSet(Dataset):
     """A data set as its released evaluation sees it. Item i -> (pixels (T, 3, H, W) uint8, i). A broken video
-    raises VideoError, or gives it with --skip_broken. A folder named as the video, without extension, holds
-    its frames as JPEG files, numbered from 1; for one that is missing comes the next.
+    raises VideoError, or gives it with --skip_broken.
 
     videos: the name of each item's video. texts: the caption of each item or, to recognise, the names of the
     classes; then labels has the class of each item. Raises UserError for files that do not fit, for a set of
@@ -167,43 +165,24 @@ class EvaluationSet(Dataset):
         if setting.size and len(self) not in setting.size:
             sizes = " or ".join(map(str, setting.size))
             raise UserError(f"{cfg.annotations}: {cfg.dataset} has {sizes} items, found {len(self)}")
-        missing = [v for v in dict.fromkeys(self.videos) if not os.path.exists(self.locate(v))]
+        missing = [v for v in dict.fromkeys(self.videos) if not os.path.isfile(data.locate(cfg.root, v))]
         if missing and not self.skip:   # said now, not after an hour
             raise UserError(f"--root {cfg.root}: lacks {len(missing)} of {len(set(self.videos))} videos, the "
                             f"first is {missing[0]}; --skip_broken goes on without them")
-
-    def locate(self, video):
-        """-> the file of a video, or the folder of its frames."""
-        path = data.locate(self.root, video)
-        folder = os.path.splitext(path)[0]
-        return folder if os.path.isdir(folder) and not os.path.exists(path) else path
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, i):
-        path, s = self.locate(self.videos[i]), self.setting
-        if os.path.isdir(path):
-            pictures = folder_pictures(path, s.num_frames, s.rule)
-        else:
-            pictures = (picture for _, picture in data.sample_frames(path, s.num_frames, s.rule))
-        short = s.short * self.image_size // 224
+        path, s, size = data.locate(self.root, self.videos[i]), self.setting, self.image_size
         try:   # one by one: sixty-four pictures as filmed take hundreds of megabytes
-            return torch.cat([data.eval_pixels(p[None], self.image_size, short) for p in pictures]), i
+            found = data.sample_frames(path, s.num_frames, s.rule)
+            return torch.cat([data.eval_pixels(picture[None], size, s.short * size // 224)
+                              for _, picture in found]), i
         except data.VideoError as e:
             if self.skip:
                 return e
             raise
-
-
-def folder_pictures(folder, num_frames, rule):
-    """Yields pictures of 000001.jpg, 000002.jpg, ... by a rule of frame numbers; for one that is missing
-    comes the next. Raises VideoError."""
-    files = {int(file.stem): file for file in pathlib.Path(folder).glob("*.jpg") if file.stem.isdecimal()}
-    if not files:
-        raise data.VideoError(folder, "has no frames 000001.jpg, 000002.jpg, ...")
-    for k in data.INDEX_RULES["test" if rule == "uniform" else rule](max(files), num_frames):
-        yield data.read_picture(files[min(n for n in files if n > k)])
 
 
 def read_pairs(path, joined=False):

@@ -2,11 +2,9 @@
 import dataclasses
 import json
 import os
-import shutil
 
 import pytest
 import torch
-from PIL import Image
 
 import data
 import eval_retrieval
@@ -174,21 +172,6 @@ def test_released_annotations_and_settings(world, tmp_path, monkeypatch, name, r
                                          ("activitynet", "4917")])
 def test_a_test_set_of_another_size_is_refused(world, name, count):
     refused(f"{name} has {count} items, found 8", scoring(world, dataset=name))
-
-
-def test_activitynet_as_folders_of_frames_with_a_hole_and_as_a_file(world, tmp_path):
-    (tmp_path / "v_1").mkdir()
-    for i in range(1, 41):
-        Image.new("L", (90, 70), 6 * i).save(tmp_path / "v_1" / f"{i:06d}.jpg", quality=95)
-    (tmp_path / "v_1" / "000020.jpg").unlink()
-    shutil.copy(world / "0.mp4", tmp_path / "v_2.mp4")
-    annotations = write(tmp_path / "a", [{"video": f"v_{i}.mp4", "caption": ["a"]} for i in (1, 2)])
-    setting = dataclasses.replace(SETTINGS["activitynet"], size=(2,), num_frames=3)
-    dataset = EvaluationSet(scoring(tmp_path, annotations=annotations), setting, 64)
-    pixels, _ = dataset[0]
-    assert pixels.shape == dataset[1][0].shape == (3, 3, 64, 64)
-    assert data.uniform_sample_test(40, 3) == [6, 19, 32]   # from 0; files count from 1; one is missing
-    assert (pixels.float().mean((1, 2, 3)) / 6).round().tolist() == [7, 21, 33]
 
 
 @pytest.mark.parametrize("name, what, message", [
