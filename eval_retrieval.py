@@ -29,8 +29,6 @@ class Config:
     dataset: Sets = "own"            # how a set is read; the last three are of actions
     classes: str = ""                # to recognise actions: the names of the classes, one a line
     skip_broken: bool = False        # leave out videos that cannot be read; else the first is an error
-    save: str = ""                   # write the features there (safetensors)
-    from_: str = ""                  # score what --save wrote, without model and videos
 
 
 if __name__ == "__main__":
@@ -46,7 +44,7 @@ from torch.utils.data import Dataset
 import data
 from metrics import recall_at_k, retrieval_metrics
 from model import encode_texts, encode_videos, load_encoder
-from plumbing import memory, training, weightfile
+from plumbing import memory, training
 from plumbing.cli import UserError
 
 
@@ -78,20 +76,12 @@ SETTINGS = {   # all numbers of the paper are of ViT-L/14; msrvtt is its 1k-A sp
 
 def main(cfg):
     # ----------------------------------------------------------------------------------------------- setup
-    if cfg.from_:
-        features, about = weightfile.read_file(cfg.from_), weightfile.read_metadata(cfg.from_)
-        if about.get("dataset") not in SETTINGS or not {"mean", "branch", "text", "right"} <= features.keys():
-            raise UserError(f"{cfg.from_}: not a file that --save wrote")
-        return report(features, about)
     if not cfg.annotations:
         root = cfg.root or "out/shapes"
         cfg = dataclasses.replace(cfg, root=root, annotations=os.path.join(root, "test_captions.jsonl"))
         if cfg.dataset != "own" or not os.path.exists(cfg.annotations):
             raise UserError(f"give --annotations; or `python -m toy render` makes the toy world in {root}")
     setting, here = SETTINGS[cfg.dataset], training.start_distributed(cfg.device)
-    if cfg.save:
-        cli.make_folder(os.path.dirname(os.path.abspath(cfg.save)))   # not to fail after hours of encoding
-        cli.replaceable(cfg.save, b'"right": {"dtype"')
     # -------------------------------------------------------------------------------------- model and data
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, here.device)
     memory.choose_threads(encoder)
@@ -107,39 +97,31 @@ def main(cfg):
     else:             # captions ask, videos answer: each video once, however many captions it has
         texts, right = [dataset.texts[i] for i in items], owner
     text = encode_texts(encoder, tokenizer, texts, setting.text_length, here.device, cfg.amp)
-    features = {"mean": mean, "branch": branch, "text": text, "right": torch.tensor(right)}
-    about = {"task": "recognition" if cfg.classes else "retrieval", "dataset": cfg.dataset,
-             "annotations": cfg.annotations, "total": str(len(dataset))}
     if here.rank == 0:
         for message in broken:
             print(f"skipped: {message}", file=sys.stderr)
-        if cfg.save:
-            weightfile.write_safetensors(cfg.save, features, about)
-        report(features, about)
+        report(cfg, len(dataset), {"mean-pooled CLIP": mean, "branch": branch}, text, torch.tensor(right))
     if here.size > 1:
         dist.destroy_process_group()
 
 
-def report(features, about):
-    """Prints the table. features: mean and branch, of videos (V, P); text (Q, P); right: which video is a
-    text's (Q,) or, to recognise, which text is a video's (V,)."""
-    setting, right = SETTINGS[about["dataset"]], features["right"]
-    recognition, way, rows = about["task"] == "recognition", ", text to video", {}
-    for key, name in (("mean", "mean-pooled CLIP"), ("branch", "branch")):
-        similarity = features["text"] @ features[key].T               # (Q, V)
-        similarity = similarity.T if recognition else similarity      # a row for whoever asks
+def report(cfg, total, videos, text, right):
+    """Prints the table. total: items of the whole set. videos: {name: features (V, P)}; text (Q, P); right:
+    which video is a text's (Q,) or, to recognise, which text is a video's (V,)."""
+    setting, rows, way = SETTINGS[cfg.dataset], {}, "" if cfg.classes else ", text to video"
+    for name, video in videos.items():
+        similarity = video @ text.T if cfg.classes else text @ video.T   # a row for whoever asks
         match = right[:, None] == torch.arange(similarity.shape[1])   # which answers are right
-        if recognition:
+        if cfg.classes:
             rows[name] = [recall_at_k(similarity, k, match) for k in (1, 5)]
         else:
             rows[name + way] = retrieval_metrics(similarity, match).values()
             rows[f"{name}, video to text"] = retrieval_metrics(similarity.T, match.T).values()
-    if str(len(right)) == about["total"] and setting.clip:   # else it is another set than the paper's
-        way = "" if recognition else way
+    if len(right) == total and setting.clip:   # else it is another set than the paper's
         rows |= {f"CLIP (paper){way}": setting.clip, f"BT-Adapter (paper){way}": setting.adapter}
-    print(f"evaluated {len(right)} of {about['total']} {'videos' if recognition else 'captions'}, "
-          f"{setting.num_frames} frames, {about['annotations']}")
-    columns = ("top-1", "top-5") if recognition else ("R@1", "R@5", "R@10", "MdR", "MnR")
+    print(f"evaluated {len(right)} of {total} {'videos' if cfg.classes else 'captions'}, "
+          f"{setting.num_frames} frames, {cfg.annotations}")
+    columns = ("top-1", "top-5") if cfg.classes else ("R@1", "R@5", "R@10", "MdR", "MnR")
     print(" " * 36 + "".join(f"{column:>8}" for column in columns))
     for name, numbers in rows.items():
         print(f"{name:36}" + "".join(f"{number:8.1f}" for number in numbers))

@@ -12,6 +12,7 @@ import eval_grounding
 from eval_grounding import Config, read_annotations
 from linvt import LinVT, save_linvt
 from metrics import caption_scores, grounding_scores, rarity, read_events, read_spans, words
+from plumbing import cli
 from plumbing.cli import UserError
 from test_metrics import VTIMELLM, double, java_counts
 
@@ -264,3 +265,7 @@ def test_a_video_that_is_missing_or_broken_is_one_line_or_left_out(asked, tmp_pa
 def test_flags_that_do_not_fit_are_one_line(asked, fields, message):
     with pytest.raises(UserError, match=re.escape(message)):
         eval_grounding.main(Config(**{**vars(asked), **fields}))
+
+
+def test_a_flag_may_be_a_word_of_python():
+    assert cli.parse(Config, ["--annotations", "a", "--from", "x"]).from_ == "x"

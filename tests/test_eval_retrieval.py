@@ -11,7 +11,7 @@ import eval_retrieval
 import model
 from eval_retrieval import SETTINGS, Config, EvaluationSet, read_labels
 from films import stacked
-from plumbing import cli, training, weightfile
+from plumbing import training
 from plumbing.cli import UserError
 from toy.world import COLOURS, film, make_clips, write_video
 
@@ -96,6 +96,14 @@ def test_two_processes_have_both_the_features_of_one_in_its_order(world, tmp_pat
 
 
 # ------------------------------------------------------------------------------------ score
+@pytest.fixture
+def reported(monkeypatch):
+    """A list of what `report` was called with last."""
+    given, report = [], eval_retrieval.report
+    monkeypatch.setattr(eval_retrieval, "report", lambda *what: given.extend(what) or report(*what))
+    return given
+
+
 def test_both_models_and_both_directions_are_printed_and_the_branch_finds_the_clips(world, capsys):
     eval_retrieval.main(scoring(world))
     out = capsys.readouterr().out
@@ -128,28 +136,13 @@ def test_a_broken_video_is_an_error_in_evaluation_unless_it_may_be_left_out(worl
     refused("none of 1 videos", cfg, annotations=write(tmp_path / "d", gone), skip_broken=True)
 
 
-def test_saved_features_are_scored_again_without_model_and_videos(world, tmp_path, capsys, monkeypatch):
-    file = str(tmp_path / "scores.safetensors")
-    eval_retrieval.main(scoring(world, save=file))
-    first, saved = capsys.readouterr().out, weightfile.read_file(file)
-    eval_retrieval.main(scoring(world, save=file))   # its own file it replaces, another it does not
-    assert capsys.readouterr().out == first
-    refused("did not write", scoring(world, save=os.path.join(TINY, "branch.pth")))
-    assert saved["text"].shape == saved["branch"].shape == saved["mean"].shape == (8, 128)
-    monkeypatch.setattr(eval_retrieval, "load_encoder", None)
-    eval_retrieval.main(config(from_=file, weights="nowhere"))
-    assert capsys.readouterr().out == first
-    refused("not a file that --save wrote", config(from_=os.path.join(TINY, "branch.pth")))
-
-
-def test_the_papers_numbers_stand_beside_ours_only_where_the_sets_match(world, tmp_path, capsys, monkeypatch):
+def test_the_papers_numbers_stand_beside_ours_only_where_the_sets_match(world, capsys, monkeypatch, reported):
     monkeypatch.setitem(SETTINGS, "msrvtt", dataclasses.replace(SETTINGS["msrvtt"], size=(8,)))
-    file = str(tmp_path / "scores.safetensors")
-    eval_retrieval.main(scoring(world, dataset="msrvtt", save=file))
+    eval_retrieval.main(scoring(world, dataset="msrvtt"))
     found = table(capsys.readouterr().out)
     assert len(found) == 6 and found["BT-Adapter (paper), text to video"] == [40.9, 64.7, 73.5]
-    left_out = {**weightfile.read_metadata(file), "total": "9"}
-    eval_retrieval.report(weightfile.read_file(file), left_out)
+    cfg, total, *features = reported
+    eval_retrieval.report(cfg, total + 1, *features)
     assert len(table(capsys.readouterr().out)) == 4
 
 
@@ -199,37 +192,32 @@ def test_top_1_and_top_5_are_those_worked_by_hand(capsys):
     similarity[0, 3] = 1                                   # alone
     similarity[1, :6] = 1                                  # one of six that tie
     similarity[2, :4] = torch.tensor([.4, .3, .2, .1])     # the fourth; and of the last row, one of eight
-    features = {"mean": similarity, "branch": similarity, "text": torch.eye(8), "right": right}
-    about = {"task": "recognition", "dataset": "own", "annotations": "x", "total": "4"}
-    eval_retrieval.report(features, about)
+    videos = {"mean-pooled CLIP": similarity, "branch": similarity}
+    eval_retrieval.report(config(classes="x"), 4, videos, torch.eye(8), right)
     found = table(capsys.readouterr().out)
     top_1, top_5 = 25 * (1 + 1 / 6 + 0 + 1 / 8), 25 * (1 + 5 / 6 + 1 + 5 / 8)
     assert found["branch"] == found["mean-pooled CLIP"] == pytest.approx([top_1, top_5], abs=0.05)
 
 
-def test_recognition_of_the_toy_worlds_colours(world, tmp_path, capsys, monkeypatch):
+def test_recognition_of_the_toy_worlds_colours(world, tmp_path, capsys, monkeypatch, reported):
     rows = [json.loads(line) for line in (world / "test_captions.jsonl").read_text().splitlines()]
     names = list(COLOURS)
     colour = {row["video"]: next(i for i, name in enumerate(names) if name in row["caption"]) for row in rows}
     labels = write(tmp_path / "labels", "".join(f"{video}\t{label + 1}\n" for video, label in colour.items()))
     monkeypatch.setitem(SETTINGS, "hmdb51", dataclasses.replace(SETTINGS["hmdb51"], classes=8, size=(8,)))
     classes = write(tmp_path / "classes", "\n".join(names))
-    cfg = scoring(world, dataset="hmdb51", annotations=labels, classes=classes, save=str(tmp_path / "s"))
-    eval_retrieval.main(cfg)
-    out, saved = capsys.readouterr().out, weightfile.read_file(cfg.save)
-    assert "evaluated 8 of 8 videos, 16 frames" in out and saved["right"].tolist() == list(colour.values())
-    hits = (saved["branch"] @ saved["text"].T).argmax(1) == saved["right"]
+    eval_retrieval.main(scoring(world, dataset="hmdb51", annotations=labels, classes=classes))
+    out, (_, _, videos, text, right) = capsys.readouterr().out, reported
+    assert "evaluated 8 of 8 videos, 16 frames" in out and right.tolist() == list(colour.values())
+    hits = (videos["branch"] @ text.T).argmax(1) == right
     assert table(out)["branch"][0] == pytest.approx(100 * hits.float().mean().item(), abs=0.05)
     assert table(out)["BT-Adapter (paper)"] == [54.6, 79.7]
-    eval_retrieval.main(config(from_=cfg.save))
-    assert capsys.readouterr().out == out
 
 
 @pytest.mark.parametrize("options, message", [
     ({"dataset": "k400"}, "needs --classes"), ({"dataset": "lsmdc", "classes": "x"}, "has no --classes"),
     ({"annotations": "", "dataset": "msrvtt"}, "give --annotations"),
-    ({"weights": "nowhere"}, "nowhere"),
-    ({"from_": "nowhere"}, "nowhere: No such file")])
+    ({"weights": "nowhere"}, "nowhere")])
 def test_scoring_refuses_what_it_cannot_use(world, options, message):
     refused(message, scoring(world), **options)
 
@@ -244,7 +232,3 @@ def test_captions_that_would_be_lost_or_are_none_are_refused(world, tmp_path, te
 def test_a_set_with_too_few_classes_is_refused(world, tmp_path):
     refused("a name in each line, 400 in all, not 2", scoring(world), dataset="k400",
             classes=write(tmp_path / "c", "run\njump"), annotations=write(tmp_path / "a", "0.mp4 1\n"))
-
-
-def test_a_flag_may_be_a_word_of_python():
-    assert cli.parse(Config, ["--from", "x"]).from_ == "x"
