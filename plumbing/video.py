@@ -35,7 +35,7 @@ MAX_PIXELS = 1 << 25                       # of one frame: 8K is just below; a h
 LIMITS = {"max_pixels": str(MAX_PIXELS)}   # the same, for decoders
 TIME_LIMIT = 30                            # seconds of work without a new frame or packet: a file is given up
 REORDER = 33                               # packets: no frame is shown later after its place in a file
-LOOKS = 64                                 # places of an MPEG-TS whose clocks are compared
+LOOKS = 32                                 # places of each half of an MPEG-TS whose clocks are compared
 MAX_GAP = 600                              # seconds; where a clock leaps by more, another recording begins
 COLOUR_SPACES = {1, 4, 5, 6, 7, 9}         # matrix coefficients of ITU-T H.273 that libswscale converts
 TOLERANCE = 1e-6                           # seconds: i / fps in floats still finds frame i
@@ -193,9 +193,10 @@ class Video:
         """Looks at a few places of an MPEG-TS whether its clock begins anew or leaps on the way, as in files
         that were joined. If so, reads all packets for a list of keyframes: seeking by time would get lost."""
         size, clock = os.fstat(self.file.fileno()).st_size, []
-        for i in range(LOOKS):
+        for i in range(-LOOKS, LOOKS):   # closest at both ends: the first or last recording may be short
             self.file.start_over()
-            self.container.seek(size * i // LOOKS, stream=self.stream, unsupported_byte_offset=True)
+            place = int(size * (1 + math.copysign(1 - (1 - abs(i) / LOOKS) ** 4, i)) / 2)
+            self.container.seek(place, stream=self.stream, unsupported_byte_offset=True)
             clock += [p.dts for p in itertools.islice(self.packets(), 1) if p.dts is not None]
         if not all(itertools.starmap(self.runs_on, itertools.pairwise(clock))):
             self.joined, self.damage = [], ""
@@ -343,9 +344,12 @@ class Video:
             if packet is not None and self.when(packet) is not None:
                 order.append(self.when(packet))
             try:
-                frames = self.context.decode(packet)
+                frames, lost = self.context.decode(packet), False
             except av.error.FFmpegError:   # one damaged frame: the one before it stays on the screen
-                continue
+                frames, lost = [], True
+            if self.untimed and not frames and latest > -math.inf and (lost or self.context.name == "mpeg4"):
+                order.popleft()   # its time goes with it, also where nothing was coded
+                self.damage = self.damage or CUT * lost
             if self.unproven:   # frames before a keyframe lean on others; a container may misplace one
                 frames = list(itertools.dropwhile(lambda frame: not frame.key_frame, frames))
                 self.unproven = not frames
@@ -464,9 +468,12 @@ class Video:
         av.logging.set_level(av.logging.INFO)
         described = self.container.dumps_format()
         av.logging.set_level(level)
-        track = re.search(rf"Stream #0:{self.stream.index}\b.*?(?=Stream #|\Z)", described, re.DOTALL)
-        found = re.search(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", track[0] if track else "")
-        return list(map(int, found.groups())) if found else [0] * 4
+        # at the beginning of a line, as a title may say the same
+        found = re.search(rf"^  Stream #0:{self.stream.index}\b(?:(?!^  Stream #).)*?"
+                          r"^      Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", described, re.DOTALL | re.M)
+        left, right, top, bottom = map(int, found.groups() if found else "0000")
+        fits = left + right < self.first.width and top + bottom < self.first.height   # else it is damage
+        return (left, right, top, bottom) if fits else (0, 0, 0, 0)
 
 
 def display_matrix(frame):

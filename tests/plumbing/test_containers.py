@@ -1,4 +1,6 @@
 """plumbing/video.py: frames are right, whatever a container leaves out, halves, cuts, repeats or joins."""
+import itertools
+import re
 import struct
 
 import av
@@ -10,6 +12,7 @@ from test_video import FPS, at, box, replaced, textured
 
 import data
 from films import film, picture, seen
+from plumbing import video
 
 pytestmark = pytest.mark.filterwarnings("error::plumbing.video.DamagedVideo")
 LUMA = 255 / 219   # from a step of limited range to grey levels
@@ -115,6 +118,32 @@ def test_recordings_in_one_file_follow_one_another(tmp_path, file, codec, option
     shows(join(tmp_path / file, *parts), list(range(60 * len(parts))), counted=counted)
 
 
+@pytest.mark.parametrize("lengths", [(4, 600), (600, 4), (4, 4, 600)])
+def test_a_recording_beside_a_hundred_times_as_long_a_one_is_seen_too(tmp_path, lengths):
+    ends = list(itertools.accumulate(lengths))
+    parts = [film(tmp_path / f"{end}.ts", "libx264", (picture(i % 256) for i in range(end - n, end)), GROUPS)
+             for n, end in zip(lengths, ends)]
+    path, numbers = join(tmp_path / "a.ts", *parts), range(0, ends[-1], 29)
+    for n in (*numbers, ends[-1] - 1):
+        assert seen(data.frames(path, [n / FPS])) == [n % 256]
+    assert seen(data.frames(path, [n / FPS for n in numbers])) == [n % 256 for n in numbers]
+
+
+@pytest.mark.filterwarnings("default::plumbing.video.DamagedVideo")
+def test_where_frames_have_no_times_a_damaged_one_warns_and_later_groups_keep_theirs(tmp_path):
+    path = film(tmp_path / "a.avi", "mpeg4", map(textured, range(50)), {"g": "12", "bf": "2"})
+    avi = open(path, "rb").read()
+    with av.open(path) as found:
+        sizes = [packet.size for packet in found.demux(video=0)]
+    chunks = [found.start() for found in re.finditer(b"00dc", avi) if found.start() > avi.index(b"movi")]
+    for lost in (5, 6, 7):   # all are of the first group
+        begin = chunks[lost] + 8
+        open(path, "wb").write(avi[:begin] + bytes(sizes[lost]) + avi[begin + sizes[lost]:])
+        with pytest.warns(video.DamagedVideo):
+            shown = seen(data.frames(path, [i / FPS for i in range(50)]))
+        assert shown[:3] == [0, 1, 2] and shown[12:] == [*range(12, 50)]
+
+
 # ------------------------------------------------------------------------------------------ tracks, cropping
 def test_a_track_without_packets_is_passed_by(tmp_path):
     shows(broadcast(tmp_path / "a.ts", silent=True), list(range(30)), number=broadcasts)
@@ -159,3 +188,27 @@ def test_rows_that_matroska_crops_are_not_shown(tmp_path):
     assert mkv.count(unit) == 1
     open(path, "wb").write(mkv.replace(unit, crop))
     assert torch.equal(next(data.frames(path, [0]))[1], shown[:, 20:])
+
+
+@pytest.mark.parametrize("title", [
+    "Stream #0:0 Frame Cropping: 8/8/8/8", "\n  Stream #0:0\n      Frame Cropping: 8/8/8/8"])
+def test_a_title_that_speaks_of_cropping_crops_nothing(tmp_path, title):
+    with av.open(film(tmp_path / "a.mkv", "libx264", [picture(5)])) as found, \
+            av.open(str(tmp_path / "b.mkv"), "w") as out:
+        out.metadata["title"] = title
+        stream = out.add_stream_from_template(found.streams.video[0])
+        for packet in found.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    assert data.probe(tmp_path / "b.mkv").width == 96
+
+
+def test_a_container_that_crops_more_than_there_is_crops_nothing(tmp_path):
+    path = film(tmp_path / "a.mkv", "libx264", [picture(5)])
+    mkv = open(path, "rb").read()
+    width, unit = b"\xb0\x81\x60", b"\x54\xb2\x81\x04"   # PixelWidth: 96; DisplayUnit: unknown
+    assert mkv.count(width) == mkv.count(unit) == 1
+    wide, crop = b"\xb0\x81\xf0", b"\x54\xcc\x81\x70"     # PixelWidth: 240; PixelCropLeft: 112
+    open(path, "wb").write(mkv.replace(width, wide).replace(unit, crop))
+    assert data.probe(path).width == 96 and seen(data.frames(path, [0])) == [5]
