@@ -25,7 +25,7 @@ FLAGS = dict(positional=["stage", "what"])
 if __name__ == "__main__":
     CONFIG = cli.start(Config, **FLAGS)   # before the slow imports: a typing error shows at once
 
-import contextlib
+import gzip
 import hashlib
 import http.client
 import json
@@ -89,8 +89,13 @@ def unpack(archive, holds, out):
     """Puts files of a tar at their places, {how a name in it ends: place in the folder `out`}. What is there
     stays. Raises UserError."""
     missing = {end: to for end, to in holds.items() if not os.path.lexists(os.path.join(out, to))}
+    if not missing:
+        return
     try:
-        with tarfile.open(archive) if missing else contextlib.nullcontext([]) as members:
+        with gzip.open(archive) as content:   # tarfile stops before the checksum, which stands at the end
+            while content.read(1 << 20):
+                pass
+        with tarfile.open(archive) as members:
             for member in members:
                 end = next((end for end in missing if member.isfile() and member.name.endswith(end)), None)
                 if end:

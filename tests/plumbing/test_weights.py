@@ -353,10 +353,11 @@ def test_what_was_unpacked_stays_and_what_is_missing_comes_again(get):
 
 @pytest.mark.parametrize("content, message", [
     (packed("stage2/a.bin"), "holds no stage1/mm.bin"), (packed("stage2/a.bin")[:60], "move it away"),
-    (OLD[:5000], "move it away")])
+    (OLD[:5000], "move it away"), (packed("stage1/mm.bin", "stage2/a.bin")[:-8] + bytes(8), "CRC")])
 def test_an_archive_that_is_another_or_damaged_is_one_line(get, content, message):
     with pytest.raises(UserError, match=f"toy/a.bin: .*{message}"):
         get(honest(content), holds=HOLDS)
+    assert not (get.folder.parent / "mm.bin").exists()
 
 
 def test_a_release_comes_with_those_that_it_needs(get, monkeypatch):
