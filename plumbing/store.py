@@ -32,9 +32,12 @@ class Store:
     def get(self, key):
         """-> ({name: mapped tensor}, {name: text}), or None. Raises UserError for a damaged entry."""
         path = self.path(key)
-        if not os.path.exists(path):
+        try:
+            entry = read_file(path), read_metadata(path)
+        except UserError:
+            if os.path.exists(path):   # else there is none, or another process has just made room
+                raise
             return None
-        entry = read_file(path), read_metadata(path)
         with contextlib.suppress(OSError):   # a read-only folder
             os.utime(path)                   # used now: the others are older
         return entry
@@ -81,7 +84,7 @@ def state_of(path):
                       if not name.startswith(("quantised_", "."))]
             return [state_of(file) for file in inside if os.path.exists(file)]   # a link may lead nowhere
         status = os.stat(real)
-    except (OSError, ValueError) as e:   # ValueError: a NUL in the name
+    except (OSError, ValueError, RecursionError) as e:   # a NUL in the name; links in a circle
         raise UserError(f"{path}: {getattr(e, 'strerror', e)}")
     return [real, status.st_size, status.st_mtime_ns]
 

@@ -10,6 +10,7 @@ import torch
 
 from plumbing.cli import UserError
 from plumbing.store import Store, code_of, state_of
+from plumbing.weightfile import read_file
 
 
 def names(folder):
@@ -43,6 +44,17 @@ def test_a_damaged_entry_is_refused_by_name(tmp_path, tensors, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=path.name):
         store.get(0)
+
+
+def test_an_entry_that_another_process_removes_just_now_is_none(tmp_path, tensors, monkeypatch):
+    store = Store(str(tmp_path))
+    store.put(0, tensors)
+
+    def removed(path):
+        os.remove(path)
+        return read_file(path)
+    monkeypatch.setattr("plumbing.store.read_file", removed)
+    assert store.get(0) is None
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, tensors):
@@ -128,8 +140,11 @@ def test_a_folder_is_all_its_files_but_not_quantised_copies(tmp_path):
     assert state_of(str(tmp_path)) != before
 
 
-@pytest.mark.parametrize("path", ["/nowhere.mp4", "a\0b"])
-def test_a_file_that_is_not_there_is_a_user_error(path):
+@pytest.mark.parametrize("path", ["/nowhere.mp4", "a\0b", "circle"])
+def test_a_file_that_is_not_there_is_a_user_error(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("circle")
+    os.symlink(".", "circle/again")
     with pytest.raises(UserError):
         state_of(path)
 
