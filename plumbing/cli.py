@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -153,6 +154,15 @@ def errors_of_one_line():
             message = re.sub(r"^[\w.]+Error: ", "", message.splitlines()[-1])
         say(f"{program()}: {message}")
         sys.exit(2)
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            forget_output(sys.stdout)
+        say(f"{program()}: {e.filename or 'an output'}: {e.strerror}")
+        sys.exit(2)
     except KeyboardInterrupt:
         interrupted()
 
@@ -208,7 +218,7 @@ def replaceable(path, mark):
     writes. What a user names for output may be a typing error: a script replaces only what it wrote itself;
     training.take_folder is the same for a folder."""
     start = b""
-    if os.path.isfile(path):   # reading a pipe would block
+    if os.path.isfile(path) and os.access(path, os.R_OK):   # reading a pipe would block
         with open(path, "rb") as f:
             start = f.read(1 << 20)
     if os.path.lexists(path) and mark not in start:

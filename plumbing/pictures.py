@@ -111,7 +111,7 @@ def contact_sheet(frames, times, path, names=None):
     frames: (T, 3, H, W) uint8; times: seconds. Raises UserError where another file is in the way."""
     replaceable(path, b"Software\0nanoBT")
     width, font = THUMBNAIL, ImageFont.load_default(14)
-    height = max(1, round(width * frames.shape[2] / frames.shape[3]))
+    height = max(1, round(width * min(frames.shape[2] / frames.shape[3], 4)))   # of strips it would be GBs
     columns = math.ceil(math.sqrt(len(frames)))
     sheet = Image.new("RGB", (columns * (width + 4), -(-len(frames) // columns) * (height + 24)), "white")
     draw = ImageDraw.Draw(sheet)

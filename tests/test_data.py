@@ -582,6 +582,11 @@ def test_contact_sheet_is_a_grid_of_all_frames(tmp_path, clips):
     assert os.listdir(tmp_path) == ["sheet.png"]
 
 
+def test_a_sheet_of_narrow_pictures_stays_small(tmp_path):
+    contact_sheet(torch.zeros(16, 3, 240, 1, dtype=torch.uint8), [0.0] * 16, tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size == (976, 4 * (960 + 24))
+
+
 def test_a_sheet_shows_what_its_font_lacks_as_escapes(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda image, at, text, *_: drawn.append(text))
