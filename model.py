@@ -636,9 +636,7 @@ def load_branch(path, clip, skip_last=0, drop_path=0.0):
     tuned, tensors = any("vision_tower." in name for name in released), {}
     for name, t in released.items():
         name = re.sub(r"^(model\.vision_tower\.|backbone\.|vision_model\.|model\.)", "", name)
-        tensors[re.sub(r"^(timesFPN|BTAdapter)_", "btadapter_", name)] = t
-    if any(re.match(r"btadapter_[ST]\.", name) for name in tensors):
-        raise UserError(f"{path}: a branch for EVA-CLIP-g, not for CLIP; only CLIP's are read")
+        tensors[re.sub("^timesFPN_", "btadapter_", name)] = t
     depth = len({name.split(".")[1] for name in tensors if "btadapter_S_layers." in name})
     if tuned and not skip_last:
         raise UserError(f"{path}: tuned for chat, {depth} layers; retrieval needs a branch from pretraining")

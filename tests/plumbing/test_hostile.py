@@ -585,7 +585,7 @@ def test_a_bundle_of_the_wrong_family_is_told_apart(weights, mistake):
 
 
 @pytest.mark.parametrize("tensors, message", [
-    ({"btadapter_S.0.norm1.weight": torch.zeros(1408)}, "EVA-CLIP-g"),
+    ({"btadapter_S.0.norm1.weight": torch.zeros(1408)}, "no BT-Adapter branch"),
     ({"btadapter_S_layers.0.x": torch.zeros(1), "btadapter_time_embed.weight": torch.tensor(1.0)},
      "does not fit|1 layers, 0 in use"),
     ({f"btadapter_S_layers.{i}.x": torch.zeros(1) for i in range(300)}, "300 layers, 299 in use"),
