@@ -682,11 +682,6 @@ def make_projector(tensors, visual, width, source):
     if not part:
         reason = weightfile.likely_reason(tensors) if tensors else "this is a LLaMA, not a LLaVA"
         raise UserError(f"{source}: holds no mm_projector; {reason}")
-    weights = [part[name].shape for name in sorted(part) if name.endswith("weight")]
-    if weights and (*weights[-1][:1], *weights[0][1:]) != (width, visual):
-        sizes = " and ".join(str(tuple(shape)) for shape in weights[:2])
-        raise UserError(f"{source}: its mm_projector is {sizes}, but this CLIP gives {visual} numbers and "
-                        f"this LLaMA takes {width}; it belongs to another pair")
     module = nn.Linear(visual, width)
     if "weight" not in part:
         module = nn.Sequential(module, nn.GELU(), nn.Linear(width, width))

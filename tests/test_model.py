@@ -448,8 +448,8 @@ def test_start_and_end_rows_of_a_padded_vocabulary_are_those_that_the_folder_nam
 
 
 @pytest.mark.parametrize("tensors, message", [
-    ({"model.mm_projector.weight": torch.zeros(48, 16)},
-     r"is \(48, 16\), but this CLIP gives 32 .* takes 32"),
+    ({"model.mm_projector.weight": torch.zeros(48, 16), "model.mm_projector.bias": torch.zeros(48)},
+     r"of another size.*\(48, 16\).*\(32, 32\)"),
     ({"model.layers.0.mlp.up_proj.weight": torch.zeros(2, 2)}, "holds no mm_projector; .* like a LLaMA"),
     ({**mlp2x(), "model.mm_projector.4.weight": torch.zeros(32, 32)}, "1 unexpected"),
     ({**linear(), "model.embed_tokens.weight": torch.zeros(303, 16)},
