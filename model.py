@@ -198,14 +198,13 @@ def frames_at_once(config, device):
 
 
 @torch.no_grad()
-def backbone_states(clip, video, depth, skip_last=0, kept=None, at_once=None):
+def backbone_states(clip, video, depth, skip_last=0, kept=None):
     """video (B, T, 3, H, W) uint8 -> (B, T, 1+n, D) of each of `depth` layers before the last `skip_last`.
 
     CLIP sees every patch; of what it says, only CLS and the patches in `kept` (B, n) stay; None: all N.
-
-    at_once: frames that go through together, so that activations never pile up; None: frames_at_once."""
+    Frames go through a few at a time, so that activations never pile up."""
     last, T = clip.config.vision_layers - skip_last, video.shape[1]
-    at_once = at_once or frames_at_once(clip.config, video.device)
+    at_once = frames_at_once(clip.config, video.device)
     rows = [[] for _ in range(depth)]
     if kept is not None:   # the same patches in every frame of a clip
         visible = F.pad(kept + 1, (1, 0)).repeat_interleave(T, dim=0).split(at_once)   # (frames, 1+n); 0: CLS
