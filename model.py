@@ -1,10 +1,8 @@
-"""BT-Adapter (arXiv 2309.15785): a branch with temporal attention beside a frozen CLIP, its losses, the chat
-on top.
+"""BT-Adapter (arXiv 2309.15785): a branch with temporal attention beside a frozen CLIP, and the chat on top.
 
 First half: the branch, the video encoder, the three losses of pretraining. Second half: kinds of video
-tokens, prompts, the chat model. Layers, names and formulas are those of the released code
-(github.com/farewellthree/BT-Adapter, commit 393b4b8), which differ from the paper in places;
-docs/paper-vs-code.md lists them all.
+tokens, prompts, the chat model, files of weights. Layers, names and formulas are those of the released code
+(github.com/farewellthree/BT-Adapter, commit 393b4b8); docs/paper-vs-code.md lists where the paper differs.
 
 Shapes: B videos, T frames, N patches a frame, n of them visible under a mask, D width, P projection, S text
 length. A video is (B, T, 3, H, W) uint8. The branch holds (B, 1 + n*T, D): one CLS token for the whole video,
@@ -94,12 +92,10 @@ def divided_attention(x, temporal, spatial, T):
 
 
 class Branch(nn.Module):
-    """K temporal + spatial layers that read the outputs of K consecutive CLIP layers. Parameter names are as
-    released.
+    """K temporal and spatial layers that read the outputs of K consecutive CLIP layers; names as released.
 
-    gated: learnable gates mix the branch with CLIP; without them the two are summed. A weight file has them
-    or not. checkpointed: in training, a layer's inner activations are computed again when the gradient needs
-    them."""
+    gated: learnable gates mix the branch with CLIP; without them the two are summed. checkpointed: in
+    training, a layer's inner activations are computed again when the gradient needs them."""
     def __init__(self, width=1024, heads=16, mlp_width=4096, depth=4, gated=True, num_positions=64,
                  drop_path=0.0, checkpointed=False):
         super().__init__()
@@ -130,9 +126,9 @@ class Branch(nn.Module):
 
     def forward(self, states, position_embedding, kept=None):
         """states: the outputs of K CLIP layers, each (B, T, 1+n, D). position_embedding: CLIP's own (1+N, D).
+        kept: (B, n), which patches these are; None for all N -> the outputs of K layers (B, 1 + n*T, D).
 
-        kept: (B, n), which patches these are; None for all N. -> the outputs of the K layers, each (B, 1 +
-        n*T, D). More frames than time positions are averaged in groups of neighbours first."""
+        More frames than time positions are averaged in groups of neighbours first."""
         times, places = self.btadapter_time_embed.weight, position_embedding[1:]   # (64, D), (N, D)
         if kept is not None:
             places = places[kept][:, None]                                          # (B, 1, n, D)
@@ -236,9 +232,8 @@ class VideoEncoder(nn.Module):
         return self.clip.project_image(cls).mean(1), tokens
 
     def forward(self, video):
-        """video (B, T, 3, H, W) uint8 -> (B, P) of the branch, and of mean-pooled CLIP, the baseline of every
-        table: CLIP's own image features, averaged over frames. Neither is normalised; one pass through CLIP
-        serves both."""
+        """video (B, T, 3, H, W) uint8 -> (B, P) of the branch; (B, P) of mean-pooled CLIP, the baseline of
+        every table: its image features, averaged over frames. Neither is normalised."""
         states = backbone_states(self.clip, video, self.branch.depth)
         return self.feature(states)[0], self.clip.project_image(states[-1][:, :, 0]).mean(1)
 
@@ -252,8 +247,7 @@ def encode_videos(encoder, dataset, device, batch_size=16, workers=0, amp=False)
     """Each video of a data set once -> ({name: its row}; normalised features, on the CPU in fp32, of the
     branch (V, P) and of mean-pooled CLIP (V, P); messages of broken videos, where the data set skips them).
 
-    Under torchrun every process takes its share, and all have the whole result. Raises UserError if none can
-    be read."""
+    Under torchrun each process takes a share, all have the whole. Raises UserError if none can be read."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     first = {}   # name: the first item with that video
     for i, video in enumerate(dataset.videos):
@@ -400,8 +394,7 @@ class VideoTokens(nn.Module):
         return asked or (self.num_frames if image_size >= 224 else 8)   # smaller pictures: the toy world's
 
     def frozen(self, clip, video):
-        """video (B, T, 3, H, W) uint8 -> the patches of CLIP's last layer but one (B, T, N, D), without a
-        gradient."""
+        """video (B, T, 3, H, W) uint8 -> patches of CLIP's last layer but one (B, T, N, D), no gradient."""
         return backbone_states(clip, video, 1, skip_last=1)[0][:, :, 1:]
 
     def see(self, clip, video):
@@ -439,8 +432,7 @@ class MeanTokens(VideoTokens):
 
 
 class STPool(VideoTokens):
-    """Video-ChatGPT: a token a frame, its mean over space, then a token a patch, its mean over time: K = T +
-    N."""
+    """Video-ChatGPT: each frame's mean over space, then each patch's mean over time: K = T + N."""
     def see(self, clip, video):
         patches = self.frozen(clip, video)
         return torch.cat([patches.mean(2), patches.mean(1)], dim=1)
@@ -518,7 +510,6 @@ TEMPLATES = {
     "none": Template("USER: {}\n<video>ASSISTANT:"),
     "vtimellm": Template("USER: <video>\n{} ASSISTANT:", system=VICUNA, marked=False),
     "plain": Template("<video>", answer="\n{}\n", end=False, marked=False)}   # VTimeLLM's first stage
-
 
 WHEN = "When does this happen: {}?"   # asked of weights with a clock, about an event; and about all of them:
 ALL_EVENTS = "What happens in the video, and when? List all events."
@@ -657,9 +648,7 @@ def load_branch(path, clip, skip_last=0, drop_path=0.0):
 
 
 def branch_tensors(branch, prefix, dtype=torch.float32):
-    """A branch under its released names: prefix `backbone.` (pretraining) or `model.vision_tower.` (chat
-    tuning).
-
+    """A branch under its released names: prefix `backbone.` of pretraining, `model.vision_tower.` of tuning.
     dtype: of all but the gates, whose small numbers matter."""
     return {prefix + name: t.detach().cpu().to(t.dtype if name.startswith("balance") else dtype)
             for name, t in branch.state_dict().items()}
@@ -701,8 +690,7 @@ def added_rows(words, tokenizer, named):
 
 
 def is_marked(llava):
-    """Whether a LLaVA was trained with a start and an end row. LLaVA-1.5 says that it was not; Meta's folders
-    have no config.json."""
+    """Whether a LLaVA was trained with a start and an end row. LLaVA-1.5 says no, Meta's folders nothing."""
     path = os.path.join(llava, "config.json")
     return bool(weightfile.read_json(path).get("mm_use_im_start_end", True)) if os.path.exists(path) else True
 
@@ -728,8 +716,7 @@ LONGEST = 8192   # tokens of a conversation, also where a LLaMA reads more: its 
 
 @dataclasses.dataclass
 class OpenChat:
-    """A folder of weights that has been opened: its tensors are mapped from the files and take no memory
-    yet."""
+    """A folder of weights that has been opened: its tensors are mapped, and take no memory yet."""
     chat: VideoChat
     tokens: str         # its kind of video tokens
     description: str    # what it was tuned for
@@ -739,8 +726,7 @@ class OpenChat:
 
     def need(self, dtype, scheme, device, num_frames):
         """{part: bytes} of a chat about `num_frames` frames, with the arguments of load: the sizes of its
-        tensors, and a video roughly. The KV cache is counted as full, so that no conversation ends in the
-        middle."""
+        tensors, and a video roughly. The KV cache counts as full: no conversation ends in the middle."""
         chat, c, kind, number = self.chat, self.chat.clip.config, self.chat.video_tokens, dtype.itemsize
         frame = (1 + c.patch_tokens) * c.vision_width   # numbers that a layer says about a frame
         # as measured: within CLIP 36 numbers for each of them, in the branch 70 bytes
@@ -761,8 +747,7 @@ class OpenChat:
                 "KV cache": sum(t.nbytes for t in (*kv_cache.k, *kv_cache.v))}
 
     def load(self, dtype=torch.float32, scheme=None, device=torch.device("cpu")):
-        """-> the VideoChat in its final precision, in eval mode. scheme: a key of quant.SCHEMES for the
-        LLaMA, or None; dtype is that of all else."""
+        """-> the VideoChat in eval mode. scheme: a key of quant.SCHEMES for the LLaMA; dtype: of all else."""
         chat = self.chat
         if scheme:   # adapters are merged one matrix at a time, and what is kept is rounded
             chat.llm = quant.quantized(chat.llm, scheme, self.kept_in, self.state, self.merged)
@@ -775,15 +760,13 @@ class OpenChat:
             layer.to(device=device, dtype=dtype)
         return chat.to(device=device, dtype=dtype).eval()
 
-
     def merged(self, name, weight):
         """The weight (N, K) of a Linear of its LLaMA -> the same with all adapters in it."""
         return llm.merged(weight, [a.changes[name] for a in self.adapters if name in a.changes])
 
 
 def clip_in_int8(scheme, device):
-    """Whether CLIP becomes int8: beside a rounded LLaMA on a CPU, as 100 frames cost four times what a prompt
-    costs."""
+    """Whether CLIP becomes int8: beside a rounded LLaMA on a CPU, where 100 frames cost four prompts."""
     return scheme in ("int8", "int4") and device.type == "cpu"
 
 
@@ -810,8 +793,7 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     with_branch = any("btadapter" in name for name in learned)
     if with_branch and branch_file:
         raise UserError(f"{chat_file}: has a branch of its own, tuned with its projector, not {branch_file}")
-    learned_for = learned and weightfile.read_metadata(chat_file).get(
-        "tokens", "branch" if with_branch else None)   # older files do not say it
+    learned_for = learned and weightfile.read_metadata(chat_file).get("tokens")
     stages = [name for name in ADAPTERS if os.path.exists(os.path.join(folder, name))]
     if stages != [*ADAPTERS[:len(stages)]]:
         raise UserError(f"{folder}: has {stages[0]} without {ADAPTERS[0]}, on which it was trained")
