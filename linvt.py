@@ -134,9 +134,8 @@ class LinVT(nn.Module):
         return q
 
     def weigh(self, x, text, mask):
-        """x (B, T, N, D); the question's words: text (B, L, D), mask (B, L) bool, False for padding
-        -> kept (B, k) int64: the tokens that count, in rising order; weights (B, M, k) fp32, rows sum to 1.
-        """
+        """x (B, T, N, D); the question's words: text (B, L, D), mask (B, L) bool, False for padding -> kept
+        (B, k) int64: the tokens that count, in rising order; weights (B, M, k) fp32, whose rows sum to 1."""
         (T, N), made_for = x.shape[1:3], self.place.shape[1]
         assert T > 0 and N == made_for, f"{T} units of {N} tokens, made for {made_for}"
         h = self.read(x)

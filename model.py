@@ -10,6 +10,7 @@ then the patches, position by position, each position's T frames side by side.
 """
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import sys
@@ -201,17 +202,15 @@ def backbone_states(clip, video, depth, skip_last=0, kept=None):
     Frames go through a few at a time, so that activations never pile up."""
     last, T = clip.config.vision_layers - skip_last, video.shape[1]
     at_once = frames_at_once(clip.config, video.device)
-    rows = [[] for _ in range(depth)]
+    layers = [[] for _ in range(depth)]
     if kept is not None:   # the same patches in every frame of a clip
         visible = F.pad(kept + 1, (1, 0)).repeat_interleave(T, dim=0).split(at_once)   # (frames, 1+n); 0: CLS
     chunks = tqdm(video.flatten(0, 1).split(at_once), "CLIP", leave=False, disable=None, delay=2)
     for c, frames in enumerate(chunks):                                                # (frames, 3, H, W)
-        for i, state in enumerate(clip.image_states(frames)):                          # i layers are done
-            if i > last - depth:
-                rows[i - 1 - last + depth].append(state if kept is None else pick(state, visible[c]))
-            if i == last:
-                break
-    return [torch.cat(r).unflatten(0, video.shape[:2]) for r in rows]
+        states = itertools.islice(clip.image_states(frames), last - depth + 1, last + 1)
+        for layer, state in zip(layers, states):
+            layer.append(state if kept is None else pick(state, visible[c]))
+    return [torch.cat(layer).unflatten(0, video.shape[:2]) for layer in layers]
 
 
 def place_embedding(clip):
