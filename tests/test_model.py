@@ -340,9 +340,9 @@ def llava_folder(world, folder, projector, added=0, kind="safetensors"):
     for name in ("clip", "branch.pth"):
         os.symlink(world / name, folder / name)
     llama, _, _ = load_llama(str(world / "llama"))
-    llama.float().resize_vocab(300 + added)
+    llama.float().resize_vocab(340 + added)
     torch.manual_seed(0)
-    llama.model.embed_tokens.weight.data[300:].normal_()
+    llama.model.embed_tokens.weight.data[340:].normal_()
     llava = folder / "llava"
     save_llama(llava, llama, world / "tokenizer.model", projector, dtype=torch.float32)
     if kind != "safetensors":
@@ -389,7 +389,7 @@ def test_every_llava_release_projects_as_its_own_arithmetic_says(world, tmp_path
     with torch.no_grad():
         assert relative(chat.embed_video(video), expected) < 1e-5
         assert torch.allclose(chat.start_end, words[-2:] if 2 <= added <= 4 else words.mean(0).expand(2, -1))
-        ids = torch.randint(300 + added, (1, 9))
+        ids = torch.randint(340 + added, (1, 9))
         assert relative(chat.llm(ids), llama(ids)) < 1e-5
 
 
@@ -421,17 +421,17 @@ def test_chat_bin_counts_before_a_projector_file_and_untuned_passes_it_by(world,
 @pytest.mark.parametrize("added, taken", [(3, True), (6, True), (0, False), (64, False)])
 def test_a_projector_file_brings_start_and_end_rows_if_words_were_added(world, tmp_path, added, taken):
     llava_folder(world, tmp_path, {}, 3)
-    words = torch.randn(300 + added, 32)
+    words = torch.randn(340 + added, 32)
     torch.save({**linear(), "model.embed_tokens.weight": words}, tmp_path / "mm_projector.bin")
     assert torch.equal(open_chat(tmp_path).load().start_end, words[-2:]) == taken
 
 
 PADDED = {   # where a folder says which tokens were added: the file, what it says
-    "as LLaVA": ("added_tokens.json", {"<im_patch>": 300, "<im_start>": 301, "<im_end>": 302}),
+    "as LLaVA": ("added_tokens.json", {"<im_patch>": 340, "<im_start>": 341, "<im_end>": 342}),
     "as Video-ChatGPT": (
-        "added_tokens.json", {"<im_start>": 0, "<im_end>": 1, "<vid_start>": 301, "<vid_end>": 302}),
+        "added_tokens.json", {"<im_start>": 0, "<im_end>": 1, "<vid_start>": 341, "<vid_end>": 342}),
     "as transformers since": ("tokenizer_config.json", {"added_tokens_decoder": {
-        "1": {"content": "<s>"}, "301": {"content": "<im_start>"}, "302": {"content": "<im_end>"}}})}
+        "1": {"content": "<s>"}, "341": {"content": "<im_start>"}, "342": {"content": "<im_end>"}}})}
 
 
 @pytest.mark.parametrize("layout", PADDED)
@@ -442,9 +442,9 @@ def test_start_and_end_rows_of_a_padded_vocabulary_are_those_that_the_folder_nam
     file, stated = PADDED[layout]
     (tmp_path / "llava" / file).write_text(json.dumps(stated))
     words = llama.model.embed_tokens.weight
-    assert torch.equal(open_chat(tmp_path).load().start_end, words[[301, 302]])
+    assert torch.equal(open_chat(tmp_path).load().start_end, words[[341, 342]])
     # a projector file whose table is as long has them at the same place; one of another length, at its end
-    for length, places in ((300 + added, [301, 302]), (307, [305, 306])):
+    for length, places in ((340 + added, [341, 342]), (347, [345, 346])):
         words = torch.randn(length, 32)
         torch.save({**linear(), "model.embed_tokens.weight": words}, tmp_path / "mm_projector.bin")
         assert torch.equal(open_chat(tmp_path).load().start_end, words[places])
@@ -455,7 +455,7 @@ def test_start_and_end_rows_of_a_padded_vocabulary_are_those_that_the_folder_nam
      r"of another size.*\(48, 16\).*\(32, 32\)"),
     ({"model.layers.0.mlp.up_proj.weight": torch.zeros(2, 2)}, "holds no mm_projector; .* like a LLaMA"),
     ({**mlp2x(), "model.mm_projector.4.weight": torch.zeros(32, 32)}, "1 unexpected"),
-    ({**linear(), "model.embed_tokens.weight": torch.zeros(303, 16)},
+    ({**linear(), "model.embed_tokens.weight": torch.zeros(343, 16)},
      r"rows of \(2, 16\), needed are \(2, 32\)")])
 def test_a_projector_file_that_does_not_fit_is_refused(world, tmp_path, tensors, message):
     llava_folder(world, tmp_path, linear())
