@@ -836,7 +836,7 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
         if rows is None and words is not None and words.ndim == 2:   # the released ones have all words
             same = len(words) == language_model.config.vocab_size
             rows = added_rows(words, tokenizer, tokenizer.added if same else {})
-        if rows is not None:
+        if rows is not None and TEMPLATES[kind.template].marked:   # else there is no place for them
             if rows.shape not in ((2, width), (0, width)):
                 raise UserError(f"{file}: start and end rows of {tuple(rows.shape)}, needed are (2, {width})")
             chat.start_end.data = rows

@@ -20,6 +20,7 @@ from plumbing.cli import Amount, Count, Rate, Share, Whole
 
 Recipe = Annotated[str, "released", "paper", "toy"]
 Precision = Annotated[str, "auto", "fp32", "bf16", "fp16"]
+Pairs = Annotated[int, 2, 10 ** 9]   # of clip and caption: one alone has nothing to be contrasted with
 
 
 @dataclasses.dataclass
@@ -43,7 +44,7 @@ class Config:
     together: Count | None = None    # neighbouring lines that always share a batch (2: twins)
     workers: Whole = 1               # decoding processes, for each training process
     # optimizer
-    batch_size: Count | None = None  # clips a step, over all processes; each is contrasted with all others
+    batch_size: Pairs | None = None  # clips a step, over all processes; each is contrasted with all others
     lr: Amount | None = None         # base, for what the recipe gives no factor
     weight_decay: Amount = 0.05      # on everything, as in the released run
     clip_norm: Amount = 5.0          # of the gradient of all parameters together

@@ -418,6 +418,9 @@ def test_a_released_folder_is_a_chat_of_frame_cls_with_both_adapters_merged(rele
     assert (opened.tokens, opened.description) == ("frame_cls", "with stage2 and stage3")
     assert near(logits_of(opened), RIGHT)
     assert opened.chat.start_end.shape == (0, 64)
+    words = {"model.embed_tokens.weight": torch.zeros(len(opened.chat.llm.lm_head.weight) + 3, 64)}
+    torch.save(words | part("projector"), released / "mm_projector.bin")
+    assert open_chat(released).chat.start_end.shape == (0, 64)   # whatever a projector's file has beside it
 
 
 @pytest.mark.parametrize("names", [["stage2"], []])

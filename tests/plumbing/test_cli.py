@@ -66,6 +66,7 @@ def test_a_field_that_is_none_of_its_choices_or_beyond_its_bounds_is_refused():
     (pretrain, "--batchsize=4", "--batchsize=4: no such flag; did you mean --batch_size?"),
     (pretrain, "--colour red", "--colour: no such flag; --help lists them"),
     (pretrain, "--mask_ratio 1", "--mask_ratio 1.0"), (pretrain, "--num_frames 0", "--num_frames 0"),
+    (pretrain, "--batch_size 1", "--batch_size 1: must be from 2"),
     (pretrain, "--recipe mine", "--recipe mine: choose one of released, paper, toy"),
     (pretrain, "--precision fp8", "--precision fp8"), (pretrain, "--device tpu", "--device tpu: choose"),
     (search, "index videos --window nan", "--window nan"), (search, "dog --batch_size 0", "--batch_size 0"),
