@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The toy world from nothing on a 2-core CPU, in about 70 minutes: clips, a tiny CLIP, the branch, a tiny
-# LLaVA, video chat, and the tables; docs/numbers.md has what to expect. Models this small take one thread each.
+# LLaVA, video chat, and the tables; docs/numbers.md has what to expect. Models this small take a thread each.
 # Every stage can be run alone and goes on where it was stopped, but for clip and llama, which begin again.
 # PYTHON: another interpreter than `python`.
 #
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 W=${1:-weights/tiny} D=out/shapes R=out/tiny PYTHON=${PYTHON:-python}
 train() { $PYTHON "$1" --clip $R/clip --root $D "${@:2}"; }
 
-# The world, 2 minutes. A LLaMA that can read, 20 minutes; beside it a CLIP that knows the world from stills, 10.
+# The world, 2 minutes. A LLaMA that can read, 20; beside it a CLIP that knows the world from stills, 10.
 [ -e $D/watch_captions.jsonl ] || $PYTHON -m toy render --data $D
 [ -e $R/llama/config.json ] || $PYTHON -m toy llama --out $R & llama=$!
 [ -e $R/clip/model.safetensors ] || $PYTHON -m toy clip --data $D --out $R
