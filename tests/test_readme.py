@@ -119,7 +119,7 @@ def test_the_shipped_weights_answer_about_the_shipped_clip():
 def test_questions_that_work_get_answers():
     questions = re.findall(r'"([^"]+)"', re.search("These weights know (.*)", read("README.md"))[1])
     answers = ask(questions="\n".join(questions)).stdout.splitlines()
-    assert len(questions) == 3 and answers[:2] == ["It moves left then up.", "It is orange."]
+    assert answers == ["It moves left then up.", "It is orange.", "It is a big orange star that moves left then up."]
 
 
 def test_the_python_of_the_readme_prints_what_stands_beside_it(monkeypatch):
