@@ -14,7 +14,10 @@ train() { $PYTHON "$1" --clip $R/clip --root $D "${@:2}"; }
 
 # The world, 2 minutes. A LLaMA that can read, 20; beside it a CLIP that knows the world from stills, 10.
 [ -e $D/watch_captions.jsonl ] || $PYTHON -m toy render --data $D
-[ -e $R/llama/config.json ] || $PYTHON -m toy llama --out $R & llama=$!
+learn_to_read() {
+    $PYTHON -m toy llama --out $R
+}
+[ -e $R/llama/config.json ] || learn_to_read & reading=$!
 [ -e $R/clip/model.safetensors ] || $PYTHON -m toy clip --data $D --out $R
 
 # Stage 1: the branch, 15 minutes. Twins share a batch: captions differ in nothing but the order of events.
@@ -30,7 +33,7 @@ branch=$R/branch_seed0/branch.pth
 
 # A LLaVA that has only seen pictures, 6 minutes: the LLaMA's projector, then both.
 # Three in four questions about held-out stills are answered word for word.
-wait $llama
+wait $reading
 train chat_tune.py --stage projector --tokens mean --num_frames 1 --llm $R/llama \
     --annotations $D/train_stills.jsonl --out $R/projector --batch_size 32 --steps 500 --lr 2e-3
 train chat_tune.py --stage language --tokens mean --num_frames 1 --llm $R/projector/llava \
