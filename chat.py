@@ -160,7 +160,8 @@ class Viewer:
         duration = float(about["duration"])
         window = start, min(end, duration)
         if not start < window[1]:
-            raise UserError(f"{path}: nothing is from {start:g} to {end:g} s of a video of {duration:.2f} s")
+            until = f" to {end:g}" if end < math.inf else ""
+            raise UserError(f"{path}: nothing is from {start:g}{until} s, of a video of {duration:.2f} s")
         if tensors:
             for message in json.loads(about["damage"]):
                 say(message)
@@ -378,7 +379,8 @@ def when(session, event, likely):
     answer, step = CONTROL.sub("\ufffd", session.chat.tokenizer.decode(tokens)), (end - begin) / 100
     timed = [(*span, event) for span in read_spans(answer, end - begin)]
     timed = timed if event else sorted(read_events(answer))
-    rows = [{"event": text, "start": begin + min(a, b) * 100 * step, "end": begin + max(a, b) * 100 * step,
+    rows = [{"event": text, "start": round(begin + min(a, b) * (end - begin), 3),
+             "end": round(begin + max(a, b) * (end - begin), 3),
              "from": min(round(100 * a), 99), "to": min(round(100 * b), 99)} for a, b, text in timed]
     if session.cfg.json:
         nothing = {"event": event or None, **dict.fromkeys(("start", "end", "from", "to"))}

@@ -12,8 +12,10 @@ import eval_grounding
 from eval_grounding import Config, read_annotations
 from linvt import LinVT, save_linvt
 from metrics import caption_scores, grounding_scores, rarity, read_events, read_spans, words
+from model import FrameCLS
 from plumbing import cli
 from plumbing.cli import UserError
+from small import write_clip, write_llava
 from test_metrics import VTIMELLM, double, java_counts
 
 
@@ -237,6 +239,21 @@ def test_tokens_that_depend_on_the_question_are_made_for_each(asked, tmp_path, c
     asked.weights, asked.tokens = str(tmp_path), "linvt"
     eval_grounding.main(asked)
     assert ": 4 events, 0 left out" in capsys.readouterr().out
+
+
+def test_frames_pixels_and_prompt_are_those_of_the_kind_of_video_tokens(
+        asked, tmp_path, tokenizer_model, monkeypatch):
+    write_clip(tmp_path / "w" / "clip")
+    write_llava(tmp_path / "w" / "llava", tokenizer_model, visual=16)
+    asked.weights, asked.tokens, asked.num_frames, calls = str(tmp_path / "w"), "frame_cls", None, []
+    for owner, name in ((eval_grounding, "prompt_ids"), (FrameCLS, "pixels")):
+        done = getattr(owner, name)
+        monkeypatch.setattr(owner, name, staticmethod(
+            lambda *given, done=done, name=name: calls.append((name, given)) or done(*given)))
+    eval_grounding.main(asked)
+    names = [name for name, _ in calls]
+    assert names.count("pixels") == 300 and names.count("prompt_ids") == 7   # of three clips
+    assert all(given[2] == "vtimellm" for name, given in calls if name == "prompt_ids")
 
 
 def test_a_file_of_other_answers_is_not_touched(asked, tmp_path):
