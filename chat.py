@@ -343,8 +343,7 @@ def write_out(text):
 
 
 def answer_line(session, question):
-    """A question in a conversation of its own -> its answer, or a JSON object, as one line of output. With
-    /when it is a line for each time that the model names."""
+    """A question in a conversation of its own -> its answer, or JSON, as a line; /when: a line a time."""
     if re.match(r"/when!?(\s|$)", question):
         return run_command(session, question)
     pieces, session.turns, session.forgotten = [], [], 0
@@ -405,9 +404,10 @@ def start_and_end(session, tokens):
     and, behind the start that it named, as the end: two lists of 100, or of None without a time."""
     tokenizer, cache = session.chat.tokenizer, session.kv_cache
     digits = [tokenizer.encode(str(digit))[-1] for digit in range(10)]
-    found, bars = SPAN.search(tokenizer.decode(tokens)), [None, None]
-    for i in (1, 0) if found else ():   # the start last: it writes over what the cache has of the end
-        at = next(n for n in range(len(tokens)) if len(tokenizer.decode(tokens[:n + 1])) > found.start(i + 1))
+    named, bars = [m for m in SPAN.finditer(tokenizer.decode(tokens)) if read_spans(m[0], 1)], [None, None]
+    for i in (1, 0) if named else ():   # the start last: it writes over what the cache has of the end
+        place = named[0].start(2 * i + 1)   # of its first digit in the text
+        at = next(n for n in range(len(tokens)) if len(tokenizer.decode(tokens[:n + 1])) > place)
         if tokens[at] not in digits:
             raise UserError("/when!: this LLaMA does not write numbers digit by digit; /when works")
         before = session.cost.cached + session.cost.new + at - 1
