@@ -1,17 +1,22 @@
 """Stage 2: instruction tuning. One loop, and a table of what each stage teaches:
 
-    projector   still pictures: the projector learns the language of a frozen LLaMA          -> a LLaVA
-    language    still pictures: projector and LLaMA                                          -> a better LLaVA
-    video       videos: projector and branch; the LLaMA is frozen, as in the paper           -> chat.bin
+    projector   still pictures: the projector learns the language of a frozen LLaMA      -> a LLaVA
+    language    still pictures: projector and LLaMA                                      -> a better LLaVA
+    video       videos: projector and branch; the LLaMA is frozen, as in the paper       -> chat.bin
+    align       VTimeLLM's first, still pictures: a projector of one vector a frame      -> mm_projector.bin
+    boundaries  its second, events in videos: LoRA learns when they begin and end        -> stage2
+    moments     its third, dialogues about them: a new LoRA on the merged one            -> stage3
 
     python chat_tune.py --stage video   # the toy world of `python -m toy render`: ten minutes on two cores
     torchrun --nproc_per_node 8 chat_tune.py --stage video --clip weights/released/clip \\
         --llm weights/released/llava --branch out/branch/branch.pth \\
         --annotations video_chatgpt_training.json --root videos
+    python chat_tune.py --stage boundaries --weights out/align --annotations stage2.json --features features
 
 In --out: last.pth (what is trained, and the optimizer; the same command goes on from it, also after
-SIGTERM), log.jsonl, curve.png, and the result: chat.bin, or a Hugging Face LLaVA folder `llava`. With
---eval_annotations the share of exactly right answers is printed, for each kind of question.
+SIGTERM), log.jsonl, curve.png, and the result: chat.bin, or a Hugging Face LLaVA folder `llava`. Each of
+VTimeLLM's stages makes --out a folder for --weights, of the next one and of chat.py. With --eval_annotations
+the share of exactly right answers is printed, for each kind of question.
 """
 import dataclasses
 from typing import Annotated
@@ -22,10 +27,11 @@ from plumbing.cli import Amount, Count, Whole
 
 @dataclasses.dataclass
 class Config:
-    stage: Annotated[str, "projector", "language", "video"]   # a row of the table
+    stage: Annotated[str, "projector", "language", "video", "align", "boundaries", "moments"]   # of the table
     clip: str | None = None          # CLIP: a Hugging Face folder or OpenAI's ViT-L-14.pt
     llm: str | None = None           # LLaVA folder (LLaMA is enough for the stage projector)
-    annotations: str | None = None   # conversations as Video-ChatGPT has them, JSON(L); else the toy world
+    weights: str | None = None       # for LoRA, in the place of these two: a folder that chat.py opens
+    annotations: str | None = None   # conversations or events, JSON(L), see data.talk_of; else the toy world
     root: str | None = None          # folder that the names in it are relative to
     out: str = "out/chat"            # folder for checkpoint, log, curve and result
     branch: str | None = None        # branch file, for --tokens branch
@@ -33,7 +39,15 @@ class Config:
     tokens: str | None = None        # what the LLaMA sees of a video: a key of model.VIDEO_TOKENS
     template: str | None = None      # how prompts are put together: a key of model.TEMPLATES
     num_frames: Count | None = None  # frames of a video
+    features: str = ""               # folder for what frozen weights say of videos; made where it lacks
+    rank: Count = 64                 # of LoRA
+    alpha: Count = 128               # of LoRA, which counts alpha / rank
+    lora_dropout: cli.Rate = 0.05    # of what LoRA reads
+    reuse: bool = False              # go on with the last LoRA in --weights; else merge it, and add a new one
+    tune_projector: bool = False     # along with LoRA
     batch_size: Count | None = None  # conversations a step, over all processes
+    micro_batch: Whole = 0           # of these a process computes so many at once; 0: all of its share
+    checkpointed: bool | None = None   # keep less of the LLaMA for the gradient, and compute it twice
     lr: Amount | None = None         # peak; linear up over 3 % of the run, then half a cosine
     clip_norm: Amount = 1.0          # of the gradient
     epochs: Count | None = None      # passes over the data
@@ -54,31 +68,40 @@ if __name__ == "__main__":
 import collections
 import math
 import os
+import re
 import signal
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import data
 from clip import load_clip
-from llm import load_llama, save_llama, tokenizer_path
-from model import (IGNORE_INDEX, TEMPLATES, VIDEO_TOKENS, VideoChat, is_marked, load_branch, make_projector,
-                   prompt_ids, save_chat)
+from llm import add_lora, load_llama, save_adapter, save_llama, tokenizer_path
+from model import (ADAPTERS, IGNORE_INDEX, TEMPLATES, VIDEO_TOKENS, VideoChat, VideoTokens, base_name,
+                   is_marked, load_branch, make_projector, open_chat, prompt_ids, save_chat)
 from plumbing import memory, pictures, training
 from plumbing.cli import UserError
-from plumbing.store import digest_of
+from plumbing.store import digest_of, state_of
 
-RELEASED = {"tokens": "branch", "template": "vicuna_v1", "branch": "", "num_frames": 100, "batch_size": 8,
-            "lr": 2e-5, "epochs": 3, "steps": 0, "eval_annotations": ""}
+VERSION = 1   # of features: whoever changes how they are made, counts up
+PROJECTOR = r"video_tokens\.mm_projector|start_end"   # learned: what names begin with
+RELEASED = {"tokens": "branch", "template": "vicuna_v1", "branch": "", "weights": "", "num_frames": 100,
+            "batch_size": 8, "lr": 2e-5, "epochs": 3, "steps": 0, "eval_annotations": "",
+            "checkpointed": False}
 PICTURES = RELEASED | {"tokens": "mean", "num_frames": 1}
-PROJECTOR = ("video_tokens.mm_projector", "start_end")
-STAGES = {   # learned: beginnings of names. The gates stay as pretraining left them, as in the released run
+VTIMELLM = RELEASED | {"tokens": "frame_cls", "template": "vtimellm", "root": "", "batch_size": 128,
+                       "checkpointed": True}
+LORA = VTIMELLM | {"learned": r"llm\..*\.lora_", "clip": "", "llm": "", "weights": None, "lr": 1e-4,
+                   "epochs": 2}
+STAGES = {   # the gates stay as pretraining left them, as in the released run
     "projector": PICTURES | {"learned": PROJECTOR},
-    "language": PICTURES | {"learned": (*PROJECTOR, "llm")},
-    "video": RELEASED | {"learned": (*PROJECTOR, "video_tokens.branch.btadapter")}}
+    "language": PICTURES | {"learned": PROJECTOR + "|llm"},
+    "video": RELEASED | {"learned": PROJECTOR + r"|video_tokens\.branch\.btadapter"},
+    "align": VTIMELLM | {"learned": PROJECTOR, "template": "plain", "lr": 1e-3, "epochs": 1},
+    "boundaries": LORA, "moments": LORA}   # they differ in data, and in what --weights has
 TOY = {   # the stage video without --annotations
     "clip": cli.shipped("weights/tiny/clip"), "llm": cli.shipped("weights/tiny/llava"),
     "branch": cli.shipped("weights/tiny/branch.pth"),
@@ -90,11 +113,13 @@ def complete(cfg):
     """A Config with its stage's settings in the place of None. Raises UserError."""
     cli.check(cfg, tokens=VIDEO_TOKENS, template=TEMPLATES)
     toy = cfg.stage == "video" and not cfg.annotations
-    if cfg.epochs is not None and cfg.steps is None:
-        cfg = dataclasses.replace(cfg, steps=0)   # else the table's steps would count
     cfg = cli.fill(cfg, STAGES[cfg.stage] | (TOY if toy else {}))
     if toy and not os.path.exists(cfg.annotations):
         raise UserError(f"{cfg.annotations}: not there; `python -m toy render` makes it")
+    lora = "lora_" in STAGES[cfg.stage]["learned"]
+    for name in ("clip", "llm") if lora else ("weights", "reuse", "tune_projector"):
+        if getattr(cfg, name):
+            raise UserError(f"--{name}: not for the stage {cfg.stage}")
     if VIDEO_TOKENS[cfg.tokens].reads_linvt:
         raise UserError(f"--tokens {cfg.tokens}: no stage trains a LinVT")
     if VIDEO_TOKENS[cfg.tokens].reads_branch and not cfg.branch:
@@ -119,7 +144,7 @@ def exact_answers(cfg, chat, questions, device):
         learned = [sum(label != IGNORE_INDEX for label in labels) for _, labels in prompts]
         right = ((logits.argmax(-1) == target) & (target != IGNORE_INDEX)).sum(1)   # (B,): tokens
         for i, found, wanted in zip(batch["index"], right.tolist(), learned):
-            answers[questions.rows[i].get("kind", "all")].append(found == wanted)
+            answers[questions.talks[i].kind].append(found == wanted)
     shares = {kind: 100 * sum(right) / len(right) for kind, right in sorted(answers.items())}
     for kind, share in shares.items():
         print(f"{cfg.stage}, {cfg.tokens} tokens: {kind} questions {share:.1f} % exactly right "
@@ -127,8 +152,25 @@ def exact_answers(cfg, chat, questions, device):
     return shares
 
 
+def adapter_of(cfg):
+    """The adapter that a stage leaves: the next after those in --weights, or the last once more. Raises
+    UserError."""
+    there = sum(os.path.exists(os.path.join(cfg.weights, name)) for name in ADAPTERS)
+    if not 0 <= there - cfg.reuse < len(ADAPTERS):
+        raise UserError(f"{cfg.weights}: has {there} adapters, "
+                        f"{'and --reuse needs one' if cfg.reuse else 'and only --reuse goes on from there'}")
+    return ADAPTERS[there - cfg.reuse]
+
+
 def build(cfg):
     """-> the model of a stage, in fp32."""
+    if cfg.weights:
+        adapter_of(cfg)
+        opened = open_chat(cfg.weights, cfg.tokens, chat_file=False)
+        reused = opened.adapters.pop() if cfg.reuse else None
+        chat = opened.load()   # the others are merged
+        add_lora(chat.llm, cfg.rank, cfg.alpha, cfg.lora_dropout, reused)
+        return chat
     clip, _ = load_clip(cfg.clip)
     llm, tokenizer, extra = load_llama(cfg.llm)
     words = llm.model.embed_tokens.weight.shape[0]
@@ -137,7 +179,7 @@ def build(cfg):
                         "many, or 3 more")
     kind, branch = VIDEO_TOKENS[cfg.tokens], None
     visual, width = kind.width(clip.config), llm.config.width
-    if cfg.stage == "projector":   # begins anew; the others go on with the one that the weights hold
+    if cfg.stage in ("projector", "align"):   # begin anew; the others go on with that of the weights
         mm_projector = nn.Linear(visual, width)
     else:
         mm_projector = make_projector(extra, visual, width, cfg.llm)
@@ -150,15 +192,51 @@ def build(cfg):
 
 
 def save_result(cfg, chat, tuned_from):
+    projector = {f"model.mm_projector.{name}": t.detach().cpu().half()
+                 for name, t in chat.video_tokens.mm_projector.state_dict().items()}
     if cfg.stage == "video":
-        return save_chat(os.path.join(cfg.out, "chat.bin"), chat, tuned_from)
-    chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)
-    chat.llm.model.embed_tokens.weight.data[-2:] = chat.start_end.data
-    projector = chat.video_tokens.mm_projector.state_dict()
-    save_llama(os.path.join(cfg.out, "llava"), chat.llm, tokenizer_path(cfg.llm),
-               {f"model.mm_projector.{name}": t for name, t in projector.items()},
-               config_extra={"mm_hidden_size": chat.video_tokens.width(chat.clip.config),
-                             "mm_use_im_start_end": True, "mm_vision_select_layer": -2})
+        save_chat(os.path.join(cfg.out, "chat.bin"), chat, tuned_from)
+    elif cfg.stage in ("projector", "language"):
+        chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)
+        chat.llm.model.embed_tokens.weight.data[-2:] = chat.start_end.data
+        save_llama(os.path.join(cfg.out, "llava"), chat.llm, tokenizer_path(cfg.llm), projector,
+                   config_extra={"mm_hidden_size": chat.video_tokens.width(chat.clip.config),
+                                 "mm_use_im_start_end": True, "mm_vision_select_layer": -2})
+    else:   # a folder that open_chat opens: what has not changed is a link
+        parts = {"clip": cfg.clip, "llava": cfg.llm}
+        if cfg.weights:
+            new = adapter_of(cfg)
+            before = "clip", "llava", *ADAPTERS[:ADAPTERS.index(new)]
+            parts = {name: os.path.join(cfg.weights, name) for name in before}
+            save_adapter(os.path.join(cfg.out, new), chat.llm, base_name(parts["llava"]), cfg.lora_dropout)
+            if cfg.tune_projector:   # counts before all others
+                training.save_checkpoint(os.path.join(cfg.out, new, "non_lora_trainables.bin"), projector)
+        training.save_checkpoint(os.path.join(cfg.out, "mm_projector.bin"), projector)
+        for name, path in parts.items():
+            if not os.path.lexists(link := os.path.join(cfg.out, name)):
+                os.symlink(os.path.relpath(os.path.realpath(path), os.path.realpath(cfg.out)), link)
+
+
+@torch.no_grad()
+def make_features(cfg, chat, dataset, here):
+    """-> Features of a data set, of which those that --features lacks are made: each process its share."""
+    kind, num_frames = chat.video_tokens, dataset.num_frames
+    if type(kind).see is not VideoTokens.see:
+        raise UserError(f"--features: not for --tokens {cfg.tokens}, which shows more than what is frozen")
+    made = [VERSION, state_of(cfg.clip or os.path.join(cfg.weights, "clip")), cfg.tokens, num_frames]
+    features, lacking = data.Features(cfg.features, made, (num_frames, kind.width(chat.clip.config))), {}
+    for i, talk in enumerate(dataset.talks):
+        path = talk.path(cfg.root)
+        if features.find(talk, path) is None and os.path.exists(path):
+            lacking[str(features.key(talk, path))] = i, talk, path
+    mine = list(lacking.values())[here.rank::here.size]
+    loader = DataLoader(Subset(dataset, [i for i, *_ in mine]), None, num_workers=cfg.workers,
+                        worker_init_fn=training.leave_signals_to_the_parent)
+    for (_, talk, path), item in zip(tqdm(mine, "features", disable=here.rank > 0 or not mine), loader):
+        if not isinstance(item, data.VideoError):   # training says which is broken
+            features.put(talk, path, kind.frozen(chat.clip, item[0][None].to(here.device))[0])
+    training.gather_numbers(here, 0)   # all wait for all
+    return features
 
 
 def main(cfg):
@@ -175,18 +253,23 @@ def main(cfg):
     tuned_from = cfg.branch and digest_of(cfg.branch)   # before it is read
     chat = build(cfg).to(device)
     memory.choose_threads(chat)
+    learned = STAGES[cfg.stage]["learned"] + f"|{PROJECTOR}" * cfg.tune_projector
     for name, p in chat.named_parameters():
-        p.requires_grad_(name.startswith(STAGES[cfg.stage]["learned"]))
+        p.requires_grad_(bool(re.match(learned, name)))
+    chat.llm.checkpointed = cfg.checkpointed
     trained = {name: p for name, p in chat.named_parameters() if p.requires_grad}
     # ------------------------------------------------------------------------------------------------ data
     kind, size = chat.video_tokens, chat.clip.config.image_size
-    frames = {"num_frames": cfg.num_frames, "image_size": size, "rule": kind.rule, "pixels": kind.pixels}
+    frames = {"num_frames": kind.frames_of(cfg.num_frames, size), "image_size": size, "rule": kind.rule,
+              "pixels": kind.pixels}
     questions = cfg.eval_annotations and data.ConversationDataset(cfg.eval_annotations, cfg.root, **frames)
     if cfg.eval_only:
         if first:
             exact_answers(cfg, chat, questions, device)
         return
     dataset = data.ConversationDataset(cfg.annotations, cfg.root, **frames, skip=True)
+    if cfg.features:
+        dataset.features = make_features(cfg, chat, dataset, here)
     if len(dataset) < cfg.batch_size:
         raise UserError(f"--batch_size {cfg.batch_size}: {cfg.annotations} has only {len(dataset)} rows")
     steps = cfg.steps or cfg.epochs * (len(dataset) // cfg.batch_size)
@@ -214,18 +297,29 @@ def main(cfg):
         skipped += cfg.batch_size - count * here.size
         if count:   # else the step passes by
             prompts = [prompt_ids(chat.tokenizer, turns, cfg.template) for turns in batch["text"]]
-            training.seed_step(cfg.seed, step, here.rank)
-            with torch.autocast(device.type, torch.float16, enabled=half):
-                loss, learned = ddp(batch["pixels"].to(device), prompts)
-            if not learned:
+            labels = sum(label != IGNORE_INDEX for _, row in prompts for label in row)
+            labels = training.gather_numbers(here, labels).sum().item()   # of the whole step
+            optimizer.zero_grad()
+            shown = within = 0
+            for i in range(0, count, at_once := cfg.micro_batch or count):
+                part = slice(i, i + at_once)
+                training.seed_step(cfg.seed, step, here.rank, i)
+                ddp.require_backward_grad_sync = i + at_once >= count   # the last part's gradient is averaged
+                with torch.autocast(device.type, torch.float16, enabled=half):
+                    total, answered = ddp(batch["pixels"][part].to(device), prompts[part])
+                loss = total * here.size / max(1, labels)   # DDP averages, and the step is a mean over tokens
+                scaler.scale(loss).backward()
+                shown, within = shown + loss.item(), within + answered.item()
+            shown, within = training.gather_numbers(here, shown / here.size, within).sum(0).tolist()
+            if not within:
                 raise UserError(f"step {step}: no answer of its {cfg.batch_size} conversations lies within"
                                 f" the LLaMA's context of {chat.llm.config.context_length} tokens")
-            shown = training.gather_numbers(here, loss.item()).mean().item()   # all stop where one must
             if not math.isfinite(shown):
                 raise UserError(f"step {step}: the loss is {shown}; {cfg.out}/last.pth is as it was")
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
+            cut = labels / within   # 1, unless answers lie beyond the context
+            for p in trained.values():
+                p.grad *= cut
             norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip_norm)
             lr = cfg.lr * training.warmup_cosine(step, steps, max(1, round(0.03 * steps)))
             for group in optimizer.param_groups:
@@ -235,8 +329,8 @@ def main(cfg):
         step += 1
         # ------------------------------------------------------------------------------------ log and save
         if first and count and (step % cfg.log_every == 0 or step == steps):
-            log.add(step=step, loss=shown, grad_norm=norm.item(), skipped=skipped, lr=lr)
-            bar.set_postfix_str(f"loss {shown:.3f} skipped {skipped}")
+            log.add(step=step, loss=shown * cut, grad_norm=norm.item(), skipped=skipped, lr=lr)
+            bar.set_postfix_str(f"loss {shown * cut:.3f} skipped {skipped}")
         stop = training.gather_numbers(here, int(sigterm.is_set())).any()
         if first and (stop or step % cfg.save_every == 0 or step == steps):
             pictures.plot(os.path.join(cfg.out, "curve.png"),
@@ -252,6 +346,10 @@ def main(cfg):
         if cfg.stage == "video":
             path = os.path.join(cfg.out, "chat.bin")
             print(f"{path}: `python chat.py --chat {path}` talks with it")
+        elif cfg.stage == "align":
+            print(f"{cfg.out}: `python chat_tune.py --stage boundaries --weights {cfg.out}` goes on from it")
+        elif cfg.weights:
+            print(f"{cfg.out}: `python chat.py --weights {cfg.out}` talks with it")
     if here.size > 1:
         dist.destroy_process_group()
 

@@ -41,6 +41,7 @@ from torch.utils.data import Dataset
 
 from plumbing.cli import UserError
 from plumbing.pictures import contact_sheet, thumbnail
+from plumbing.store import Store, state_of
 from plumbing.video import EXTENSIONS, TOLERANCE, VideoError, open_regular, open_video
 
 PICTURES = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]   # Pillow's names: no format that runs another program
@@ -278,6 +279,52 @@ def read_captions(path):
         raise UserError(f"{path}, line {rows.reader.line_num}: not valid CSV ({e})")
 
 
+def seconds(span, where):
+    """[start, end], as JSON has it -> the same. Raises UserError unless these are two numbers."""
+    good = [type(t) in (int, float) and math.isfinite(t) for t in span] if isinstance(span, list) else []
+    if good != [True, True]:
+        raise UserError(f"{where}: needs two times in seconds, start and end, not {span}")
+    return span
+
+
+def shown(row, where, window):
+    """row[window], the part [start, end] of a video that is shown, and row["duration"], all in seconds -> the
+    two, None where there is none. Raises UserError."""
+    span, duration = row.get(window), row.get("duration")
+    for start, end in (seconds(s, where) for s in (span, duration and [0, duration]) if s):
+        if not 0 <= start < end:
+            raise UserError(f"{where}: nothing can be shown from {start} to {end} s")
+    return span, duration
+
+
+def timed(row, where):
+    """A row of JSON lines about events, {"video", "events": [{"start", "end", "text"}]}, in seconds of the
+    video, maybe with "window": [start, end], if only that part is shown, and the video's "duration" ->
+    {"video", "window": [start, end] or None, "duration": seconds or None, "events": [(start, end, text)]} in
+    seconds of the window. Raises UserError with the line."""
+    video, events = field(row, where, "video"), []
+    window, duration = shown(row, where, "window")
+    first = window[0] if window else 0
+    for event in field(row, where, "events", list):
+        text = field(event, where, "text").strip()
+        start, end = seconds([event.get("start"), event.get("end")], where)
+        if not text or start > end:
+            what = f"{text!r} ends before it starts" if text else "an event without words"
+            raise UserError(f"{where}: {what}")
+        events.append((start - first, end - first, text))
+    return {"video": video, "window": window, "duration": duration, "events": events}
+
+
+def clip_length(path, window=None, duration=None):
+    """Seconds of a video, or of its part in a window. duration: of the video, where that is known. Raises
+    VideoError."""
+    start, end = window or (0, math.inf)
+    length = min(end, duration or probe(path).duration) - start
+    if length <= 0:
+        raise VideoError(path, f"is over before its window, which begins at {start} s")
+    return length
+
+
 def locate(root, name):
     """The file of a video that annotations name, maybe without extension or as Video-ChatGPT's `<id>.pkl`."""
     path = os.path.join(root, name.removesuffix(".pkl"))
@@ -355,48 +402,159 @@ class RetrievalDataset(Dataset):
         return torch.cat([eval_pixels(picture[None], self.image_size) for _, picture in found]), i
 
 
-class ConversationDataset(Dataset):
-    """Questions and answers about videos or pictures. Item i -> (pixels (T, 3, H, W) uint8, [(question,
-    answer), ...], i). A picture is a clip with T = 1. rule, pixels: of a kind of video tokens, so that frames
-    are chosen and become pixels as in a chat.
+@dataclasses.dataclass
+class Talk:
+    """Questions and answers about a video, a part of it, or a picture."""
+    file: str                # as the annotations name it
+    turns: list              # [(question, answer)]
+    picture: bool
+    window: list | None      # [start, end] of the part, in seconds of the video; None: all of it
+    duration: float | None   # of what is shown, in seconds; None: the file says it
+    times: dict              # {"<s0>": seconds of what is shown}: words in turns that stand for times
+    kind: str                # of question, for tables
 
-    annotations: JSON lines or a JSON list of {"video" or "image": path, "conversations": [{"from": "human",
-    "value"}, {"from": "gpt", "value"}, ...]}, Video-ChatGPT's format. The marker "<video>" (or "<image>") and
-    the line break beside it leave the question. skip: a broken file gives its VideoError, else raises it."""
-    def __init__(self, annotations, root, num_frames, image_size, skip=False, rule="uniform", pixels=squash):
-        self.rows, self.conversations = [], []   # as in the file, with whatever else a row says; turns
-        for where, row in read_rows(annotations):
-            field(row, where, "image" if isinstance(row, dict) and "image" in row else "video")
-            self.rows.append(row)
-            self.conversations.append(turns(field(row, where, "conversations", list), where))
-        self.root, self.num_frames, self.image_size, self.skip = root, num_frames, image_size, skip
-        self.rule, self.pixels = rule, pixels
+    def path(self, root):
+        return os.path.join(root, self.file) if self.picture else locate(root, self.file)
 
-    def __len__(self):
-        return len(self.rows)
+    def said(self, root):
+        """-> turns, with times as the clock tells them. Raises VideoError if the file cannot say how long it
+        is."""
+        if self.times and not self.duration:   # kept: a file is asked once
+            self.duration = clip_length(self.path(root), self.window)
+        said = [*itertools.chain(*self.turns)]
+        for word, t in self.times.items():
+            said = [text.replace(word, clock(t, self.duration)) for text in said]
+        return list(zip(said[::2], said[1::2]))
 
-    def __getitem__(self, i):
-        row = self.rows[i]
-        try:
-            if "image" in row:
-                found = [(0.0, read_picture(os.path.join(self.root, row["image"])))]
-            else:
-                found = sample_frames(locate(self.root, row["video"]), self.num_frames, self.rule)
-            pixels = torch.cat([self.pixels(picture[None], self.image_size) for _, picture in found])
-        except VideoError as e:
-            if self.skip:
-                return e
-            raise
-        return pixels, self.conversations[i], i
+
+def talk_of(row, where, number=0):
+    """A row of an annotation file -> Talk. Raises UserError with the line. It is one of
+
+    {"video" or "image": path, "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}:
+        Video-ChatGPT's. The marker "<video>" or "<image>" leaves a question, unless it stands amid words.
+    the same with "id", the video's name, and "meta": {"split": [start, end], "duration", "token": {"<s0>":
+        seconds, ...}}: VTimeLLM's; duration and token count from the start of the split.
+    {"video", "events"}: see timed. Its questions are drawn by the row's number: see dialogue."""
+    if isinstance(row, dict) and "events" in row:
+        file, window, duration, events = timed(row, where).values()
+        duration = duration and clip_length(file, window, duration)
+        said, times = dialogue(events, number)
+    else:
+        names = [name for name in ("image", "video", "id") if isinstance(row, dict) and name in row]
+        file = field(row, where, [*names, "video"][0])
+        said = turns(field(row, where, "conversations", list), where)
+        meta = field(row, where, "meta", dict) if row.get("meta") else {}
+        window, duration = shown(meta, where, "split")
+        times = field(meta, where, "token", dict) if meta.get("token") else {}
+    for word, t in times.items():
+        if seconds([0, t], where)[1] < 0:
+            raise UserError(f"{where}: {word} is {t} s, before what is shown begins")
+    return Talk(file, said, "image" in row, window, duration, times, row.get("kind", "all"))
+
+
+ASK_WHEN = ("When does this happen: {}?", "From when to when is this: {}?", "At what time is this seen: {}?",
+            "Which part of the video shows this: {}?", "When does this begin and end: {}?")
+ASK_WHAT = ("What happens from {} to {}?", "What is seen from {} to {}?", "What goes on between {} and {}?",
+            "Describe the video from {} to {}.", "Which event lasts from {} to {}?")
+ASK_ALL = ("What happens in the video, and when? List all events.", "Which events are there, and when?",
+           "Describe all events, each with its time.", "Tell what happens, with beginnings and ends.",
+           "Make a timeline of the video.")
+
+
+def dialogue(events, seed):
+    """events [(start, end, text)] -> turns, {word: seconds}: see Talk. As in VTimeLLM's second stage, one
+    dialogue in five is a question about all events; else each is asked for once, by its words or its time."""
+    rng, turns, times = np.random.default_rng(seed), [], {}
+    for i, (start, end, text) in enumerate(events):
+        times |= {f"<s{i}>": start, f"<e{i}>": end}
+        text = text.rstrip(".")
+        by_words = str(rng.choice(ASK_WHEN)).format(text.lower()), f"From <s{i}> to <e{i}>."
+        by_time = str(rng.choice(ASK_WHAT)).format(f"<s{i}>", f"<e{i}>"), f"{text}."
+        turns.append(by_words if rng.random() < 0.5 else by_time)
+    if rng.random() < 0.2:
+        listed = (f"From <s{i}> to <e{i}>, {text.rstrip('.')}." for i, (*_, text) in enumerate(events))
+        return [(str(rng.choice(ASK_ALL)), " ".join(listed))], times
+    rng.shuffle(turns)
+    return turns, times
 
 
 def turns(conversation, where):
     """Video-ChatGPT's list of messages -> [(question, answer), ...]. Raises UserError."""
-    who, texts = zip(*((field(m, where, "from"), field(m, where, "value")) for m in conversation))
+    who, texts = zip(*((field(m, where, "from"), field(m, where, "value").strip()) for m in conversation))
     if who != ("human", "gpt") * (len(who) // 2):
         raise UserError(f"{where}: messages must go human, gpt, human, gpt, ...")
-    questions = [text.replace("<video>", "").replace("<image>", "").strip("\n") for text in texts[::2]]
-    return list(zip(questions, texts[1::2]))
+    if not all(answers := texts[1::2]):
+        raise UserError(f"{where}: an answer without words")
+    first, *later = (text.replace("<image>", "<video>") for text in texts[::2])
+    first = first.removeprefix("<video>").removesuffix("<video>")
+    return [(q.strip(), a) for q, a in zip((first, *(q.replace("<video>", "") for q in later)), answers)]
+
+
+class ConversationDataset(Dataset):
+    """Questions and answers about videos or pictures. Item i -> (pixels (T, 3, H, W) uint8, [(question,
+    answer), ...], i). A picture is a clip with T = 1. rule, pixels: of a kind of video tokens, so that frames
+    are chosen and become pixels as in a chat. features: Features, whose tensors come in the place of pixels.
+
+    annotations: rows as talk_of reads them. skip: a broken file gives its VideoError, else raises it."""
+    features = None
+
+    def __init__(self, annotations, root, num_frames, image_size, skip=False, rule="uniform", pixels=squash):
+        self.talks = [talk_of(row, where, i) for i, (where, row) in enumerate(read_rows(annotations))]
+        self.root, self.num_frames, self.image_size, self.skip = root, num_frames, image_size, skip
+        self.rule, self.pixels = rule, pixels
+
+    def __len__(self):
+        return len(self.talks)
+
+    def __getitem__(self, i):
+        talk = self.talks[i]
+        try:
+            return self.seen(talk), talk.said(self.root), i
+        except VideoError as e:
+            if self.skip:
+                return e
+            raise
+
+    def seen(self, talk):
+        path = talk.path(self.root)
+        if self.features:
+            if (seen := self.features.find(talk, path)) is None:
+                raise VideoError(path, f"has no features in {self.features.folder}")
+            return seen
+        if talk.picture:
+            found = [(0.0, read_picture(path))]
+        else:
+            found = sample_frames(path, self.num_frames, self.rule, window=talk.window)
+        return torch.cat([self.pixels(picture[None], self.image_size) for _, picture in found])
+
+
+class Features:
+    """What frozen weights said of videos, a tensor for each file and window: entries of a Store and, in the
+    same folder, NAME.npy as VTimeLLM released them. made: what entries follow from beside file and window.
+    shape: (T, P) of a video's NAME.npy; a picture's has (P,)."""
+    def __init__(self, folder, made, shape):
+        self.folder, self.store, self.made, self.shape = folder, Store(folder), made, shape
+
+    def key(self, talk, path):
+        return [state_of(path), talk.window, self.made]
+
+    def put(self, talk, path, seen):
+        self.store.put(self.key(talk, path), {"seen": seen.half().cpu()})
+
+    def find(self, talk, path):
+        """-> tensor in fp16, or None. Raises UserError for a NAME.npy that is damaged or of another shape."""
+        name = os.path.splitext(os.path.basename(path))[0]
+        released = os.path.join(self.folder, f"{name}.npy")
+        if not os.path.exists(released):
+            entry = self.store.get(self.key(talk, path)) if os.path.exists(path) else None
+            return entry and entry[0]["seen"]
+        try:
+            seen = np.lib.format.open_memmap(released, mode="r")   # executes nothing
+        except (OSError, ValueError) as e:
+            raise UserError(f"{released}: holds no features ({e})")
+        if seen.shape not in (self.shape, self.shape[1:]) or seen.dtype.kind != "f":
+            raise UserError(f"{released}: features {seen.shape} {seen.dtype}, needed are floats {self.shape}")
+        return torch.from_numpy(np.array(seen, np.float16)).view(-1, self.shape[-1])
 
 
 def read_picture(path):

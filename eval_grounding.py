@@ -83,60 +83,46 @@ def key(row, event=None):
 
 
 def read_annotations(path):
-    """-> clips {"video", "window": [start, end] or None, "duration": seconds of the video or None, "events":
-    [(start, end, text)] in seconds of the clip}; how many events ended before they started. Those of
+    """-> clips, one each, as data.timed gives them; how many events ended before they started. Those of
     released files are turned round; in your own that is an error. Raises UserError with the line."""
     clips, turned = {}, 0
-    for where, row, released in annotation_rows(path):
-        clip = {"video": data.field(row, where, "video"), "window": row.get("window"),
-                "duration": row.get("duration"), "events": []}
-        seconds(where, [0, clip["duration"] or 0])
-        first, last = seconds(where, clip["window"] or [0, 1])
-        if not 0 <= first < last:
-            raise UserError(f"{where}: a window from {first} to {last} s; it starts at 0 or later, then ends")
-        for event in data.field(row, where, "events", list):
-            text = data.field(event, where, "text").strip()
-            start, end = seconds(where, [event.get("start"), event.get("end")])
-            if not text or start > end and not released:
-                what = f"{text!r} ends before it starts" if text else "an event without words"
-                raise UserError(f"{where}: {what}")
-            turned += start > end
-            clip["events"].append((min(start, end) - first, max(start, end) - first, text))
+    for where, row, backwards in annotation_rows(path):
+        clip = data.timed(row, where)
+        turned += backwards
         clips.setdefault(key(clip), {**clip, "events": []})["events"] += clip["events"]
     return list(clips.values()), turned
 
 
-def seconds(where, span):
-    """[start, end] -> the same. Raises UserError unless these are two numbers."""
-    good = [type(t) in (int, float) and math.isfinite(t) for t in span] if isinstance(span, list) else []
-    if good != [True, True]:
-        raise UserError(f"{where}: needs two times in seconds, start and end, not {span}")
-    return span
+def event_of(text, span, where):
+    """An event like those in our own rows, turned round where it ends before it starts."""
+    return {"text": text, **dict(zip(("start", "end"), sorted(data.seconds(span, where))))}
 
 
 def annotation_rows(path):
-    """Yields (where, row, released): rows like our own from any of the three formats."""
+    """Yields (where, row, how many of its events are turned round): rows like our own, from any of the three
+    formats."""
     text = data.read_text(path)
     if "##" in text.partition("\n")[0]:   # Charades-STA: `id start end##sentence`
         for number, line in enumerate(text.rstrip().split("\n"), 1):
             found = re.fullmatch(r"(\S+) (\d+\.?\d*) (\d+\.?\d*) ?##(.*)", line.strip())
             if not found:
                 raise UserError(f"{path}, line {number}: not `id start end##sentence`")
-            event = {"start": float(found[2]), "end": float(found[3]), "text": found[4]}
-            yield f"{path}, line {number}", {"video": found[1], "events": [event]}, True
+            where, (start, end) = f"{path}, line {number}", map(float, found.group(2, 3))
+            event = event_of(found[4], [start, end], where)
+            yield where, {"video": found[1], "events": [event]}, start > end
         return
     rows = data.read_rows(path)
     if len(rows) > 1 or not isinstance(rows[0][1], dict) or "video" in rows[0][1]:
-        yield from ((where, row, False) for where, row in rows)
+        yield from ((where, row, 0) for where, row in rows)
         return
     for name, about in rows[0][1].items():   # ActivityNet Captions: {id: {duration, timestamps, sentences}}
         where = f"{path}, {name}"
         spans, texts = (data.field(about, where, what, list) for what in ("timestamps", "sentences"))
         if len(spans) != len(texts):
             raise UserError(f"{where}: {len(spans)} timestamps for {len(texts)} sentences")
-        events = [{"text": text, **dict(zip(("start", "end"), seconds(where, span)))}
-                  for span, text in zip(spans, texts)]
-        yield where, {"video": name, "duration": about.get("duration"), "events": events}, True
+        events = [event_of(text, span, where) for text, span in zip(texts, spans)]
+        yield (where, {"video": name, "duration": about.get("duration"), "events": events},
+               sum(start > end for start, end in spans))
 
 
 def read_answers(path):
@@ -146,7 +132,7 @@ def read_answers(path):
         if isinstance(row, dict) and "settings" in row:   # the first one: what the others were made with
             continue
         row = {"window": None, "event": None, "video": data.field(row, where, "video"), **row}
-        if not seconds(where, [0, row.get("duration")])[1] > 0 or not isinstance(row.get("answer"), str):
+        if not data.seconds([0, row.get("duration")], where)[1] > 0 or not isinstance(row.get("answer"), str):
             raise UserError(f"{where}: needs a duration above 0 and an answer")
         answers[key(row, row["event"])] = row
     return answers
@@ -195,12 +181,10 @@ def new_answers(cfg, chat, device, clips, answers):
         questions = {event: q for event, q in questions.items() if key(clip, event) not in answers}
         if not questions:
             continue
-        path, (start, end) = data.locate(cfg.root, clip["video"]), clip["window"] or (0, math.inf)
+        path = data.locate(cfg.root, clip["video"])
         try:
-            duration = min(end, clip["duration"] or data.probe(path).duration) - start
-            if duration <= 0:
-                raise data.VideoError(path, f"is over before its window, which begins at {start} s")
-            found = data.sample_frames(path, num_frames, kind.rule, window=(start, end))
+            duration = data.clip_length(path, clip["window"], clip["duration"])
+            found = data.sample_frames(path, num_frames, kind.rule, window=clip["window"])
             pixels = torch.cat([kind.pixels(picture[None], size) for _, picture in found])
         except data.VideoError as e:
             if not cfg.skip_broken:

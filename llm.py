@@ -9,6 +9,7 @@ Shapes: B batch, S new tokens, P tokens in the KV cache, D width, H heads, h KV 
 """
 import base64
 import contextlib
+import functools
 import glob
 import json
 import math
@@ -21,6 +22,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from plumbing.cli import UserError, make_folder, write_atomic
 from plumbing.weightfile import (DAMAGE, QUANTISED, likely_reason, load_into, map_file, read_file, read_json,
@@ -194,8 +196,8 @@ class LLaMA(nn.Module):
     """The decoder, in fp32, bf16 or fp16. Its state dict is that of a Hugging Face LlamaForCausalLM."""
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.model = nn.ModuleDict({
+        self.config, self.checkpointed = config, False   # True: training keeps a layer's input, and computes
+        self.model = nn.ModuleDict({                     # the rest of it again when the gradient needs it
             "embed_tokens": nn.Embedding(config.vocab_size, config.width),
             "layers": nn.ModuleList(Block(config, layer) for layer in range(config.layers)),
             "norm": RMSNorm(config.width, config.norm_eps)})
@@ -232,6 +234,8 @@ class LLaMA(nn.Module):
             if apart:   # up to itself, without the others
                 mask[:, P:] = torch.eye(S, dtype=torch.bool)
         for block in self.model.layers:
+            if self.checkpointed and self.training:
+                block = functools.partial(checkpoint, block, use_reentrant=False)
             x = block(x, cos, sin, mask, kv_cache)
         if kv_cache is not None:
             kv_cache.length += S

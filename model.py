@@ -572,10 +572,11 @@ class VideoChat(nn.Module):
         return words.detach(), mask.to(words.device)   # a stage that trains the words does not train these
 
     def embed_video(self, video, questions=None):
-        """video (B, T, 3, H, W) uint8 -> its rows of the prompt (B, K, D_llm). questions: B texts, for kinds
-        of video tokens that depend on them."""
+        """video (B, T, 3, H, W) uint8, or what was seen of it (B, ...), floats -> its rows of the prompt (B,
+        K, D_llm). questions: B texts, for kinds of video tokens that depend on them."""
         asked = self.embed_questions(questions) if questions else ()
-        return self.video_tokens(self.video_tokens.see(self.clip, video), *asked)
+        seen = self.video_tokens.see(self.clip, video) if video.dtype == torch.uint8 else video
+        return self.video_tokens(seen, *asked)
 
     def splice(self, ids, video_tokens):
         """ids: a list with one VIDEO_INDEX; video_tokens (K, D_llm) -> all rows of a prompt (S, D_llm)."""
@@ -599,17 +600,11 @@ class VideoChat(nn.Module):
         return self.llm(embeds=embeds)[:, :-1], target.to(embeds.device)
 
     def forward(self, video, prompts):
-        """-> mean cross-entropy over the learned tokens of all processes: this one's share, times their
-        number, because DDP will average where the joined batch needs the sum; and how many tokens these
-        are."""
+        """-> sum of the cross-entropies of all learned tokens; how many these are."""
         logits, target = self.logits(video, prompts)
         total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX,
                                 reduction="sum")
-        count = (target != IGNORE_INDEX).sum()
-        if dist.is_initialized():
-            dist.all_reduce(count)
-            total = total * dist.get_world_size()
-        return total / count.clamp(min=1), count
+        return total, (target != IGNORE_INDEX).sum()
 
 
 # ----------------------------------------------------------------------------------------------- branch files
@@ -697,10 +692,15 @@ def is_marked(llava):
 ADAPTERS = "stage2", "stage3"   # folders of what VTimeLLM's last two stages taught the LLaMA, in this order
 
 
+def base_name(llava):
+    """What a LLaMA's folder says that it is, or "": adapters tell on which they were trained."""
+    config = os.path.join(llava, "config.json")
+    return str(weightfile.read_json(config).get("_name_or_path") or "") if os.path.exists(config) else ""
+
+
 def read_adapters(paths, language_model, llava):
     """Folders of adapters -> [llm.Adapter]. Warns where the LLaMA says that it is another than they know."""
-    config = os.path.join(llava, "config.json")
-    own = weightfile.read_json(config).get("_name_or_path") if os.path.exists(config) else None
+    own = base_name(llava)
     adapters = [llm.read_adapter(path, language_model) for path in paths]
     for path, adapter in zip(paths, adapters):
         bare = [os.path.basename(os.path.normpath(str(name))).lower() for name in (own, adapter.base)]

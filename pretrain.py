@@ -103,8 +103,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def complete(cfg):
     """A Config with its recipe's settings in the place of None. Raises UserError."""
     cfg = dataclasses.replace(cfg, recipe=cfg.recipe or ("released" if cfg.annotations else "toy"))
-    if cfg.epochs is not None and cfg.steps is None:
-        cfg = dataclasses.replace(cfg, steps=0)   # else the recipe's steps would count
     cfg = cli.fill(cfg, RECIPES[cfg.recipe])
     if cfg.recipe == "toy" and not os.path.exists(cfg.annotations):
         raise UserError(f"{cfg.annotations}: not there; `python -m toy render` makes it")

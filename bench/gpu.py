@@ -82,7 +82,8 @@ def chat_tuning(device, dtype):
 
     def loss():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return chat(video, prompts)[0]
+            total, learned = chat(video, prompts)
+            return total / learned
     return chat, loss
 
 

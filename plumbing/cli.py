@@ -108,8 +108,10 @@ def check(cfg, **choices):
 
 
 def fill(cfg, row):
-    """A Config with a row of settings, {field: value}, in the place of None. What stays None is an error."""
+    """A Config with a row of settings, {field: value}, in the place of None. What stays None is an error. Of
+    epochs and steps, those that are given count."""
     given = {name: value for name, value in vars(cfg).items() if value is not None}
+    given |= {"steps": 0} if "epochs" in given and "steps" not in given else {}
     cfg = dataclasses.replace(cfg, **{name: row[name] for name in row if name in vars(cfg)} | given)
     if lacking := [f"--{name}" for name, value in vars(cfg).items() if value is None]:
         raise UserError(f"{', '.join(lacking)}: needed")

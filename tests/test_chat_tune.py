@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,7 @@ def log_of(out):
 def torchrun(cfg, size):
     """-> last.pth of a run in `size` processes."""
     flags = [f"--{name}={value}" for name, value in vars(cfg).items() if type(value) in (str, int, float)]
+    flags += [f"--{name}" for name, value in vars(cfg).items() if value is True]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size),
                os.path.join(ROOT, "chat_tune.py"), *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -188,7 +190,7 @@ def test_exact_answers_are_what_greedy_decoding_says(world):
                 embeds = chat.splice(prompt, chat.embed_video(dataset[i][0][None])[0])
             ids = generate(chat.llm, embeds=embeds[None], max_new_tokens=40, stop_ids=chat.tokenizer.stop_ids)
             said = "".join(stream_text(chat.tokenizer, ids)).strip()
-            dataset.conversations[i] = [("Where is it?", said if said_so else said + " It is.")]
+            dataset.talks[i].turns = [("Where is it?", said if said_so else said + " It is.")]
         cfg = chat_tune.Config("video", template="vicuna_v1", workers=0)
         found = chat_tune.exact_answers(cfg, chat, dataset, CPU)
         assert found == {"temporal": 100 * said_so}
@@ -212,8 +214,174 @@ def test_an_answer_beyond_the_context_is_wrong_and_a_batch_of_these_stops_traini
     assert chat_tune.exact_answers(cfg, chat, dataset, CPU) == {"temporal": 0}
 
 
+# ------------------------------------------------------------------------------------------- VTimeLLM's stages
+def write_events(path, rows=8, **more):
+    """Our own rows: two events in each clip, which lasts 2 s."""
+    events = [{"start": 0.2, "end": 0.9, "text": "A shape moves."}, {"start": 1, "end": 1.7, "text": "it turns."}]
+    path.write_text("".join(json.dumps({"video": f"{i}.mp4", "events": events} | more) + "\n"
+                            for i in range(rows)))
+    return str(path)
+
+
+def write_features(folder, count=8, shape=(100, 16), dtype=np.float16):
+    folder.mkdir()
+    for i in range(count):
+        np.save(folder / f"{i}.npy", np.random.default_rng(i).normal(size=shape).astype(dtype))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def timed(world, tmp_path_factory):
+    """A folder: events.jsonl, features, and what the first two stages leave: align, boundaries."""
+    folder = tmp_path_factory.mktemp("timed")
+    write_events(folder / "events.jsonl", duration=2), write_features(folder / "features")
+    chat_tune.main(tuning(world, folder / "align", "align", num_frames=None, steps=2))
+    chat_tune.main(timing(folder, folder / "boundaries"))
+    return folder
+
+
+def timing(timed, out, stage="boundaries", weights="align", **options):
+    """A Config of a stage with LoRA that goes on from a folder in `timed`."""
+    return tuning(timed, out, stage, **{
+        "clip": None, "llm": None, "branch": None, "num_frames": None, "weights": str(timed / weights),
+        "annotations": str(timed / "events.jsonl"), "features": str(timed / "features"), "steps": 2, "lr": 1e-2,
+        "rank": 4, "alpha": 8} | options)
+
+
+def adapter_in(folder):
+    return read_file(folder / "adapter_model.safetensors")
+
+
+def test_each_stage_of_vtimellm_leaves_a_folder_that_a_chat_and_the_next_stage_open(world, timed, capsys):
+    out = timed / "moments"
+    chat_tune.main(timing(timed, out, "moments", "boundaries"))
+    assert f"`python chat.py --weights {out}` talks with it" in capsys.readouterr().out
+    opened = open_chat(out)
+    assert (opened.tokens, opened.description) == ("frame_cls", "with stage2 and stage3")
+    before, same, new = map(adapter_in, (timed / "boundaries" / "stage2", out / "stage2", out / "stage3"))
+    assert all(torch.equal(before[name], same[name]) for name in before)
+    assert len(new) == 28 and all(t.any() and not torch.equal(t, same[name]) for name, t in new.items())
+    saved = training.load_checkpoint(out / "last.pth")["state_dict"]
+    assert len(saved) == 28 and all(".lora_" in name for name in saved)   # and nothing else
+    assert os.path.samefile(out / "llava", world / "llama")
+    with pytest.raises(UserError, match="has 2 adapters, and only --reuse goes on from there"):
+        chat_tune.main(timing(timed, timed / "fourth", "moments", "moments"))
+
+
+@torch.no_grad()
+def test_what_was_trained_is_what_the_folder_answers_with(timed, tmp_path, monkeypatch):
+    """Up to fp16, in which this LLaMA lies in its folder and is merged."""
+    built, build = [], chat_tune.build
+    monkeypatch.setattr(chat_tune, "build", lambda cfg: built.append(build(cfg)) or built[0])
+    with torch.enable_grad():
+        chat_tune.main(timing(timed, tmp_path, "moments", "boundaries"))
+    video = torch.from_numpy(np.load(timed / "features" / "0.npy"))[None]
+    chats = built[0].eval(), open_chat(tmp_path).load(), open_chat(timed / "boundaries").load()
+    prompt = [prompt_ids(chats[0].tokenizer, [("When?", "Now.")], "vtimellm")]
+    trained, merged, before = (chat.logits(video, prompt)[0] for chat in chats)
+    assert (trained - merged).abs().max() < 1e-3 * trained.abs().max()
+    assert (trained - before).abs().max() > 1e-2 * trained.abs().max()
+
+
+def test_with_reuse_the_last_lora_goes_on_and_the_projector_may_be_tuned_along(timed, tmp_path):
+    chat_tune.main(timing(timed, tmp_path / "still", "moments", "boundaries", reuse=True, lr=0, steps=1))
+    chat_tune.main(timing(timed, tmp_path / "tuned", "moments", "boundaries", reuse=True, tune_projector=True))
+    before, still, tuned = (adapter_in(path / "stage2") for path in (
+        timed / "boundaries", tmp_path / "still", tmp_path / "tuned"))
+    assert all(torch.equal(before[name], still[name]) for name in before)
+    assert not any(torch.equal(before[name], tuned[name]) for name in before)
+    ours, theirs = (open_chat(path).chat.video_tokens.mm_projector.weight for path in (
+        tmp_path / "tuned", timed / "boundaries"))
+    assert not torch.equal(ours, theirs) and not (tmp_path / "tuned" / "stage3").exists()
+    with pytest.raises(UserError, match="has 0 adapters, and --reuse needs one"):
+        chat_tune.main(timing(timed, tmp_path / "none", reuse=True))
+
+
+def test_a_step_in_parts_and_in_two_processes_is_the_step_at_once(timed, tmp_path):
+    """Conversations of different lengths: a mean of the parts' means would be another."""
+    options = {"stage": "moments", "weights": "boundaries", "reuse": True, "steps": 1, "lora_dropout": 0.0,
+               "clip_norm": 1e9}
+    saved = []
+    for name, more in (("whole", {}), ("parts", {"micro_batch": 3}), ("kept", {"checkpointed": False})):
+        chat_tune.main(timing(timed, tmp_path / name, **options, **more))
+        saved.append(training.load_checkpoint(tmp_path / name / "last.pth"))
+    saved.append(torchrun(timing(timed, tmp_path / "two", micro_batch=1, **options), 2))
+    losses = [log_of(tmp_path / name)[0]["loss"] for name in ("whole", "parts", "kept", "two")]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+    whole, *others = ([state["exp_avg"] for state in s["optimizer"]["state"].values()] for s in saved)
+    assert len(whole) == 28 and all(torch.equal(a, b) for a, b in zip(whole, others[1]))   # computed twice
+    largest = max(m.abs().max() for m in whole)
+    for other in others:
+        for m, n in zip(whole, other, strict=True):
+            assert (m - n).abs().max() < 1e-4 * m.abs().max() + 1e-6 * largest
+
+
+def test_tuning_with_lora_goes_on_as_if_nothing_had_happened(timed, tmp_path, monkeypatch):
+    """With dropout, and in parts."""
+    options = {"steps": 4, "micro_batch": 2, "save_every": 1}
+    chat_tune.main(timing(timed, tmp_path / "straight", **options))
+    save = training.save_run
+
+    def killed(*args):
+        save(*args)
+        raise RuntimeError("killed")
+    for _ in range(2):
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+            patched.setattr(training, "save_run", killed)
+            chat_tune.main(timing(timed, tmp_path / "broken", **options))
+    chat_tune.main(timing(timed, tmp_path / "broken", **options))
+    straight, resumed = (adapter_in(tmp_path / name / "stage2") for name in ("straight", "broken"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert log_of(tmp_path / "straight") == log_of(tmp_path / "broken")
+
+
+# ---------------------------------------------------------------------------------------------------- features
+def test_features_are_made_once_for_each_file_and_window(world, timed, tmp_path, monkeypatch):
+    """What is learned from them is what is learned from frames, up to fp16."""
+    annotations = tmp_path / "events.jsonl"
+    text = "".join(open(write_events(annotations, 2, **more)).read() for more in (
+        {}, {"video": "0.mp4", "window": [0, 1.9]}))   # the second: two rows about one window
+    annotations.write_text(text)
+    looked, sample = [], chat_tune.data.sample_frames
+
+    def counted(path, *args, **options):
+        looked.append((os.path.basename(path), options["window"]))
+        return sample(path, *args, **options)
+    monkeypatch.setattr(chat_tune.data, "sample_frames", counted)
+    for name, features in (("frames", ""), ("made", "features"), ("read", "features")):
+        chat_tune.main(timing(timed, tmp_path / name, steps=1, annotations=str(annotations), root=str(world),
+                              features=features and str(tmp_path / features)))
+    assert looked[4:] == [("0.mp4", None), ("1.mp4", None), ("0.mp4", [0, 1.9])]
+    frames, made, read = (log_of(tmp_path / name)[0]["loss"] for name in ("frames", "made", "read"))
+    assert made == read == pytest.approx(frames, rel=1e-3)
+
+
+def test_videos_without_features_are_left_out_and_counted(timed, tmp_path, capfd):
+    """Nothing is under --root: eight names, and seven released files."""
+    features = write_features(tmp_path / "features", 7)
+    chat_tune.main(timing(timed, tmp_path / "out", features=features, batch_size=8, steps=1))
+    assert log_of(tmp_path / "out")[0]["skipped"] == 1
+    assert f"skipped: {timed}/7.mp4: has no features in {features}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("count, shape, dtype, message", [
+    (8, (80, 16), "e", r"0.npy: features \(80, 16\) float16, needed are floats \(100, 16\)"),
+    (8, (100, 16), "i", "0.npy: features .* int32, needed are floats"),
+    (8, (100, 16), "O", "0.npy: holds no features"), (0, (), "e", "a batch without one readable video")])
+def test_features_that_are_none_or_of_another_length_are_one_line(timed, tmp_path, count, shape, dtype, message):
+    """Objects, too: to read them would be to run what they say."""
+    features = write_features(tmp_path / "features", count, shape, dtype)
+    with pytest.raises(UserError, match=message) as error:
+        chat_tune.main(timing(timed, tmp_path / "out", features=features))
+    assert "\n" not in str(error.value)
+
+
 # ----------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("change, message", [
+    ({"stage": "boundaries"}, "--weights: needed"), ({"stage": "align", "num_frames": 8}, "in 100 frames"),
+    ({"stage": "boundaries", "weights": "w"}, "--clip: not for the stage boundaries"),
+    ({"weights": "w"}, "--weights: not for the stage video"),
+    ({"reuse": True}, "--reuse: not for the stage video"), ({"features": "f"}, "--features: not for --tokens branch"),
     ({"stage": "song"}, "--stage song"), ({"tokens": "all"}, "--tokens all"), ({"llm": "nowhere"}, "nowhere"),
     ({"branch": ""}, "--branch"), ({"eval_only": True}, "--eval_annotations"), ({"clip": None}, "--clip"),
     ({"batch_size": 9}, "has only 8 rows")])
