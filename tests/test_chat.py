@@ -252,7 +252,7 @@ def test_no_tuned_leaves_out_what_was_tuned_on_video(call, folder):
     tensors |= {"model.mm_projector.weight": torch.randn(32, 32), "model.mm_projector.bias": torch.zeros(32)}
     save_checkpoint(folder / "chat.bin", tensors)
     tuned, zero_shot, plain = call(*ASK, weights=folder), call(*ASK, "--no-tuned", weights=folder), call(*ASK)
-    assert "(tuned for branch)" in tuned[2] and "without chat.bin" in zero_shot[2]
+    assert "(tuned for video)" in tuned[2] and "without chat.bin" in zero_shot[2]
     assert tuned[1] != zero_shot[1] == plain[1]
 
 
@@ -1032,9 +1032,9 @@ BAD_WEIGHTS = {   # name: (what is done to a good folder, words of the complaint
     "no branch": (remove("branch.pth"), ["lacks branch.pth (python -m weights get branch --out "]),
     "no tokenizer": (remove("llava/tokenizer.model"), ["tokenizer.model", "No such file"]),
     "clip of another width": (lambda folder, _: write_clip(folder / "clip", vision_width=48),
-                              ["llava", "another pair", "48"]),
+                              ["llava", "does not fit", "48"]),
     "llava of another clip": (lambda folder, model: write_llava(folder / "llava", model, visual=48),
-                              ["llava", "another pair", "48"]),
+                              ["llava", "does not fit", "48"]),
     "llava of other sizes than it says": (narrow_llama, ["llava", "does not fit", "mlp"]),
     "branch of another width": (lambda folder, _: write_branch(folder / "branch.pth", 48),
                                 ["branch.pth", "does not fit"]),
