@@ -131,7 +131,7 @@ def read_safetensors(buffer):
     """https://huggingface.co/docs/safetensors: u64 header length, JSON {name: dtype, shape, place}, bytes.
 
     The tensors must fill the rest of the file from end to end, in whatever order. Raises one of DAMAGE."""
-    at, found = 8 + int.from_bytes(buffer[:8], "little"), []
+    at, found = 8 + int.from_bytes(buffer[:8], "little"), {}
     if at > min(8 + MAX_HEADER, len(buffer)):
         raise ValueError(f"cut: a header that claims {at - 8:,} bytes of {len(buffer):,}")
     header = json.loads(buffer[8:at], object_pairs_hook=list)   # a dict would lose a name's double
@@ -141,13 +141,14 @@ def read_safetensors(buffer):
             raise ValueError(f"{shown(name)} is {shown(entry['dtype'])}, as in a model {QUANTISED}")
         dtype, shape = DTYPES[entry["dtype"]], sizes(entry["shape"])
         begin, end = sizes(entry["data_offsets"])
-        if begin != at - start or end - begin != math.prod(shape) * dtype.itemsize:
+        if name in found or begin != at - start or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{shown(name)} has shape {shown(shape)} at bytes {begin}..{end}")
-        found.append((name, dtype, at, shape))
+        found[name] = dtype, at, shape
         at = start + end
     if len(buffer) != at:
         raise ValueError(f"cut or damaged: {len(buffer):,} bytes where {at:,} are expected; get it again")
-    return {name: view(buffer, dtype, at, math.prod(shape)).view(shape) for name, dtype, at, shape in found}
+    return {name: view(buffer, dtype, at, math.prod(shape)).view(shape)
+            for name, (dtype, at, shape) in found.items()}
 
 
 def sizes(numbers):

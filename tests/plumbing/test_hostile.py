@@ -352,10 +352,12 @@ def entry(shape=(4,), offsets=(0, 16), dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-TWICE = json.dumps({"a": entry(), "b": entry()}).replace('"b"', '"a"').encode()
+TWICE, NEXT = (json.dumps({"a": entry((2,), (0, 8)), "b": entry((2,), at)}).replace('"b"', '"a"').encode()
+               for at in ((0, 8), (8, 16)))
 HEADERS = {
     "lists in lists": (b'{"a":' + b"[" * 10**6, "damaged"),
     "a million lists": (b'{"a":[' + b"[]," * 10**6 + b"0]}", "damaged"), "a name twice": (TWICE, "damaged"),
+    "a name twice, one behind the other": (NEXT, "damaged"),
     "an offset below 0": ({"a": entry(offsets=(-16, 0))}, "whole numbers"),
     "three offsets": ({"a": entry(offsets=(0, 16, 16))}, "damaged"),
     "one offset": ({"a": entry(offsets=[16])}, "damaged"),
