@@ -1,7 +1,6 @@
 """Every speed claim of the README, as ratios: ours beside programs that do the same work, in the same run.
 
     python -m bench frames    # frames of a video, beside decord   -> a table
-    python -m bench flat      # 101 frames of a minute, of ten minutes and of an hour   -> a table, a picture
     python -m bench line      # a chat about 5 seconds, a minute, ten minutes, an hour   -> a table, a picture
     python -m bench chat      # prompts and answers of a 7B, beside transformers   -> a table
     python -m bench gpu       # what a GPU computes and how fast: 7 minutes at most   -> tables
@@ -20,14 +19,14 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: str                # what to measure: frames, flat, line, chat or gpu
+    stage: str                # what to measure: frames, line, chat or gpu
     data: str = "out/bench"   # where the clips and weights are, or will be
-    pictures: str = "docs"    # folder for the pictures
+    pictures: str = "docs"    # folder for the picture
     runs: cli.Count = 5       # measurements of each; the medians are shown
     layers: cli.Count = 32    # of the 7B; fewer for a quick look, the work of a layer stays the same
 
 
-STAGES = {"frames": "frames", "flat": "frames", "line": "chat", "chat": "chat", "gpu": "gpu"}   # stage: file
+STAGES = {"frames": "frames", "line": "chat", "chat": "chat", "gpu": "gpu"}   # stage: file
 
 
 def main(cfg):

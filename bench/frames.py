@@ -1,4 +1,4 @@
-"""Frames of a video beside decord, and what a longer video costs.
+"""Frames of a video beside decord.
 
 Both decode in one thread, which costs them the fewest CPU seconds. The pictures are compared: who shows
 others than ours is pointed at.
@@ -16,8 +16,7 @@ from av.video.reformatter import Colorspace
 
 import data
 from bench.measure import call, heading, table
-from plumbing import cli, pictures
-from plumbing.video import resize_bicubic
+from plumbing import cli
 
 if importlib.util.find_spec("decord"):   # here: to import it is not its work
     import decord
@@ -85,20 +84,17 @@ def repeat(file, source, clip):
 
 # -------------------------------------------------------------------------------- who takes part
 # Each returns RGB pictures, uint8 (T, H, W, 3): the frames on the screen at the middles of `count` equal
-# stretches of time; with `size`, scaled to that short side.
-def ours(path, count, size):
+# stretches of time.
+def ours(path, count):
     for i, (_, picture) in enumerate(data.sample_frames(path, count, "uniform")):
-        if size:
-            picture = resize_bicubic(picture[None], size, size * 16 // 9)[0]
         if i == 0:
             rows = np.empty((count, *picture.shape[1:], 3), np.uint8)
         rows[i] = picture.permute(1, 2, 0).numpy()
     return rows
 
 
-def with_decord(path, count, size):
-    scaled = {"width": size * 16 // 9, "height": size} if size else {}
-    reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, **scaled)
+def with_decord(path, count):
+    reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
     return reader.get_batch([(2 * i + 1) * len(reader) // (2 * count) for i in range(count)]).asnumpy()
 
 
@@ -106,9 +102,7 @@ WHO = {"ours": ours} | ({"decord": with_decord} if importlib.util.find_spec("dec
 LONG_GOP, SHORT_GOP = Clip(1920, 1080, 60, 250, 6), Clip(1920, 1080, 60, 30, 4)
 FRAMES = [(LONG_GOP, 8), (SHORT_GOP, 8), (SHORT_GOP, 100), (dataclasses.replace(LONG_GOP, copies=10), 8),
           (Clip(854, 480, 10, 250, 1.5), 8)]
-# not 100 frames: from 10 minutes those are at whole seconds, where this clip has its keyframes, for free
-FLAT = [(dataclasses.replace(SHORT_GOP, copies=minutes), 101) for minutes in (1, 10, 60)]
-SAME = 2.0   # grey levels of mean difference up to which two pictures are one frame, scaled differently
+SAME = 2.0   # grey levels of mean difference up to which two pictures are one frame, converted differently
 COST = ["CPU s without imports", "MB without imports", "our frames"]
 
 
@@ -117,13 +111,13 @@ def thinned(function, *arguments):
     return function(*arguments)[:, 8::16, 8::16].astype(np.int16)   # enough to tell frames apart
 
 
-def compare(cfg, clip, count, size):
+def compare(cfg, clip, count):
     """-> {name: COST}, the medians."""
     path, costs, shown = make(cfg.data, clip), collections.defaultdict(list), {}
     for run in range(cfg.runs + 1):
         cli.say(f"{clip.title}, {count} frames: round {run} of {cfg.runs}")
         for name, function in WHO.items():
-            shown[name], *cost = call(thinned, function, path, count, size)
+            shown[name], *cost = call(thinned, function, path, count)
             costs[name] += [cost] * (run > 0)
     alike = {name: "yes" if np.abs(seen - shown["ours"]).mean((1, 2, 3)).max() <= SAME
              else "other frames than ours!" for name, seen in shown.items()}
@@ -133,20 +127,7 @@ def compare(cfg, clip, count, size):
 def frames(cfg, cases=FRAMES):
     """Ours against decord, with the ratio of ours to it."""
     heading(cfg, "decord")
-    found = [compare(cfg, clip, count, None) for clip, count in cases]
+    found = [compare(cfg, clip, count) for clip, count in cases]
     table(["video", "T", "who", *COST, "CPU: ours / it"],
           [[clip.title, str(count), name, *costs[name], costs["ours"][0] / costs[name][0]]
            for (clip, count), costs in zip(cases, found) for name in WHO])
-
-
-def flat(cfg, cases=FLAT):
-    """The same number of frames from longer and longer files: what does the length cost?"""
-    heading(cfg, "decord")
-    found = [compare(cfg, clip, count, 224) for clip, count in cases]
-    rows = [[name, clip.title, *costs[name], costs[name][0] / found[0][name][0]]
-            for name in WHO for (clip, _), costs in zip(cases, found)]
-    table(["who", "video", *COST, "CPU: to the shortest"], rows)
-    cli.make_folder(cfg.pictures)
-    bars = [(f"{name}, {video.split(' of ')[0]}", cpu, cpu, cpu) for name, video, cpu, *_ in rows]
-    pictures.bars(os.path.join(cfg.pictures, "frames_flat.png"),
-                  f"CPU seconds for {cases[0][1]} frames of a video, without imports", bars, " s")

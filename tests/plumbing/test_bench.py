@@ -99,7 +99,7 @@ def test_a_process_that_is_killed_is_one_line():
 
 def test_other_frames_than_ours_are_noticed(cfg, capsys, monkeypatch, here):
     def plain(late):
-        def read(path, count, size):
+        def read(path, count):
             with av.open(path) as container:
                 shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
             return np.stack([shown[(2 * i + 1) * len(shown) // (2 * count) + late] for i in range(count)])
@@ -110,14 +110,6 @@ def test_other_frames_than_ours_are_noticed(cfg, capsys, monkeypatch, here):
     shown = [row[columns.index("our frames")] for row in rows]
     assert shown == ["yes", "yes", "other frames than ours!"]
     assert [row[3] for row in rows] == ["4", "5", "6"] and rows[1][-1] == "0.8"   # not the first round
-
-
-def test_flat_compares_with_the_shortest_file_and_draws(cfg, capsys, here):
-    frames.flat(cfg, [(dataclasses.replace(SHORT, copies=copies), 3) for copies in (1, 3)])
-    _, _, *rows = cells(capsys)
-    assert [row[-1] for row in rows if row[0] == "ours"][0] == "1" and len(rows) == 2 * len(frames.WHO)
-    with Image.open(os.path.join(cfg.pictures, "frames_flat.png")) as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 3
 
 
 # ---------------------------------------------------------------------------------------- chats
@@ -192,7 +184,7 @@ def test_speed_stands_beside_what_the_machine_can(capsys, monkeypatch):
 
 
 def test_bad_input_is_one_line():
-    with pytest.raises(UserError, match="no such stage; choose one of frames, flat"):
+    with pytest.raises(UserError, match="no such stage; choose one of frames, line"):
         bench.main(Config("frame"))
     with pytest.raises(UserError, match="--runs 0: must be from 1"):
         cli.parse(Config, ["frames", "--runs", "0"], ["stage"])
