@@ -10,12 +10,9 @@ import inspect
 import json
 import os
 import re
-import time
 
 from plumbing.cli import UserError
 from plumbing.weightfile import read_file, read_metadata, write_safetensors
-
-HOUR = 3600   # seconds; a temporary file that is older was left by a process that was killed
 
 
 class Store:
@@ -47,30 +44,25 @@ class Store:
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)   # videos are nobody else's business
             write_safetensors(self.path(key), tensors, metadata, values)
-            self.tidy()
+            if self.max_bytes is not None:
+                self.tidy()
         except OSError as e:
             raise UserError(f"{e.filename or self.folder}: {e.strerror}")
 
     def tidy(self):
-        """Removes the oldest entries beyond max_bytes, never the newest, and what killed processes left."""
+        """Removes the files used longest ago beyond max_bytes, never the newest; also half an entry, which a
+        killed process left."""
         ours = re.compile(rf"{re.escape(self.prefix)}[0-9a-f]{{32}}\.safetensors(\.\d+\.tmp)?")
-        entries, gone, total = [], [], 0
+        entries, total = [], 0
         for file in os.scandir(self.folder):
-            if self.max_bytes is None and not file.name.endswith(".tmp"):
-                continue   # this runs at each put, and search has ten thousand entries
             with contextlib.suppress(FileNotFoundError):   # here and below: another process tidies, too
-                found, status = ours.fullmatch(file.name), file.stat()
-                if found and not found[1]:
-                    entries.append((status.st_mtime_ns, status.st_size, file.path))
-                elif found and time.time() - status.st_mtime > HOUR:
-                    gone.append(file.path)
+                if ours.fullmatch(file.name):
+                    entries.append((file.stat().st_mtime_ns, file.stat().st_size, file.path))
         for i, (_, size, path) in enumerate(sorted(entries, reverse=True)):
             total += size
-            if i and self.max_bytes is not None and total > self.max_bytes:
-                gone.append(path)
-        for path in gone:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
+            if i and total > self.max_bytes:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
 
 
 def state_of(path):
