@@ -221,13 +221,9 @@ def scheme_of(name, N, K, scheme):
 
 # --------------------------------------------------------------------------------------------------- models
 def linears(module, scheme):
-    """[(name, nn.Linear, class that takes its place)]; warns where int4 leaves more to int8 than lm_head."""
-    found = [(name, m, scheme_of(name, *m.weight.shape, scheme))
-             for name, m in module.named_modules() if isinstance(m, nn.Linear)]
-    odd = [name for name, _, kind in found if kind is not SCHEMES[scheme] and not name.endswith("lm_head")]
-    if odd:
-        warnings.warn(f"int4 takes inputs and outputs by {GROUP}; {len(odd)} layers are int8: {odd[0]}, ...")
-    return found
+    """[(name, nn.Linear, class that takes its place)]"""
+    return [(name, m, scheme_of(name, *m.weight.shape, scheme))
+            for name, m in module.named_modules() if isinstance(m, nn.Linear)]
 
 
 def unchanged(name, weight):
