@@ -207,10 +207,10 @@ def own_folder(variable, base):
     return os.path.join(given if os.path.isabs(given) else os.path.expanduser(base), "nanobt")
 
 
-def make_folder(path):
+def make_folder(path, mode=0o777):
     """Makes a folder and those above it, where they are missing. Raises UserError."""
     try:
-        os.makedirs(path, exist_ok=True)
+        os.makedirs(path, mode, exist_ok=True)
     except OSError as e:
         raise UserError(f"{path}: cannot make this folder: {e.strerror}")
 

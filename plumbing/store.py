@@ -11,7 +11,7 @@ import json
 import os
 import re
 
-from plumbing.cli import UserError
+from plumbing.cli import UserError, make_folder
 from plumbing.weightfile import read_file, read_metadata, write_safetensors
 
 
@@ -41,13 +41,10 @@ class Store:
 
     def put(self, key, tensors, metadata={}, values=None):
         """Writes an entry, atomically; see write_safetensors. Raises UserError if it cannot be written."""
-        try:
-            os.makedirs(self.folder, mode=0o700, exist_ok=True)   # videos are nobody else's business
-            write_safetensors(self.path(key), tensors, metadata, values)
-            if self.max_bytes is not None:
-                self.tidy()
-        except OSError as e:
-            raise UserError(f"{e.filename or self.folder}: {e.strerror}")
+        make_folder(self.folder, 0o700)   # videos are nobody else's business
+        write_safetensors(self.path(key), tensors, metadata, values)
+        if self.max_bytes is not None:
+            self.tidy()
 
     def tidy(self):
         """Removes the files used longest ago beyond max_bytes, never the newest; also half an entry, which a
