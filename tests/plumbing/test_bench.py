@@ -20,7 +20,7 @@ from plumbing import cli
 from plumbing.cli import UserError
 
 LONG, SHORT = Clip(128, 72, 2, 25, 0.2), Clip(128, 72, 2, 10, 0.2)
-LLAMA = LLaMAConfig(vocab_size=600, width=128, layers=2, heads=4, mlp=256, context_length=512)
+LLAMA = LLaMAConfig(vocab_size=720, width=128, layers=2, heads=4, mlp=256, context_length=512)
 CLIP = CLIPConfig(
     image_size=16, patch_size=8, vision_width=64, vision_layers=5, vision_heads=1, vision_mlp=128,
     text_width=64, text_layers=1, text_heads=1, text_mlp=128, vocab_size=1314, projection_dim=32)
