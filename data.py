@@ -437,7 +437,7 @@ def talk_of(row, where, number=0):
     {"video", "events"}: see timed. Its questions are drawn by the row's number: see dialogue."""
     if isinstance(row, dict) and "events" in row:
         file, window, duration, events = timed(row, where).values()
-        duration = duration and clip_length(file, window, duration)
+        duration = duration and clip_length(f"{where}: {file}", window, duration)
         said, times = dialogue(events, number)
     else:
         names = [name for name in ("image", "video", "id") if isinstance(row, dict) and name in row]

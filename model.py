@@ -510,8 +510,7 @@ TEMPLATES = {
     "vtimellm": Template("USER: <video>\n{} ASSISTANT:", system=VICUNA, marked=False),
     "plain": Template("<video>", answer="\n{}\n", end=False, marked=False)}   # VTimeLLM's first stage
 
-WHEN = "When does this happen: {}?"   # asked of weights with a clock, about an event; and about all of them:
-ALL_EVENTS = "What happens in the video, and when? List all events."
+WHEN, ALL_EVENTS = data.ASK_WHEN[0], data.ASK_ALL[0]   # asked of weights with a clock: about an event, about all
 
 
 def prompt_ids(tokenizer, turns, template="vicuna_v1"):

@@ -1,4 +1,5 @@
 """data.py: which frames are shown, what their pixels become, what is refused, what the data sets yield."""
+import collections
 import fractions
 import json
 import os
@@ -487,6 +488,48 @@ def test_conversations_lose_the_marker_and_keep_their_turns(world):
         assert torch.equal(pixels, data.squash(frames, 28))
 
 
+EVENTS = [{"start": 4, "end": 6.5, "text": "A dog Barks."}, {"start": 9, "end": 12, "text": "it sleeps"}]
+
+
+def test_a_marker_amid_a_question_stays_and_an_answer_without_words_is_an_error():
+    said = data.talk_of(talk("Is <image> nice? ", " Yes.", "<video> Why?", "So.", video="v"), "here").turns
+    assert said == [("Is <video> nice?", "Yes."), ("Why?", "So.")]
+    with pytest.raises(UserError, match="here: an answer without words"):
+        data.talk_of(talk("Why?", " ", video="v"), "here")
+
+
+def test_events_become_dialogues_in_which_each_is_asked_once_or_all_together():
+    row, kinds = {"video": "a.mp4", "window": [2, 12], "duration": 60, "events": EVENTS}, collections.Counter()
+    for i in range(200):
+        talked = data.talk_of(row, "here", i)
+        assert (talked.window, talked.duration) == ([2, 12], 10) and talked == data.talk_of(row, "here", i)
+        said = talked.said("")
+        if len(said) == 1:
+            kinds["all"] += said[0][0] in data.ASK_ALL
+            assert said[0][1] == "From 20 to 45, A dog Barks. From 70 to 99, it sleeps."
+            continue
+        (first, answer), _ = sorted(said, key=lambda turn: "sleeps" in str(turn) or "70" in str(turn))
+        kinds["words"] += answer == "From 20 to 45." and "a dog barks" in first
+        kinds["time"] += answer == "A dog Barks." and "20" in first and "45" in first
+    assert kinds.total() == 200 and 20 < kinds["all"] < 60 and min(kinds["words"], kinds["time"]) > 50
+
+
+def test_a_file_says_how_long_it_is_where_its_row_does_not(world):
+    events = [{"start": 0, "end": data.probe(world / "good.mp4").duration / 2, "text": "x"}]
+    rows = lines(world / "a.jsonl", {"video": "good", "events": events}, {"video": "broken", "events": events})
+    items = data.ConversationDataset(rows, world, 2, 28, skip=True)
+    assert {text for turn in items[0][1] for text in turn if "50" in text}
+    assert isinstance(items[1], data.VideoError)
+
+
+def test_a_part_of_a_video_shows_its_own_frames(world):
+    meta = {"split": [0.5, 1.0], "duration": 0.5, "token": {"<s0>": 0.25}}
+    row = talk("<video>\nWhat?", "At <s0>.", meta=meta) | {"id": "good"}
+    pixels, said, _ = data.ConversationDataset(lines(world / "a.json", [row]), world, 2, 28)[0]
+    frames, _ = stacked(data.sample_frames(world / "good.mp4", 2, "uniform", window=(0.5, 1.0)))
+    assert torch.equal(pixels, data.squash(frames, 28)) and said == [("What?", "At 50.")]
+
+
 def test_a_picture_is_a_clip_of_one_frame_through_the_same_pixels(world):
     path = lines(world / "a.jsonl", talk("<image>\nWhat?", "It.", image="still.png"))
     items = data.ConversationDataset(path, world, 4, 28)
@@ -528,6 +571,12 @@ def conversations(folder, annotations):
     (conversations, [[talk("q", "a", video="v"), talk("q", video="v")]], "entry 2: messages"),
     (conversations, [[talk("q", "a", video="v"), 5]], "entry 2: needs 'video'"),
     (conversations, [talk("q", "a")], "a.jsonl: needs 'id'"),
+    (conversations, [{"video": "v", "window": [5, 60], "events": EVENTS}], "<s0> is -1 s, before what is shown"),
+    (conversations, [{"video": "v", "duration": -1, "events": EVENTS}], "nothing can be shown from 0 to -1 s"),
+    (conversations, [{"video": "v", "duration": 9, "window": [9, 10], "events": EVENTS}], "v: is over before"),
+    (conversations, [talk("q", "a", video="v", meta=[1])], "needs 'meta', a dict"),
+    (conversations, [talk("q", "a", video="v", meta={"split": [4, 2]})], "nothing can be shown from 4 to 2 s"),
+    (conversations, [talk("q", "a", video="v", meta={"token": {"<s0>": "1"}})], "two times in seconds"),
     (conversations, [talk("q", "a", video="v"), talk("q", 3, video="v")], "line 2: needs 'value'")])
 def test_bad_annotations_are_user_errors_that_name_the_place(tmp_path, make, rows, message):
     path = lines(tmp_path / "a.jsonl", *rows)
