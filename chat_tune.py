@@ -227,8 +227,8 @@ def make_features(cfg, chat, dataset, here):
     features, lacking = data.Features(cfg.features, made, (num_frames, kind.width(chat.clip.config))), {}
     for i, talk in enumerate(dataset.talks):
         path = talk.path(cfg.root)
-        if features.find(talk, path) is None and os.path.exists(path):
-            lacking[str(features.key(talk, path))] = i, talk, path
+        if os.path.exists(path) and not os.path.exists(file := features.file(talk, path)):
+            lacking[file] = i, talk, path
     mine = list(lacking.values())[here.rank::here.size]
     loader = DataLoader(Subset(dataset, [i for i, *_ in mine]), None, num_workers=cfg.workers,
                         worker_init_fn=training.leave_signals_to_the_parent)

@@ -43,6 +43,7 @@ from plumbing.cli import UserError
 from plumbing.pictures import contact_sheet, thumbnail
 from plumbing.store import Store, state_of
 from plumbing.video import EXTENSIONS, TOLERANCE, VideoError, open_regular, open_video
+from plumbing.weightfile import read_file
 
 PICTURES = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]   # Pillow's names: no format that runs another program
 
@@ -518,9 +519,7 @@ class ConversationDataset(Dataset):
     def seen(self, talk):
         path = talk.path(self.root)
         if self.features:
-            if (seen := self.features.find(talk, path)) is None:
-                raise VideoError(path, f"has no features in {self.features.folder}")
-            return seen
+            return self.features.get(talk, path)
         if talk.picture:
             found = [(0.0, read_picture(path))]
         else:
@@ -538,22 +537,30 @@ class Features:
     def key(self, talk, path):
         return [state_of(path), talk.window, self.made]
 
+    def file(self, talk, path):
+        """Where its tensor is, or will be. A video that is not there has a NAME.npy at most."""
+        released = os.path.join(self.folder, f"{os.path.splitext(os.path.basename(path))[0]}.npy")
+        if os.path.exists(released) or not os.path.exists(path):
+            return released
+        return self.store.path(self.key(talk, path))
+
     def put(self, talk, path, seen):
         self.store.put(self.key(talk, path), {"seen": seen.half().cpu()})
 
-    def find(self, talk, path):
-        """-> tensor in fp16, or None. Raises UserError for a NAME.npy that is damaged or of another shape."""
-        name = os.path.splitext(os.path.basename(path))[0]
-        released = os.path.join(self.folder, f"{name}.npy")
-        if not os.path.exists(released):
-            entry = self.store.get(self.key(talk, path)) if os.path.exists(path) else None
-            return entry and entry[0]["seen"]
+    def get(self, talk, path):
+        """-> tensor in fp16. Raises VideoError where there is none, UserError for a NAME.npy that is damaged
+        or of another shape."""
+        file = self.file(talk, path)
+        if not os.path.exists(file):
+            raise VideoError(path, f"has no features in {self.folder}")
+        if not file.endswith(".npy"):
+            return read_file(file)["seen"]
         try:
-            seen = np.lib.format.open_memmap(released, mode="r")   # executes nothing
+            seen = np.lib.format.open_memmap(file, mode="r")   # executes nothing
         except (OSError, ValueError) as e:
-            raise UserError(f"{released}: holds no features ({e})")
+            raise UserError(f"{file}: holds no features ({e})")
         if seen.shape not in (self.shape, self.shape[1:]) or seen.dtype.kind != "f":
-            raise UserError(f"{released}: features {seen.shape} {seen.dtype}, needed are floats {self.shape}")
+            raise UserError(f"{file}: features {seen.shape} {seen.dtype}, needed are floats {self.shape}")
         return torch.from_numpy(np.array(seen, np.float16)).view(-1, self.shape[-1])
 
 

@@ -510,7 +510,7 @@ TEMPLATES = {
     "vtimellm": Template("USER: <video>\n{} ASSISTANT:", system=VICUNA, marked=False),
     "plain": Template("<video>", answer="\n{}\n", end=False, marked=False)}   # VTimeLLM's first stage
 
-WHEN, ALL_EVENTS = data.ASK_WHEN[0], data.ASK_ALL[0]   # asked of weights with a clock: about an event, about all
+WHEN, ALL_EVENTS = data.ASK_WHEN[0], data.ASK_ALL[0]   # asked of a clock: about an event, about all
 
 
 def prompt_ids(tokenizer, turns, template="vicuna_v1"):

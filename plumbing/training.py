@@ -164,8 +164,8 @@ def take_folder(folder):
         raise UserError(f"{path}: cannot write: {e.strerror}")
 
 
-FREE = {"out", "root", "steps", "epochs", "workers", "device", "amp", "precision", "checkpointed",
-        "eval_annotations", "eval_every", "save_every", "log_every"}   # may change as a run goes on
+FREE = {"out", "root", "features", "steps", "epochs", "workers", "device", "amp", "precision", "checkpointed",
+        "micro_batch", "eval_annotations", "eval_every", "save_every", "log_every"}   # may change on the way
 
 
 def save_run(cfg, trained, optimizer, scaler, step, skipped):

@@ -365,9 +365,9 @@ def test_videos_without_features_are_left_out_and_counted(timed, tmp_path, capfd
 
 
 @pytest.mark.parametrize("count, shape, dtype, message", [
-    (8, (80, 16), "e", r"0.npy: features \(80, 16\) float16, needed are floats \(100, 16\)"),
-    (8, (100, 16), "i", "0.npy: features .* int32, needed are floats"),
-    (8, (100, 16), "O", "0.npy: holds no features"), (0, (), "e", "a batch without one readable video")])
+    (8, (80, 16), "e", r"\d.npy: features \(80, 16\) float16, needed are floats \(100, 16\)"),
+    (8, (100, 16), "i", r"\d.npy: features .* int32, needed are floats"),
+    (8, (100, 16), "O", r"\d.npy: holds no features"), (0, (), "e", "a batch without one readable video")])
 def test_features_that_are_none_or_of_another_length_are_one_line(timed, tmp_path, count, shape, dtype, message):
     """Objects, too: to read them would be to run what they say."""
     features = write_features(tmp_path / "features", count, shape, dtype)
