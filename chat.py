@@ -155,7 +155,8 @@ class Viewer:
         come at the end of the block. Raises UserError, before the block begins for a file that is no video
         or has no such part."""
         start, end = map(float, window or (0, math.inf))
-        key = [state_of(path), start, end, *self.key]
+        with data.open_regular(path):   # a folder is refused before all that is in it is looked at
+            key = [state_of(path), start, end, *self.key]
         tensors, about = self.cached(Store.get, key) or (None, {"duration": data.probe(path).duration})
         duration = float(about["duration"])
         window = start, min(end, duration)

@@ -519,8 +519,10 @@ def test_a_new_video_begins_a_new_conversation_and_a_bad_one_changes_nothing(ses
     said(session)
     before = dict(vars(session))
     (tmp_path / "bad.mp4").write_text("not a video")
-    with pytest.raises(UserError):
-        chat.run_command(session, f"/video {tmp_path}/bad.mp4")
+    os.symlink(".", tmp_path / "again")   # a folder is not looked through
+    for bad in ("/bad.mp4", ""):
+        with pytest.raises(plumbing.video.VideoError):
+            chat.run_command(session, f"/video {tmp_path}{bad}")
     assert vars(session) == before and session.turns
     chat.run_command(session, f"/video {write_video(tmp_path / 'other video.mp4')}")
     assert session.turns == [] and session.seen.path.endswith("other video.mp4")
