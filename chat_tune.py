@@ -27,7 +27,7 @@ from plumbing.cli import Amount, Count, Whole
 
 @dataclasses.dataclass
 class Config:
-    stage: Annotated[str, "projector", "language", "video", "align", "boundaries", "moments"]   # of the table
+    stage: Annotated[str, "projector", "language", "video", "align", "boundaries", "moments"]   # see --help
     clip: str | None = None          # CLIP: a Hugging Face folder or OpenAI's ViT-L-14.pt
     llm: str | None = None           # LLaVA folder (LLaMA is enough for the stage projector)
     weights: str | None = None       # for LoRA, in the place of these two: a folder that chat.py opens

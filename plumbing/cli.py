@@ -75,7 +75,8 @@ def parse(Config, argv=None, positional=(), short={}, hint=""):
         raise UserError(f"{unknown[0]}: one word too many{hint}")
     for field in dataclasses.fields(Config):
         if field.default is dataclasses.MISSING and getattr(values, field.name) is None:
-            raise UserError(f"{field.name if field.name in positional else flag_of(field)}: needed")
+            name = field.name if field.name in positional else flag_of(field)
+            raise UserError(f"{name}: needed, {comments[field.name]}")
     cfg = Config(**vars(values))
     check(cfg)
     return cfg
