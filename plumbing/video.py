@@ -232,7 +232,7 @@ class Video:
         # One thread: a loader's workers are its parallelism. Elsewhere a second one took a third more CPU
         # time and saved little: after every jump to another keyframe it has nothing to do at first.
         self.context.thread_count = 1
-        self.context.open(strict=False)   # now, while it leaves out nothing: for AV1 that is decided here
+        self.context.open()   # now, while it leaves out nothing: for AV1 that is decided here
         self.length = round(1 / ((self.stream.average_rate or 25) * self.time_base))   # a frame's, in ticks
         self.behind = 0          # ticks to add to the clock of a later recording
         self.unproven = False    # has no keyframe come out of the decoder since a jump?
