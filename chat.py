@@ -26,7 +26,7 @@ class Config:
     video: str = cli.shipped("assets/sample.mp4")   # a video file
     start: cli.Seconds = 0.0         # of its part to talk about: seconds, m:ss or h:mm:ss
     end: cli.Seconds | None = None   # its end; None: the end of the video
-    question: str | None = None      # ask only this, and leave
+    question: list | None = None     # ask only this, and leave; may be given again
     weights: str = cli.shipped("weights/tiny")   # a folder with clip, llava, branch.pth
     branch: str | None = None        # a branch file in the place of branch.pth: what pretrain.py wrote
     chat: str | None = None          # a file in the place of chat.bin: what chat_tune.py wrote
@@ -70,8 +70,7 @@ import data
 import model
 from llm import KVCache, generate, number_probabilities, stream_text
 from metrics import SPAN, read_events, read_spans
-from model import (ALL_EVENTS, LONGEST, TEMPLATES, VIDEO_INDEX, VIDEO_TOKENS, WHEN, open_chat,
-                   prompt_ids)
+from model import ALL_EVENTS, LONGEST, TEMPLATES, VIDEO_INDEX, VIDEO_TOKENS, WHEN, open_chat, prompt_ids
 from plumbing import memory, pictures, quant, terminal, training, video
 from plumbing.cli import UserError, say
 from plumbing.store import Store, code_of, state_of
@@ -344,8 +343,9 @@ def write_out(text):
 
 
 def answer_line(session, question):
-    """A question in a conversation of its own -> its answer, or JSON, as a line; /when: a line a time."""
-    if re.match(r"/when!?(\s|$)", question):
+    """A question in a conversation of its own -> its answer, or JSON, as a line. Commands are run as in a
+    conversation. -> False where one asks to leave."""
+    if question.startswith("/"):
         return run_command(session, question)
     pieces, session.turns, session.forgotten = [], [], 0
     session.ask(question, pieces.append)
@@ -357,6 +357,7 @@ def answer_line(session, question):
         write_out(json.dumps(row) + "\n")
     else:
         write_out(" ".join(answer.split()) + "\n")
+    return True
 
 
 # ------------------------------------------------------------------------------------- when does it happen?
@@ -441,9 +442,11 @@ def settings(session, name=None, value=None):
         kind = type(getattr(session.cfg, name))
         try:
             cfg = dataclasses.replace(session.cfg, **{name: kind(value)})
+            cli.check(cfg)
         except ValueError:
             raise UserError(f"/set {name} {value}: not a {'whole ' * (kind is int)}number")
-        cli.check(cfg)
+        except UserError as e:   # of a flag
+            raise UserError(str(e).replace("--", "/set ", 1))
         session.cfg = cfg
     for setting in SETTINGS if name is None else [name]:
         say(f"{setting} {getattr(session.cfg, setting)}")
@@ -451,7 +454,7 @@ def settings(session, name=None, value=None):
 
 def run_command(session, line):
     """A line that begins with "/". -> False where it asks to leave. Raises UserError."""
-    command, _, rest = line.partition(" ")
+    command, _, rest = ALIASES.get(line.removeprefix("/"), line).partition(" ")
     words, path = rest.split(), terminal.path_of(rest.strip())
     match command, len(words):
         case "/quit", 0:
@@ -496,9 +499,8 @@ def converse(session):
         except KeyboardInterrupt:
             say("\nCtrl-D or /quit leaves")
             continue
-        line = ALIASES.get(line.removeprefix("/"), line)
         try:
-            if line.startswith("/"):
+            if line.startswith("/") or line in ALIASES:
                 if not run_command(session, line):
                     return
             elif question := terminal.rest_of(line) if line.startswith(terminal.QUOTES) else line:
@@ -535,26 +537,25 @@ def begin(cfg):
 
 def main(cfg):
     cli.check(cfg, tokens=VIDEO_TOKENS, template=TEMPLATES, dtype=memory.DTYPES, quantize=memory.SCHEMES)
-    if cfg.question is not None and not cfg.question.strip():
+    if not all(map(str.strip, cfg.question or ())):
         raise UserError("--question: it is empty")
-    if cfg.json and cfg.question is None and sys.stdin.isatty():
+    if cfg.json and not cfg.question and sys.stdin.isatty():
         raise UserError("--json: is for -q and piped questions; in a conversation, /save FILE writes JSON")
     session = begin(cfg)
-    if cfg.question is not None:
-        return answer_line(session, cfg.question)
-    if sys.stdin.isatty():
+    if not cfg.question and sys.stdin.isatty():
         sys.stdin.reconfigure(errors="surrogateescape")   # names of files need not be UTF-8
         say("Ask about the video; /help lists commands, Ctrl-D leaves.")
         if session.shipped:
             say('These weights know "What does the shape do?", "What colour is it?", "Describe the video."')
         with terminal.history(os.path.join(cli.own_folder("XDG_STATE_HOME", "~/.local/state"), "history")):
             return converse(session)
-    utf16 = sys.stdin.buffer.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")   # byte order marks: PowerShell's
-    sys.stdin.reconfigure(encoding="utf-16" if utf16 else "utf-8-sig",
-                          errors="replace" if utf16 else "surrogateescape")
-    for line in sys.stdin:
-        if question := line.strip():
-            answer_line(session, question)
+    if not cfg.question:
+        utf16 = sys.stdin.buffer.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")   # byte order marks: PowerShell's
+        sys.stdin.reconfigure(encoding="utf-16" if utf16 else "utf-8-sig",
+                              errors="replace" if utf16 else "surrogateescape")
+    for line in cfg.question or sys.stdin:
+        if (question := line.strip()) and not answer_line(session, question):
+            break
 
 
 if __name__ == "__main__":

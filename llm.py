@@ -8,6 +8,7 @@ Nothing here knows about video. It comes as `embeds`, rows that stand where word
 Shapes: B batch, S new tokens, P tokens in the KV cache, D width, H heads, h KV heads, d head width, V words.
 """
 import base64
+import collections
 import contextlib
 import functools
 import glob
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import re
+import warnings
 from dataclasses import dataclass
 
 import sentencepiece
@@ -480,6 +482,10 @@ def load_llama(folder):
         model = LLaMA(config)
     load_into(model, tensors, folder)
     model.tie()
+    counts = collections.Counter(str(t.dtype)[6:] for t in tensors.values()).most_common()
+    if len(counts) > 1:   # as norms in fp32
+        parts = " and ".join(f"{count} in {dtype}" for dtype, count in counts)
+        warnings.warn(f"{folder}: of its tensors {parts}; all are converted to one precision")
     return model, tokenizer, extra
 
 

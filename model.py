@@ -647,6 +647,14 @@ def branch_tensors(branch, prefix, dtype=torch.float32):
             for name, t in branch.state_dict().items()}
 
 
+def require(folder, needed):
+    """Raises UserError, which names all that is missing of `needed`: {what `weights get` calls it: path}."""
+    missing = [f"{os.path.basename(path)} (python -m weights get {name} --out {folder})"
+               for name, path in needed.items() if not os.path.exists(path)]
+    if missing:
+        raise UserError(f"{folder}: lacks {', '.join(missing)}")
+
+
 def load_encoder(folder, branch_file=None, device=torch.device("cpu")):
     """-> (VideoEncoder for retrieval in fp32, tokenizer)."""
     clip, tokenizer = load_clip(os.path.join(folder, "clip"))
@@ -810,10 +818,7 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
                           f"not read; --branch {pretrained} reads it instead of chat.bin")
     if stages and not learned:
         needed["vtimellm"] = projector_file
-    missing = [f"{os.path.basename(path)} (python -m weights get {name} --out {folder})"
-               for name, path in needed.items() if not os.path.exists(path)]
-    if missing:
-        raise UserError(f"{folder}: lacks {', '.join(missing)}")
+    require(folder, needed)
     if kind.reads_linvt and not os.path.exists(linvt_file):
         raise UserError(f"{folder}: lacks linvt.bin, which --tokens {tokens} needs")
     tuned_in = [os.path.join(folder, name) for name in stages]

@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from model import encode_texts, load_encoder
+from model import encode_texts, load_encoder, require
 from plumbing import memory, training
 from plumbing.cli import UserError
 from plumbing.pictures import boxed, contact_sheet
@@ -60,6 +60,7 @@ def main(cfg):
         raise UserError('give `index FOLDER`, or one text in quotes, as "a dog jumps over a fence"')
     device, store = training.pick_device(cfg.device), Store(cfg.index)
     clip, branch = os.path.join(cfg.weights, "clip"), cfg.branch or os.path.join(cfg.weights, "branch.pth")
+    require(cfg.weights, {"clip": clip} if cfg.branch else {"clip": clip, "branch": branch})
     weights = [VERSION, state_of(clip), state_of(branch)]   # before they are read
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, device)
     memory.choose_threads(encoder)
@@ -133,11 +134,16 @@ def index(cfg, store, weights, encoder, device):
     """Encodes what is new or changed in a folder and those below it, and lists what is there."""
     config = encoder.clip.config
     nothing = torch.empty(0, config.projection_dim)
-    found = os.walk(os.path.abspath(cfg.folder), onerror=cli.say)
+    root = os.path.abspath(cfg.folder)
+    found = os.walk(root, onerror=cli.say)
     paths = sorted(os.path.join(parent, name) for parent, _, names in found
                    for name in names if name.lower().endswith(EXTENSIONS))
     if not paths:
         raise UserError(f"{cfg.folder}: no videos in it ({' '.join(EXTENSIONS)})")
+    listed = json.loads(before[1]["table"]) if (before := store.get(["all", weights])) else []
+    if gone := [path for path, *_ in listed if os.path.commonpath([path, root]) != root]:
+        cli.say(f"{cfg.index}: no longer lists {len(gone)} videos outside {cfg.folder}, as {gone[0]}; another "
+                "--index would keep both")
     videos = [look(path, store, weights, cfg.window, nothing) for path in paths]
     groups = [(video, first, min(first + cfg.batch_size, video.windows))   # an hour needs no more memory
               for video in videos for first in range(len(video.rows), video.windows, cfg.batch_size)]
@@ -186,6 +192,7 @@ def search(cfg, store, weights, query):
                   for _, picture in data.frames(path, [middle])]
         names = [f"{score:.3f} {os.path.basename(path)}" for score, (path, *_) in zip(scores.tolist(), hits)]
         contact_sheet(torch.stack(frames), middles, cfg.sheet, names=names)
+        cli.say(f"wrote {cfg.sheet}")
 
 
 if __name__ == "__main__":

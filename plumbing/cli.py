@@ -29,11 +29,15 @@ Device = typing.Annotated[str, "auto", "cpu", "cuda"]
 TIME = r"\d{1,9}(?::[0-5]?\d){0,2}(?:\.\d*)?"   # seconds, m:ss or h:mm:ss, as one types it
 
 
+class NoTime(UserError, argparse.ArgumentTypeError):
+    """Of a flag, argparse adds its name."""
+
+
 class Seconds:
-    """A time as one types it -> float, seconds. argparse makes one line of what it raises."""
+    """A time as one types it -> float, seconds. Raises NoTime."""
     def __new__(cls, text):
         if not re.fullmatch(TIME, str(text)):
-            raise argparse.ArgumentTypeError(f"{text} is no time; write seconds, m:ss or h:mm:ss")
+            raise NoTime(f"{text} is no time; write seconds, m:ss or h:mm:ss")
         parts = reversed(str(text).split(":"))
         return sum(60 ** i * float(part) for i, part in enumerate(parts))
 
@@ -60,6 +64,8 @@ def parse(Config, argv=None, positional=(), short={}, hint=""):
             continue
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif kind is list:
+            options.update(action="append", metavar="STR")   # given again, it adds
         else:
             metavar = "|".join(limits) if kind is str and limits else kind.__name__.upper()
             options.update(type=kind, metavar=metavar)
@@ -185,7 +191,10 @@ def start(Config, **flags):
             setattr(sys, stream, open(os.devnull, way))
     sys.stdout.reconfigure(errors="backslashreplace")   # names of files need not be UTF-8
     with errors_of_one_line():
-        return parse(Config, **flags)
+        cfg = parse(Config, **flags)
+    if sys.stderr.isatty():   # the next line goes over it
+        print(f"{program()}: starting", end="\r", file=sys.stderr, flush=True)
+    return cfg
 
 
 def run(main, cfg):

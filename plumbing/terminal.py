@@ -9,11 +9,11 @@ import sys
 
 import torch.nn.functional as F
 
-from plumbing.cli import TIME, Seconds, say
+from plumbing.cli import Seconds, say
 
 CELL = 18       # width of a frame in characters
 QUOTES = '"""'
-SPAN = rf"(?P<start>{TIME})(?:-| to )(?P<end>{TIME})(?: s)?(?: \(.*\))?"   # as search.py and /when print it
+SPAN = r"(?P<start>\d[\d:.]*)(?:-| to )(?P<end>\d[\d:.]*)(?: s)?(?: \(.*\))?"   # as is printed
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -139,7 +139,8 @@ def path_of(text):
 
 def path_and_part(text):
     """What stands behind a command, a path or a part of a video, as 1:00-1:15, or both -> path, "" without
-    one; (start, end) in seconds, or None. A span that was printed may be pasted as it is."""
+    one; (start, end) in seconds, or None. A span that was printed may be pasted as it is. Raises UserError
+    for what is like a span, but of no times."""
     found = re.fullmatch(rf"(?:(?P<path>.*)\s)?{SPAN}", text) or re.fullmatch(rf"{SPAN}\s+(?P<path>.*)", text)
     if not found or os.path.lexists(path_of(text)):
         return path_of(text), None

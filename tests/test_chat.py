@@ -146,8 +146,16 @@ def test_no_questions_no_answers(call):
     assert call()[:2] == (0, "")
 
 
-def test_a_question_is_the_same_from_a_flag_and_from_a_pipe(call):
-    assert call("-q", "what moves?")[1] == call(stdin="what moves?\n")[1]
+def test_questions_are_the_same_from_flags_and_from_a_pipe(call):
+    asked = call("-q", "what moves?", "-q", "which way?")[1]
+    assert asked == call(stdin="what moves?\nwhich way?\n")[1] and asked.count("\n") == 2
+
+
+def test_piped_commands_are_run_as_in_a_conversation(call):
+    code, out, err = call(stdin="/help\n/set max_new_tokens 2\nwhat moves?\n/quit\nwhich way?\n")
+    assert code == 0 and out.count("\n") == 1 and chat.HELP in err and "cut after 2 tokens" in err
+    code, out, err = call(stdin="/dance\nwhat moves?\n")
+    assert refused((code, out, err.splitlines(keepends=True)[-1]), "/dance: not a command")
 
 
 def test_sampling_with_the_same_seed_repeats_itself_and_another_seed_differs(call):
@@ -477,7 +485,8 @@ def test_set_changes_the_next_answer_and_shows_one_setting_or_all(session, capsy
 
 
 @pytest.mark.parametrize("words, complaint", [
-    ("temperature hot", "not a number"), ("temperature nan", "must be from 0 to"), ("top_p 0", "from 0.001"),
+    ("temperature hot", "not a number"), ("temperature nan", "must be from 0 to"),
+    ("top_p 0", "^/set top_p 0.0: must be from 0.001"),
     ("seed 1.5", "not a whole number"), ("seed -1", "from 0 to"), ("max_new_tokens 0", "from 1 to"),
     ("weights other", "can be changed are temperature, top_p"), ("weights", "can be changed are")])
 def test_a_setting_that_cannot_be_is_refused_and_changes_nothing(session, words, complaint):

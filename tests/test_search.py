@@ -217,7 +217,8 @@ def test_a_video_that_claims_a_century_is_broken(tmp_path, capsys):
 @pytest.mark.parametrize("options, message", [
     ({"folder": "nowhere"}, "nowhere: no videos"),
     ({"folder": ""}, "give `index FOLDER`"),
-    ({"folder": TINY}, "no videos in it"), ({"weights": "nowhere"}, "nowhere")])
+    ({"folder": TINY}, "no videos in it"), 
+    ({"weights": "nowhere"}, "nowhere: lacks clip .*, branch.pth .python -m weights get branch")])
 def test_indexing_refuses_what_it_cannot_use_and_leaves_the_index(made, options, message):
     before = indexed(made)
     refused(message, {**indexing(made), **options})
@@ -242,6 +243,14 @@ def test_an_index_is_not_mixed_with_other_weights_or_windows(made, tmp_path, enc
     for options in ({"weights": other}, {}, {"window": 2.0}, {}):
         run(indexing(tmp_path, **options))
     assert encoded == [2, 2, 4] and len(indexed(tmp_path)["two.mp4"]) == 2
+
+
+def test_another_folder_takes_the_place_of_the_first_and_this_is_said(copy, capsys):
+    run(indexing(copy))
+    run({**indexing(copy), "folder": str(copy / "videos" / "mp4")})
+    assert f"no longer lists 50 videos outside {copy}/videos/mp4, as {copy}/videos/" in capsys.readouterr().err
+    run({**indexing(copy), "folder": str(copy / "videos" / "mp4")})
+    assert "no longer" not in capsys.readouterr().err and len(indexed(copy)) == 5
 
 
 def test_damaged_files_of_an_index_are_refused_by_name_and_kept(copy):
@@ -274,6 +283,7 @@ def test_search_scores_are_the_cosines_of_text_and_window(made, capsys):
 
 def test_the_sheet_has_a_picture_of_each_hit(made, tmp_path, capsys):
     run(searching(made, TWO[0], top=3, sheet=str(tmp_path / "hits.png")))
+    assert capsys.readouterr().err == f"wrote {tmp_path / 'hits.png'}\n"
     sheet = np.asarray(Image.open(tmp_path / "hits.png"))
     assert sheet.shape == (2 * 204, 2 * 244, 3)
     [(_, frame)] = data.frames(made / "videos" / "two.mp4", [2.0])

@@ -18,7 +18,7 @@ from PIL import Image
 
 import chat
 from plumbing import terminal
-from plumbing.cli import Seconds
+from plumbing.cli import Seconds, UserError
 from small import write_video
 
 SECONDS = 60   # until a program that says nothing is given up: a guard, not a measurement
@@ -190,6 +190,8 @@ def talk(weights, video, tmp_path_factory):
     bad.write_text("not a video")
     t = types.SimpleNamespace(folder=folder, other=other)
     person = Terminal(video, "--weights", weights, "--max_new_tokens", 1000, columns=80, state=folder)
+    person.read()
+    t.first = person.raw.decode()
     t.welcome = person.prompt()
 
     person.type("what moves?")   # and does not want to hear all of it
@@ -231,6 +233,10 @@ def talk(weights, video, tmp_path_factory):
 
 def test_it_begins_with_what_it_sees_and_how_to_get_help(talk, video, weights):
     assert video in talk.welcome and weights in talk.welcome and "/help" in talk.welcome
+
+
+def test_before_the_slow_imports_a_terminal_sees_that_it_starts(talk):
+    assert talk.first == "chat.py: starting\r" and "starting" not in talk.welcome
 
 
 def test_an_answer_comes_in_many_pieces(talk):
@@ -360,12 +366,17 @@ def test_a_file_with_quotes_in_its_name_is_found_by_this_name(monkeypatch, tmp_p
     ("a.mp4", "a.mp4", None), ("a.mp4 1:00-1:15", "a.mp4", (60, 75)), ("1:00-1:15", "", (60, 75)),
     ("'my film.mp4' 12.0-14.0 s", "my film.mp4", (12, 14)), ("a b.mp4 0-1:01:15.5", "a b.mp4", (0, 3675.5)),
     ("12.0-14.0 s  /v/a 1.mp4", "/v/a 1.mp4", (12, 14)), ("2024-05-01", "2024-05-01", None),
-    ("a.mp4 0:23.4 to 0:45.9 (± 0.2 s)", "a.mp4", (23.4, 45.9)), ("a 1-2", "a 1-2", None),
-    ("a.mp4 1:75-2:00", "a.mp4 1:75-2:00", None)])
+    ("a.mp4 0:23.4 to 0:45.9 (± 0.2 s)", "a.mp4", (23.4, 45.9)), ("a 1-2", "a 1-2", None), ("a.mp4 1-2-3", "a.mp4 1-2-3", None)])
 def test_a_part_of_a_video_stands_behind_its_path_before_it_or_alone(monkeypatch, tmp_path, text, path, span):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a 1-2").touch()
     assert terminal.path_and_part(text) == (path, span)
+
+
+@pytest.mark.parametrize("text", ["0:40-0:80", "a.mp4 0:80-2:00", "1..2-3"])
+def test_a_part_of_no_times_is_no_path(text):
+    with pytest.raises(UserError, match="(0:80|1..2) is no time; write seconds, m:ss or h:mm:ss"):
+        terminal.path_and_part(text)
 
 
 @pytest.mark.parametrize("seconds, text", [
