@@ -142,8 +142,8 @@ def index(cfg, store, weights, encoder, device):
         raise UserError(f"{cfg.folder}: no videos in it ({' '.join(EXTENSIONS)})")
     listed = json.loads(before[1]["table"]) if (before := store.get(["all", weights])) else []
     if gone := [path for path, *_ in listed if os.path.commonpath([path, root]) != root]:
-        cli.say(f"{cfg.index}: no longer lists {len(gone)} videos outside {cfg.folder}, as {gone[0]}; another "
-                "--index would keep both")
+        cli.say(f"{cfg.index}: no longer lists {len(gone)} videos outside {cfg.folder}, as {gone[0]}; "
+                "another --index would keep both")
     videos = [look(path, store, weights, cfg.window, nothing) for path in paths]
     groups = [(video, first, min(first + cfg.batch_size, video.windows))   # an hour needs no more memory
               for video in videos for first in range(len(video.rows), video.windows, cfg.batch_size)]

@@ -138,6 +138,6 @@ def test_a_kind_of_video_tokens_is_one_class_and_one_entry(monkeypatch, capsys):
     exec(block("kind"), scope)
     monkeypatch.setitem(model.VIDEO_TOKENS, "max", scope["MaxTokens"])
     with pytest.warns(UserWarning, match="chat.bin: tuned for branch, not for max"):
-        chat.main(chat.Config(question="What colour is the shape?", tokens="max", cache=False, device="cpu"))
+        chat.main(chat.Config(question=["What colour is the shape?"], tokens="max", cache=False, device="cpu"))
     out, err = capsys.readouterr()
     assert out.startswith("It is") and "16 video tokens" in err

@@ -532,7 +532,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(released, adapter, how, message
 
 
 def test_a_chat_shows_100_frames_and_answers(released, capsys, video):
-    chat.main(chat.Config(video, question="When?", weights=str(released), device="cpu", cache=False,
+    chat.main(chat.Config(video, question=["When?"], weights=str(released), device="cpu", cache=False,
                           max_new_tokens=4))
     out, err = capsys.readouterr()
     assert "100 frames, 100 video tokens" in err and "with stage2 and stage3" in err and out.count("\n") == 1

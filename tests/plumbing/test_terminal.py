@@ -366,7 +366,8 @@ def test_a_file_with_quotes_in_its_name_is_found_by_this_name(monkeypatch, tmp_p
     ("a.mp4", "a.mp4", None), ("a.mp4 1:00-1:15", "a.mp4", (60, 75)), ("1:00-1:15", "", (60, 75)),
     ("'my film.mp4' 12.0-14.0 s", "my film.mp4", (12, 14)), ("a b.mp4 0-1:01:15.5", "a b.mp4", (0, 3675.5)),
     ("12.0-14.0 s  /v/a 1.mp4", "/v/a 1.mp4", (12, 14)), ("2024-05-01", "2024-05-01", None),
-    ("a.mp4 0:23.4 to 0:45.9 (± 0.2 s)", "a.mp4", (23.4, 45.9)), ("a 1-2", "a 1-2", None), ("a.mp4 1-2-3", "a.mp4 1-2-3", None)])
+    ("a.mp4 0:23.4 to 0:45.9 (± 0.2 s)", "a.mp4", (23.4, 45.9)), ("a 1-2", "a 1-2", None),
+    ("a.mp4 1-2-3", "a.mp4 1-2-3", None)])
 def test_a_part_of_a_video_stands_behind_its_path_before_it_or_alone(monkeypatch, tmp_path, text, path, span):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a 1-2").touch()
