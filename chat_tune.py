@@ -188,7 +188,13 @@ def build(cfg):
         if branch.balance2 is None:   # the layout of a tuned file cannot say so; it would come back with some
             raise UserError(f"{cfg.branch}: a branch without gates cannot be tuned; pretrain with --gated")
     marked = cfg.stage != "video" or is_marked(cfg.llm)   # the others make a LLaVA with the two rows
-    return VideoChat(clip, kind(mm_projector, branch), llm, tokenizer, marked).float()
+    chat = VideoChat(clip, kind(mm_projector, branch), llm, tokenizer, marked).float()
+    if cfg.stage == "align":   # as loud as words: in louder rows the LLaMA does not hear what its layers add
+        size = clip.config.image_size
+        row = chat.embed_video(torch.full((1, 1, 3, size, size), 128, dtype=torch.uint8))
+        for p in mm_projector.parameters():
+            p.data *= llm.model.embed_tokens.weight.norm(dim=1).mean() / row.norm()
+    return chat
 
 
 def save_result(cfg, chat, tuned_from):

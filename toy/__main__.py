@@ -3,8 +3,10 @@
     python -m toy render    # clips, still pictures, captions, questions -> out/shapes (3 minutes on 2 cores)
     python -m toy sample    # the clip that chat.py opens by itself      -> assets/sample.mp4
     python -m toy clip      # a tiny CLIP from single frames             -> weights/tiny/clip
+    python -m toy stories   # long clips with events and their times     -> out/stories
     python -m toy llama     # a tiny LLaMA from the world's language     -> weights/tiny/llama
     python -m toy score     # can the branch tell a clip from its twin?  -> a table
+    python -m toy times     # who says when it happens?  Of runs/vtimellm.sh -> a table
     python -m toy picture   # the same for one clip, to look at          -> docs/twins.png
 
 The rest is the business of the ordinary scripts, and of `python -m toy.ablate`, the paper's studies in this
@@ -17,8 +19,9 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: str                         # what to do: render, sample, clip, llama, score or picture
+    stage: str                         # what to do: render, sample, stories, clip, llama, score, times or picture
     data: str = "out/shapes"           # where the clips, captions and questions are
+    stories: str = "out/stories"       # where the long clips are
     out: str = "weights/tiny"          # where the trained models go
     branches: str = "weights/tiny/branch.pth"   # branch files to score, one a seed, with commas between
     pairs: cli.Count = 4000            # training clips and their twins
@@ -33,7 +36,7 @@ import os
 
 import torch
 
-from toy import language, score, tiny_models, world
+from toy import language, score, stories, tiny_models, world
 
 
 def render(cfg):
@@ -45,8 +48,9 @@ def sample(cfg):
     world.write_video(os.path.join(world.ASSETS, "sample.mp4"), world.film(world.SAMPLE, 256))
 
 
-STAGES = {"render": render, "sample": sample, "clip": tiny_models.train_clip,
-          "llama": tiny_models.train_llama, "score": score.score, "picture": score.picture}
+STAGES = {"render": render, "sample": sample, "stories": stories.render, "clip": tiny_models.train_clip,
+          "llama": tiny_models.train_llama, "score": score.score, "times": score.times,
+          "picture": score.picture}
 
 
 def main(cfg):

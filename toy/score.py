@@ -1,6 +1,8 @@
-"""The method's claim in the toy world, in numbers: can the branch tell a clip from its twin?"""
+"""The methods' claims in the toy world, in numbers: a clip and its twin, and when something happens."""
 import dataclasses
+import glob
 import json
+import math
 import os
 
 import numpy as np
@@ -9,9 +11,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from metrics import retrieval_metrics, twin_accuracy
+from metrics import GROUNDING, grounding_scores, read_spans, retrieval_metrics, twin_accuracy
 from model import encode_pairs, encode_texts, load_encoder
 from plumbing import cli, memory
+from toy.stories import make_stories
 from toy.world import COLOURS, MOTIONS, SAMPLE, SHAPES, SIZE, TURNS, draw, read_clips
 
 STATIC, CPU = {"colour": list(COLOURS), "shape": SHAPES}, torch.device("cpu")
@@ -96,3 +99,36 @@ def picture(cfg):
                 colour = "#666666" if near[j] < max(near) else "#1a7f37" if j == row else "#d62728"
                 pen.text((556, y + 22 + 18 * j), f"{near[j]:.3f}  {caption}", colour, small)
     cli.write_atomic(os.path.join("docs", "twins.png"), lambda f: sheet.save(f, "PNG"))
+
+
+# -------------------------------------------------------------------------------- when does it happen?
+def times(cfg):
+    """VTimeLLM's Table 2 in miniature: rows from cfg.out/seed*/ROW.jsonl, which eval_grounding.py wrote, and,
+    for questions that take no clock, from the last line of cfg.out/seed*/ROW/log.jsonl."""
+    stories = {f"test{i:04d}.mp4": story for i, story in enumerate(make_stories("test", cfg.seed))}
+    asked = [(torch.tensor(story.spans, dtype=torch.float64), event)
+             for story in stories.values() for event in range(len(story.spans))]
+    rows = {name: [scores_of([(torch.tensor(spans) if spans else true, true, event) for true, event in asked])]
+            for name, spans in (("whole video", [[0.0, 1.0]]), ("middle third", [[1 / 3, 2 / 3]]),
+                                ("a true event picked blindly", None))}
+    for file in sorted(glob.glob(os.path.join(cfg.out, "seed*", "*.jsonl"))):
+        answers = [row for row in map(json.loads, open(file)) if row.get("event")]
+        found = []
+        for row in answers:
+            story, span = stories[row["video"]], read_spans(row["answer"], row["duration"])[:1]
+            true = torch.tensor(story.spans, dtype=torch.float64)
+            found.append((true.new_tensor(span or [[math.nan] * 2]), true, story.said.index(row["event"])))
+        scores, log = scores_of(found), os.path.join(file.removesuffix(".jsonl"), "log.jsonl")
+        last = json.loads(open(log).readlines()[-1]) if os.path.exists(log) else {}
+        scores = scores + [last.get(kind, math.nan) for kind in ("order", "static")]
+        rows.setdefault(os.path.basename(file).removesuffix(".jsonl"), []).append(scores)
+    columns = [*GROUNDING, "order", "static"]
+    print(f"{len(asked)} events of {len(stories)} held-out stories, in percent: mean (lowest to highest)\n")
+    print("| | seeds | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns))
+    for name, seeds in rows.items():
+        print(f"| {name} | {len(seeds)} | " + " | ".join(map(spread, zip(*seeds))) + " |")
+
+
+def scores_of(answers):
+    """[(spans (K, 2), events (E, 2), which is asked)] -> the means of GROUNDING, in percent."""
+    return (100 * torch.stack([grounding_scores(*answer) for answer in answers]).mean(0)).tolist()

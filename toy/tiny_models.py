@@ -1,5 +1,6 @@
 """A tiny CLIP that knows the toy world from stills, and a tiny LLaMA that knows its language."""
 import io
+import math
 import os
 
 import numpy as np
@@ -21,17 +22,19 @@ from toy.world import ASSETS, FPS, FRAMES, SIZE, make_clips
 BATCH = 128   # pictures a step
 
 
-def fit(cfg, model, loss_of, steps, warmup):
-    """The loop of both: AdamW, warm-up and cosine. loss_of(step) -> (loss, a note for the progress bar)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    bar = tqdm(range(steps), cfg.stage)
+def fit(name, parameters, loss_of, steps, warmup, seed, lr=1e-3, weight_decay=0.05, clip_norm=math.inf):
+    """The loop of all: AdamW, warm-up and cosine. loss_of(step) -> (loss, a note for the progress bar)."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+    bar = tqdm(range(steps), name)
     for step in bar:
-        training.seed_step(cfg.seed, step)
+        training.seed_step(seed, step)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * training.warmup_cosine(step, steps, warmup)
+            group["lr"] = lr * training.warmup_cosine(step, steps, warmup)
         loss, note = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
         optimizer.step()
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f} {note}")
@@ -87,7 +90,7 @@ def train_clip(cfg):
         target = same / same.sum(1, keepdim=True)
         right = same.gather(1, logits.argmax(1, keepdim=True)).mean()
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, f"right {right:.3f}"
-    fit(cfg, model, loss_of, steps=1000, warmup=100)
+    fit("clip", model.parameters(), loss_of, 1000, 100, cfg.seed)
     save_clip(os.path.join(cfg.out, "clip"), model, tokenizer)
 
 
@@ -130,5 +133,5 @@ def train_llama(cfg):
         target = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)   # (B, S)
         logits = model(ids)[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=IGNORE_INDEX), ""
-    fit(cfg, model, loss_of, steps=2500, warmup=50)
+    fit("llama", model.parameters(), loss_of, 2500, 50, cfg.seed)
     save_llama(folder, model, model_file)

@@ -92,16 +92,21 @@ class Clip:
         return x, y, radius, angle, visible
 
 
+def looks_of(m, held_out):
+    """(colour, shape) of everything that does MOTIONS[m] in the test world, or in the training world."""
+    return [(colour, shape) for c, colour in enumerate(COLOURS) for s, shape in enumerate(SHAPES)
+            if ((c + 3 * s + m) % 4 == 0) == held_out
+            and (shape in SPINNING or not MOTIONS[m][0].startswith("spins"))]
+
+
 def make_clips(pairs, seed, held_out):
     """-> list of Clips, each followed by its twin. Held-out: every such caption once. Training: `pairs` drawn
     at random, every kind of motion equally often, though few shapes can spin."""
     kinds = []   # of captions, a list for each kind of motion
     for m, (motion, _, places) in enumerate(MOTIONS):
         sizes = [""] if motion.startswith(("gets", "blinks", "spins")) else ["small", "big"]
-        shown = [(colour, shape) for c, colour in enumerate(COLOURS) for s, shape in enumerate(SHAPES)
-                 if ((c + 3 * s + m) % 4 == 0) == held_out
-                 and (shape in SPINNING or not motion.startswith("spins"))]
-        kinds.append([(*what, motion, place, size) for what in shown for place in places for size in sizes])
+        kinds.append([(*look, motion, place, size)
+                      for look in looks_of(m, held_out) for place in places for size in sizes])
     rng = np.random.default_rng([seed, held_out])
     chosen = list(itertools.chain(*kinds)) if held_out else [
         kind[rng.integers(len(kind))] for kind in (kinds[rng.integers(len(kinds))] for _ in range(pairs))]
@@ -159,10 +164,12 @@ def film(clip, size=SIZE):
     return [draw(clip, (i + 0.5) / FRAMES, size) for i in range(FRAMES)]
 
 
-def write_video(path, frames, qp=18):
-    """Pictures (size, size, 3) uint8 -> H.264 in MP4: key frames alone, with one quantiser."""
+def write_video(path, frames, qp=18, rate=FPS, group=1):
+    """Pictures (size, size, 3) uint8 -> H.264 in MP4, with one quantiser. rate: frames a second, a whole
+    number or a Fraction; group: frames from one key frame to the next."""
     with av.open(path, "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"qp": str(qp), "g": "1", "threads": "1"})
+        options = {"qp": str(qp), "g": str(group), "threads": "1"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))))

@@ -1,0 +1,160 @@
+"""Long toy videos with a clock: stories of two to four events with gaps between them, as real files.
+
+Half of the stories have one look, the same colour and shape in all events: which is meant is said by what it
+does. In the others every event looks different. Stories of the test world have only combinations of colour,
+shape and motion that never occur in training. A story takes 10 to 60 s and has 120 frames, so that one of
+them stands for about a hundredth of it.
+"""
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+from fractions import Fraction
+
+import numpy as np
+from tqdm import tqdm
+
+from plumbing import cli
+from toy.language import an, choice, conversation, looks, put, sentence, ways
+from toy.world import MOTIONS, QUIET, SIZE, Clip, draw, looks_of, write_video
+
+FRAMES = 120   # of a story
+SPLITS = {"train": (1500, False), "watch": (40, False), "test": (120, True)}   # stories, of the test world?
+KINDS = [m for m, (motion, _, _) in enumerate(MOTIONS) if "blinks" not in motion]   # that would look like gaps
+ANSWERS = ["It is from {} to {} that it happens.", "It happens from {} to {}."]   # in the third stage
+
+
+@dataclasses.dataclass
+class Story:
+    """events: a list of Clips on one ground. spans: when each happens, (start, end) in shares of the story.
+    duration: in seconds."""
+    events: list
+    spans: list
+    duration: float
+
+    @property
+    def said(self):
+        """What happens in each event, in words."""
+        return [an(f"{clip.colour} {clip.shape} {clip.motion}") for clip in self.events]
+
+    def at(self, share):
+        """The picture at a share 0..1 of the story -> (SIZE, SIZE, 3) uint8."""
+        for clip, (start, end) in zip(self.events, self.spans):
+            if start <= share < end:
+                return draw(clip, (share - start) / (end - start))
+        return np.full((SIZE, SIZE, 3), 30 + int(60 * self.events[0].jitter[3]), np.uint8)   # as `draw` has it
+
+    def times(self):
+        """{"<s0>": seconds, "<e0>": seconds, ...}: the words for times in conversations."""
+        return {f"<{'se'[j]}{i}>": round(span[j] * self.duration, 3)
+                for i, span in enumerate(self.spans) for j in (0, 1)}
+
+
+def spread_out(count, rng):
+    """`count` spans (start, end), each 8 to 40 % of a story, with gaps of at least 2 %."""
+    while True:
+        lengths = rng.uniform(0.08, 0.4, count)
+        room = 1 - lengths.sum() - 0.02 * (count + 1)
+        if room > 0.01:
+            gaps = 0.02 + room * rng.dirichlet(np.ones(count + 1))
+            starts = gaps[:-1].cumsum() + lengths.cumsum() - lengths
+            return list(zip(starts.round(4).tolist(), (starts + lengths).round(4).tolist()))
+
+
+def make_story(held_out, rng):
+    does = {}   # {(colour, shape): all (kind of motion, motion) of it}
+    for m in KINDS:
+        for look, motion in itertools.product(looks_of(m, held_out), MOTIONS[m][:2]):
+            does.setdefault(look, []).append((m, motion))
+    count = rng.integers(2, 5)
+    if rng.random() < 0.5:   # one look
+        look = choice(rng, [look for look in does if len(does[look]) >= count])
+        events = [(look, does[look][i]) for i in rng.permutation(len(does[look]))[:count]]
+    else:
+        looks = [list(does)[i] for i in rng.permutation(len(does))[:count]]
+        events = [(look, choice(rng, does[look])) for look in looks]
+    clips, ground = [], rng.random()
+    for look, (m, motion) in events:
+        size = "" if motion.startswith(("gets", "spins")) else choice(rng, ["small", "big"])
+        jitter = rng.random(6).round(4)
+        jitter[3] = ground
+        clips.append(Clip(*look, motion, choice(rng, MOTIONS[m][2]), size, tuple(jitter.tolist())))
+    return Story(clips, spread_out(len(clips), rng), round(rng.uniform(10, 60), 2))
+
+
+def make_stories(split, seed):
+    count, held_out = SPLITS[split]
+    return [make_story(held_out, np.random.default_rng([seed, list(SPLITS).index(split), i]))
+            for i in range(count)]
+
+
+# -------------------------------------------------------------------------------- conversations
+def ordinary(story, rng):
+    """What takes no clock to answer -> [(kind of question, question, answer)]."""
+    said, clips = [sentence(text) for text in story.said], story.events
+    found = [("order", "What happens first?", said[0]), ("order", "What happens last?", said[-1])]
+    alike = len({(clip.colour, clip.shape) for clip in clips}) == 1
+    for clip in clips[:1] if alike else clips:
+        for topic, other in (("colour", "shape"), ("shape", "colour")):
+            if alike or sum(getattr(c, other) == getattr(clip, other) for c in clips) == 1:
+                found.append(("static", *put(topic, clip, looks(clip)[topic], rng, named=not alike)))
+    return found
+
+
+def moments(story, rng):
+    """When events happen, and what happens when, in other words than those of the second stage -> turns."""
+    listed = [f"From <s{i}> to <e{i}>, {text}." for i, text in enumerate(story.said)]
+    if rng.random() < 0.2:
+        return [(choice(rng, ways()["events"][0]), " ".join(listed))]
+    turns = []
+    for i in rng.permutation(len(story.said)):
+        start, end, text = f"<s{i}>", f"<e{i}>", story.said[i]
+        if rng.random() < 0.3:
+            turns.append((choice(rng, ways()["between"][0]).format(a=start, b=end), sentence(text)))
+        else:
+            turns.append((sentence(choice(rng, ways()["when"][0]).format(what=text))[:-1],
+                          choice(rng, ANSWERS).format(start, end)))
+    return turns
+
+
+# -------------------------------------------------------------------------------- files
+def render_story(job):
+    story, path = job
+    pictures = [story.at(i / FRAMES) for i in range(FRAMES)]
+    rate = Fraction(FRAMES / story.duration).limit_denominator(1000)
+    write_video(path, pictures, rate=rate, group=FRAMES)
+
+
+def render(cfg):
+    """Stories and what is asked about them -> files in cfg.stories. Videos that are there are done."""
+    for split in SPLITS:
+        stories = make_stories(split, cfg.seed)
+        names = [f"{split}{i:04d}.mp4" for i in range(len(stories))]
+        cli.make_folder(cfg.stories)
+        jobs = [(story, os.path.join(cfg.stories, name)) for story, name in zip(stories, names)]
+        jobs = [job for job in jobs if not os.path.exists(job[1])]
+        with multiprocessing.get_context("spawn").Pool(cfg.processes, *QUIET) as pool:
+            list(tqdm(pool.imap_unordered(render_story, jobs, chunksize=4), f"render {split}", len(jobs)))
+        events, talks = [], []
+        for i, (story, name) in enumerate(zip(stories, names)):
+            rng = np.random.default_rng([cfg.seed, 9, i])
+            spans = [dict(zip(("start", "end"), (round(t * story.duration, 3) for t in span)))
+                     for span in story.spans]
+            events.append({"video": name, "duration": story.duration,
+                           "events": [{**span, "text": text} for span, text in zip(spans, story.said)]})
+            asked, meta = ordinary(story, rng), {"duration": story.duration, "token": story.times()}
+            if split == "train":   # half of what the third stage reads has no clock in it
+                turns = [asked[k][1:] for k in rng.permutation(len(asked))[:4]]
+                talks.append(conversation(f"{name}-talk", turns, video=name))
+                talks.append(conversation(f"{name}-when", moments(story, rng), video=name, meta=meta))
+            else:
+                for kind in ("order", "static"):
+                    questions = [turn for what, *turn in asked if what == kind]
+                    if questions:
+                        talks.append(conversation(f"{name}-{kind}", [choice(rng, questions)], kind=kind,
+                                                  video=name))
+        for what, rows in (("events", events), ("talks", talks)):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            cli.write_atomic(os.path.join(cfg.stories, f"{split}_{what}.jsonl"),
+                             lambda f: f.write(text.encode()))
