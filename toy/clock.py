@@ -48,7 +48,6 @@ class Config:
 if __name__ == "__main__":
     CONFIG = cli.start(Config)   # before the slow imports: an error shows at once
 
-import json
 import math
 import os
 
@@ -65,7 +64,7 @@ from metrics import GROUNDING, grounding_scores, read_spans
 from model import IGNORE_INDEX, VIDEO_INDEX, WHEN, open_chat, prompt_ids
 from plumbing import training
 from toy.language import choice, sentence
-from toy.stories import FRAMES, KINDS, make_stories, spread_out
+from toy.stories import FRAMES, KINDS, spread_out
 from toy.tiny_models import fit
 from toy.world import COLOURS, MOTIONS, SHAPES
 
@@ -77,18 +76,24 @@ BEHIND_ALL = 10 ** 6   # the question to which padding belongs
 
 # -------------------------------------------------------------------------------- stories from features
 @torch.inference_mode()
-def features(cfg, chat, split):
-    """What CLIP says of every story -> (stories, T, P) fp16; a file NAME.npy for each, as VTimeLLM has them."""
+def read_stories(cfg, chat, split):
+    """-> [(what happens, a text for each event; spans (start, end), shares of the story; features (T, P))].
+
+    What CLIP says of a story becomes a file NAME.npy, as VTimeLLM has them."""
     cli.make_folder(cfg.features)
-    names, kind = [f"{split}{i:04d}" for i in range(len(make_stories(split, cfg.seed)))], chat.video_tokens
-    for name in tqdm(names, f"features {split}"):
-        path = os.path.join(cfg.features, f"{name}.npy")
+    stories, kind = [], chat.video_tokens
+    rows = data.read_rows(os.path.join(cfg.stories, f"{split}_events.jsonl"))
+    for where, row in tqdm(rows, f"features {split}"):
+        clip = data.timed(row, where)
+        path = os.path.join(cfg.features, f"{os.path.splitext(clip['video'])[0]}.npy")
         if not os.path.exists(path):
-            found = data.sample_frames(os.path.join(cfg.stories, f"{name}.mp4"), T, kind.rule)
+            found = data.sample_frames(os.path.join(cfg.stories, clip["video"]), T, kind.rule)
             pixels = torch.cat([kind.pixels(picture[None], chat.clip.config.image_size) for _, picture in found])
             seen = kind.frozen(chat.clip, pixels[None])[0].half().numpy()
             cli.write_atomic(path, lambda f: np.save(f, seen))
-    return torch.stack([torch.from_numpy(np.load(os.path.join(cfg.features, f"{name}.npy"))) for name in names])
+        spans = [(start / clip["duration"], end / clip["duration"]) for start, end, _ in clip["events"]]
+        stories.append(([text for *_, text in clip["events"]], spans, torch.from_numpy(np.load(path)).float()))
+    return stories
 
 
 def within(span):
@@ -96,14 +101,14 @@ def within(span):
     return (SHARE >= span[0]) & (SHARE < span[1])
 
 
-def told_anew(story, seen, rng):
-    """A story's events in another order, at other times -> (Clips, spans, features (T, P))."""
-    order, spans = rng.permutation(len(story.events)), spread_out(len(story.events), rng)
+def told_anew(said, spans, seen, rng):
+    """A story -> one with its events in another order, at other times."""
+    order, new_spans = rng.permutation(len(said)), spread_out(len(said), rng)
     new = seen[:1].repeat(T, 1)   # each story begins with a gap
-    for i, (start, end) in zip(order, spans):
-        old, here = seen[within(story.spans[i])], within((start, end))
+    for i, (start, end) in zip(order, new_spans):
+        old, here = seen[within(spans[i])], within((start, end))
         new[here] = old[((SHARE[here] - start) / (end - start) * len(old)).long()]
-    return [story.events[i] for i in order], spans, new, [story.said[i] for i in order]
+    return [said[i] for i in order], new_spans, new
 
 
 def questions(said, spans, rng):
@@ -135,11 +140,11 @@ class Batch:
 
 
 def assemble(chat, stories, rng):
-    """stories: what told_anew gives -> Batch."""
+    """Stories (said, spans, features) -> Batch."""
     tokenizer, rows, targets, turns, starts, ends = chat.tokenizer, [], [], [], [], []
     digits = {tokenizer.encode(str(digit))[-1] for digit in range(10)}
-    tokens = chat.video_tokens(torch.stack([seen for *_, seen, _ in stories]).float())   # (B, T, D)
-    for row, (_, spans, _, said) in enumerate(stories):
+    tokens = chat.video_tokens(torch.stack([seen for *_, seen in stories]))   # (B, T, D)
+    for row, (said, spans, _) in enumerate(stories):
         ids, labels, turn = [], [], []
         for i, (question, answer, event) in enumerate(questions(said, spans, rng)):
             new, learned = prompt_ids(tokenizer, [(question, answer)], chat.video_tokens.template)
@@ -186,14 +191,14 @@ class Aids(nn.Module):
         cfg, video, notes = self.cfg, slice(batch.first, batch.first + T), {}
         h2, h3 = (F.layer_norm(states[n], states[n].shape[-1:]) for n in (2, 3))   # states after layers 2, 3
         on = torch.stack([F.pad(torch.stack([within(span) for span in spans]), (0, 0, 0, 4 - len(spans)))
-                          for _, spans, *_ in stories])                              # (B, 4, T)
+                          for _, spans, _ in stories])                               # (B, 4, T)
         shown = torch.full((len(stories), T, len(WORDS)), IGNORE_INDEX)               # (B, T, 3)
-        for row, (clips, *_) in enumerate(stories):
-            for i, clip in enumerate(clips):
-                shown[row, on[row, i]] = classes(clip)
+        for row, (said, *_) in enumerate(stories):
+            for i, text in enumerate(said):
+                shown[row, on[row, i]] = classes(text)
         loss = 0
         if cfg.clock:
-            edges = [torch.tensor([0, *np.ravel(spans)]) for _, spans, *_ in stories]
+            edges = [torch.tensor([0, *np.ravel(spans)]) for _, spans, _ in stories]
             began = torch.stack([e[torch.searchsorted(e, SHARE.to(e), right=True) - 1] for e in edges])
             loss = loss + cfg.clock * (number_loss(self.place(h2[:, video]), torch.arange(T).expand_as(began))
                                        + number_loss(self.began(h3[:, video]), (100 * began).round().long()))
@@ -227,8 +232,9 @@ def next_start(spans, event):
     return spans[event + 1][0] if event + 1 < len(spans) else 1.0
 
 
-def classes(clip):
-    return torch.tensor([words.index(getattr(clip, what)) for what, words in WORDS.items()])   # (3,)
+def classes(text):
+    """"a red star moves left" -> (3,): which colour, shape and motion of WORDS."""
+    return torch.tensor([words.index(said) for said, words in zip(text.split(maxsplit=3)[1:], WORDS.values())])
 
 
 def number_loss(logits, number):
@@ -259,17 +265,17 @@ def attention_on(block, x, cos, sin, batch, heads, rows, places, frames):
 
 # -------------------------------------------------------------------------------- does it listen?
 @torch.inference_mode()
-def listens(chat, stories, seen, number=100):
+def listens(chat, stories, number=100):
     """Asks when events of stories happen, `number` of all, drawn -> percent of GROUNDING (5,), and chance."""
-    asked = [(i, event) for i, story in enumerate(stories) for event in range(len(story.events))]
+    asked = [(*story, event) for story in stories for event in range(len(story[0]))]
     asked = [asked[k] for k in np.random.default_rng(0).permutation(len(asked))[:number]]
     scores, chance = [], []
-    for i, event in asked:
-        ids, _ = prompt_ids(chat.tokenizer, [(WHEN.format(stories[i].said[event]), None)], "vtimellm")
-        prompt = chat.splice(ids, chat.video_tokens(seen[i].float()))[None]
+    for said, spans, seen, event in asked:
+        ids, _ = prompt_ids(chat.tokenizer, [(WHEN.format(said[event]), None)], chat.video_tokens.template)
+        prompt = chat.splice(ids, chat.video_tokens(seen))[None]
         new = generate(chat.llm, embeds=prompt, max_new_tokens=16, stop_ids=chat.tokenizer.stop_ids)
         found = read_spans("".join(stream_text(chat.tokenizer, new)), 1.0)[:1] or [[math.nan] * 2]
-        true = torch.tensor(stories[i].spans, dtype=torch.float64)
+        true = torch.tensor(spans, dtype=torch.float64)
         scores.append(grounding_scores(true.new_tensor(found), true, event))
         chance.append(1 / len(true))
     return 100 * torch.stack(scores).mean(0), 100 * np.mean(chance)
@@ -279,8 +285,7 @@ def main(cfg):
     torch.set_num_threads(1)   # the models are too small for two
     torch.manual_seed(cfg.seed)
     chat = open_chat(cfg.weights, "frame_cls", chat_file=False).load()
-    seen = {split: features(cfg, chat, split) for split in ("train", "watch")}
-    stories = {split: make_stories(split, cfg.seed) for split in seen}
+    stories, watched = (read_stories(cfg, chat, split) for split in ("train", "watch"))
     add_lora(chat.llm, cfg.rank, cfg.alpha)
     projector = chat.video_tokens.mm_projector
     if cfg.fresh:
@@ -295,8 +300,7 @@ def main(cfg):
 
     def loss_of(step):
         rng = np.random.default_rng([cfg.seed, 13, step])
-        told = [told_anew(stories["train"][i], seen["train"][i], rng)
-                for i in rng.integers(len(stories["train"]), size=cfg.batch_size)]
+        told = [told_anew(*stories[i], rng) for i in rng.integers(len(stories), size=cfg.batch_size)]
         batch = assemble(chat, told, rng)
         states, cos, sin = states_of(chat.llm, batch)
         answers = batch.target != IGNORE_INDEX
@@ -304,7 +308,7 @@ def main(cfg):
         loss = F.cross_entropy(logits, batch.target[answers])
         more, notes = aids(chat.llm, batch, told, states, cos, sin)
         if cfg.watch and step and step % cfg.watch == 0:
-            found, chance = listens(chat, stories["watch"], seen["watch"])
+            found, chance = listens(chat, watched)
             print(f"step {step}, loss {loss.item():.3f}: " + ", ".join(
                 f"{name} {value:.1f}" for name, value in zip(GROUNDING, found.tolist())) +
                 f" (chance {chance:.1f})", flush=True)

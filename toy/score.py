@@ -14,7 +14,6 @@ import data
 from metrics import GROUNDING, grounding_scores, read_spans, retrieval_metrics, twin_accuracy
 from model import encode_pairs, encode_texts, load_encoder
 from plumbing import cli, memory
-from toy.stories import make_stories
 from toy.world import COLOURS, MOTIONS, SAMPLE, SHAPES, SIZE, TURNS, draw, read_clips
 
 STATIC, CPU = {"colour": list(COLOURS), "shape": SHAPES}, torch.device("cpu")
@@ -105,19 +104,22 @@ def picture(cfg):
 def times(cfg):
     """VTimeLLM's Table 2 in miniature: rows from cfg.out/seed*/ROW.jsonl, which eval_grounding.py wrote, and,
     for questions that take no clock, from the last line of cfg.out/seed*/ROW/log.jsonl."""
-    stories = {f"test{i:04d}.mp4": story for i, story in enumerate(make_stories("test", cfg.seed))}
-    asked = [(torch.tensor(story.spans, dtype=torch.float64), event)
-             for story in stories.values() for event in range(len(story.spans))]
-    rows = {name: [scores_of([(torch.tensor(spans) if spans else true, true, event) for true, event in asked])]
+    stories = {}   # {video: (spans (E, 2), what happens in each)}
+    for where, row in data.read_rows(os.path.join(cfg.stories, "test_events.jsonl")):
+        story = data.timed(row, where)
+        *_, said = zip(*story["events"])
+        spans = torch.tensor([event[:2] for event in story["events"]], dtype=torch.float64)
+        stories[story["video"]] = spans / story["duration"], said
+    asked = [(true, event) for true, said in stories.values() for event in range(len(said))]
+    rows = {name: [scores_of([(true.new_tensor(spans) if spans else true, true, event) for true, event in asked])]
             for name, spans in (("whole video", [[0.0, 1.0]]), ("middle third", [[1 / 3, 2 / 3]]),
                                 ("a true event picked blindly", None))}
     for file in sorted(glob.glob(os.path.join(cfg.out, "seed*", "*.jsonl"))):
         answers = [row for row in map(json.loads, open(file)) if row.get("event")]
         found = []
         for row in answers:
-            story, span = stories[row["video"]], read_spans(row["answer"], row["duration"])[:1]
-            true = torch.tensor(story.spans, dtype=torch.float64)
-            found.append((true.new_tensor(span or [[math.nan] * 2]), true, story.said.index(row["event"])))
+            (true, said), span = stories[row["video"]], read_spans(row["answer"], row["duration"])[:1]
+            found.append((true.new_tensor(span or [[math.nan] * 2]), true, said.index(row["event"])))
         scores, log = scores_of(found), os.path.join(file.removesuffix(".jsonl"), "log.jsonl")
         last = json.loads(open(log).readlines()[-1]) if os.path.exists(log) else {}
         scores = scores + [last.get(kind, math.nan) for kind in ("order", "static")]
