@@ -248,6 +248,13 @@ def timing(timed, out, stage="boundaries", weights="align", **options):
         "rank": 4, "alpha": 8} | options)
 
 
+def test_a_projector_begins_as_loud_as_words(world, tmp_path):
+    chat = chat_tune.build(chat_tune.complete(tuning(world, tmp_path, "align", num_frames=None)))
+    size, words = chat.clip.config.image_size, chat.llm.model.embed_tokens.weight
+    rows = chat.embed_video(torch.randint(0, 256, (8, 1, 3, size, size), dtype=torch.uint8))
+    assert 0.7 < rows.norm(dim=-1).mean() / words.norm(dim=-1).mean() < 1.4
+
+
 def adapter_in(folder):
     return read_file(folder / "adapter_model.safetensors")
 

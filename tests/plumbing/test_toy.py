@@ -1,5 +1,6 @@
 """The toy world keeps its promises: twins, held-out combinations, words that say what the pictures show."""
 import json
+import math
 import os
 import re
 
@@ -9,9 +10,10 @@ import torch
 from PIL import Image
 
 import data
+import model
 from films import stacked
 from toy import __main__ as toy
-from toy import language, score, world
+from toy import clock, language, score, stories, world
 
 
 def test_twins_are_the_same_pictures_backwards_to_the_bit(tmp_path):
@@ -154,3 +156,94 @@ def test_the_picture_shows_a_clip_and_its_twin(tmp_path, monkeypatch):
     with Image.open(tmp_path / "docs" / "twins.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
     assert picture.width == 900 and {(26, 127, 55), (214, 39, 40)} <= colours   # a right and a wrong choice
+
+
+# -------------------------------------------------------------------------------- stories
+def test_a_story_of_the_test_world_has_only_what_never_occurs_in_training():
+    train, test = ({(c.colour, c.shape, c.motion) for story in stories.make_stories(split, 0)
+                    for c in story.events} for split in ("train", "test"))
+    assert not train & test and {motion for *_, motion in test} == {motion for *_, motion in train}
+
+
+def test_events_of_a_story_take_8_to_40_percent_of_it_with_gaps_between_them():
+    counts = {True: set(), False: set()}   # of events, where all look alike and where none do
+    for story in stories.make_stories("test", 0):
+        edges = [0, *np.ravel(story.spans), 1]
+        lengths, gaps = np.diff(edges)[1::2], np.diff(edges)[::2]
+        assert 0.08 <= lengths.min() + 1e-3 and lengths.max() <= 0.401 and gaps.min() > 0.0199
+        looks, said = {(c.colour, c.shape) for c in story.events}, set(story.said)
+        assert len(looks) in (1, len(story.events)) and len(said) == len(story.events)
+        counts[len(looks) == 1].add(len(story.events))
+    assert counts == {True: {2, 3, 4}, False: {2, 3, 4}}   # the number does not tell which kind it is
+
+
+def test_a_story_as_a_file_shows_each_event_within_its_span_alone(tmp_path):
+    story = stories.make_stories("test", 0)[1]
+    stories.render_story((story, str(tmp_path / "a.mp4")))
+    times = [share * story.duration for share in np.linspace(0, 0.999, 100)]
+    for t, (_, picture) in zip(times, data.frames(str(tmp_path / "a.mp4"), times)):
+        shows = np.ptp(picture.numpy().astype(int), axis=0).max() > 60   # a colour on the grey ground
+        away = min(abs(t / story.duration - edge) for edge in np.ravel(story.spans))
+        if away > 1 / stories.FRAMES:
+            assert shows == any(a <= t / story.duration < b for a, b in story.spans)
+
+
+@pytest.fixture(scope="module")
+def beginner():
+    """The shipped LLaVA with an untrained projector of frame_cls, and two stories of random features."""
+    opened = model.open_chat("weights/tiny")
+    torch.manual_seed(0)
+    tokens = model.FrameCLS(torch.nn.Linear(128, 128))
+    chat = model.VideoChat(opened.chat.clip, tokens, opened.chat.llm, opened.chat.tokenizer).float().eval()
+    told = [(["a red star moves left", "a blue bar moves up then left"], [(0.1, 0.3), (0.5, 0.85)]),
+            (["a red star moves left"], [(0.2, 0.4)])]
+    return chat, [(said, spans, torch.randn(100, 128)) for said, spans in told]
+
+
+@torch.no_grad()
+def test_each_question_of_a_row_is_answered_as_if_it_were_alone(beginner):
+    chat, told = beginner
+    batch = clock.assemble(chat, told, np.random.default_rng(2))
+    states, *_ = clock.states_of(chat.llm, batch)
+    logits = chat.llm.lm_head(chat.llm.model.norm(states[-1]))
+    rng, compared = np.random.default_rng(2), 0
+    for row, (said, spans, seen) in enumerate(told):
+        at = batch.first + 100
+        for question, answer, _ in clock.questions(said, spans, rng):
+            ids, _ = model.prompt_ids(chat.tokenizer, [(question, answer)], "vtimellm")
+            alone = chat.llm(embeds=chat.splice(ids, chat.video_tokens(seen))[None])[0, batch.first + 100:]
+            torch.testing.assert_close(logits[row, at:at + len(alone)], alone, atol=1e-4, rtol=1e-4)
+            at, compared = at + len(alone), compared + 1
+    assert compared == 3
+
+
+@torch.no_grad()
+def test_the_aid_that_points_sees_the_attention_that_the_model_has(beginner, monkeypatch):
+    chat, told = beginner
+    batch = clock.assemble(chat, told, np.random.default_rng(2))
+    states, cos, sin = clock.states_of(chat.llm, batch)
+    block, given = chat.llm.model.layers[-1], {}
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def keep(q, k, v, mask, **options):
+        given["weights"] = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, -math.inf).softmax(-1)
+        return attention(q, k, v, mask, **options)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", keep)
+    block(states[-2], cos, sin, batch.mask, None)
+    rows, places, _ = (torch.tensor(part) for part in zip(*batch.starts))
+    frames = torch.rand(len(rows), 100) < 0.3
+    share = clock.attention_on(block, states[-2], cos, sin, batch, slice(2), rows, places, frames).exp()
+    video = given["weights"][rows, :2, places, batch.first:batch.first + 100]
+    torch.testing.assert_close(share, (video * frames[:, None]).sum(-1))
+    digits = {chat.tokenizer.encode(str(digit))[-1] for digit in range(10)}
+    assert all(batch.target[row, at].item() in digits for row, at, _ in batch.starts + batch.ends)
+
+
+def test_a_story_told_anew_has_the_same_events_at_its_new_times():
+    said, spans, seen = ["a", "b"], [(0.1, 0.3), (0.5, 0.85)], torch.zeros(100, 1)
+    for i, span in enumerate(spans):
+        seen[clock.within(span)] = i + 1.0
+    new_said, new_spans, new = clock.told_anew(said, spans, seen, np.random.default_rng(0))
+    for text, span in zip(new_said, new_spans):
+        assert new[clock.within(span)].unique().tolist() == [said.index(text) + 1.0]
+    assert (new == 0).sum() == sum(~clock.within(new_spans[0]) & ~clock.within(new_spans[1]))
