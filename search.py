@@ -32,15 +32,16 @@ FLAGS = {"positional": ["what", "folder"], "hint": "; quotes go around a text"}
 if __name__ == "__main__":
     CONFIG = cli.start(Config, **FLAGS)   # before the slow imports: a typing error shows at once
 
-import functools
+import collections
 import hashlib
+import itertools
 import json
 import os
 import sys
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 import data
@@ -70,24 +71,6 @@ def main(cfg):
 
 
 # ------------------------------------------------------------------------------------------------------ index
-@dataclasses.dataclass
-class Video:
-    """What the index knows of a file. One that cannot be read has an error and no windows."""
-    path: str
-    rows: torch.Tensor       # (windows that are done, P), normalised
-    key: list = None         # of its entry in the store
-    duration: float = 0.0    # seconds
-    windows: int = 0         # equal parts of about --window seconds
-    error: str = ""
-
-    def save(self, store):
-        about = json.dumps([self.duration, self.windows, self.error])
-        store.put(self.key, {"rows": self.rows}, {"about": about})
-
-    def fail(self, reason):
-        self.error, self.windows, self.rows = str(reason).removeprefix(f"{self.path}: "), 0, self.rows[:0]
-
-
 def content_of(path):
     """Size, time of change, digest of the first bytes: what a rename leaves. Raises VideoError."""
     with data.open_regular(path) as f:
@@ -95,45 +78,40 @@ def content_of(path):
         return [status.st_size, status.st_mtime_ns, hashlib.sha256(f.read(1 << 16)).hexdigest()]
 
 
-def look(path, store, weights, seconds, nothing):
-    """-> Video, as the store has it; or a new one, of which nothing is encoded."""
-    video = Video(path, nothing)
-    try:
-        video.key = [content_of(path), weights, seconds]
-        if entry := store.get(video.key):
-            video.rows = entry[0]["rows"].clone()   # thousands of mapped files would be too many
-            video.duration, video.windows, video.error = json.loads(entry[1]["about"])
-        else:
-            video.duration = data.probe(path).duration
-            if video.duration > 100 * 3600:   # a damaged file can claim a century
-                raise data.VideoError(path, f"claims to last {video.duration / 3600:.0f} hours")
-            video.windows = max(1, round(video.duration / seconds))
-    except data.VideoError as e:
-        video.fail(e)
-        if video.key:   # else not even its bytes can be read: tried again the next time
-            video.save(store)
-    return video
+@dataclasses.dataclass
+class Windows(IterableDataset):
+    """Videos, each cut into equal parts of about so many seconds. Yields (path, its duration, pixels
+    (n, T, 3, H, W) uint8 of at most `count` windows, whether they are its last); of a video that cannot be
+    read, the VideoError in the place of pixels."""
+    paths: list
+    seconds: float
+    count: int
+    image_size: int
 
+    def __iter__(self):
+        worker = get_worker_info()
+        for path in self.paths[worker.id::worker.num_workers] if worker else self.paths:
+            try:
+                for found in self.windows(path, data.probe(path).duration):
+                    yield path, *found
+            except data.VideoError as e:
+                yield path, 0, e, True
 
-def pixels_of(group, image_size):
-    """(Video, first window, end) -> (n, T, 3, H, W) uint8, or why there are none."""
-    video, first, end = group
-    if video.error:   # found in an earlier group
-        return video.error
-    span = first * video.duration / video.windows, end * video.duration / video.windows
-    try:
-        frames = data.sample_frames(video.path, (end - first) * NUM_FRAMES, "uniform", window=span)
-        pixels = torch.cat([data.eval_pixels(picture[None], image_size) for _, picture in frames])
-    except UserError as e:   # VideoError; or a video of no length
-        return str(e)
-    return pixels.unflatten(0, (-1, NUM_FRAMES))   # (n * T, ...) -> (n, T, ...)
+    def windows(self, path, duration):
+        if duration > 100 * 3600:   # a damaged file can claim a century
+            raise data.VideoError(path, f"claims to last {duration / 3600:.0f} hours")
+        windows = max(1, round(duration / self.seconds))
+        frames = data.sample_frames(path, windows * NUM_FRAMES, "uniform")
+        pixels = (data.eval_pixels(picture[None], self.image_size) for _, picture in frames)
+        for first in range(0, windows, self.count):   # an hour needs no more memory than a minute
+            n = min(self.count, windows - first)
+            group = torch.cat(list(itertools.islice(pixels, n * NUM_FRAMES)))   # (n * T, 3, H, W)
+            yield duration, group.unflatten(0, (n, NUM_FRAMES)), first + n == windows
 
 
 @torch.no_grad()
 def index(cfg, store, weights, encoder, device):
     """Encodes what is new or changed in a folder and those below it, and lists what is there."""
-    config = encoder.clip.config
-    nothing = torch.empty(0, config.projection_dim)
     root = os.path.abspath(cfg.folder)
     found = os.walk(root, onerror=cli.say)
     paths = sorted(os.path.join(parent, name) for parent, _, names in found
@@ -144,31 +122,38 @@ def index(cfg, store, weights, encoder, device):
     if gone := [path for path, *_ in listed if os.path.commonpath([path, root]) != root]:
         cli.say(f"{cfg.index}: no longer lists {len(gone)} videos outside {cfg.folder}, as {gone[0]}; "
                 "another --index would keep both")
-    videos = [look(path, store, weights, cfg.window, nothing) for path in paths]
-    groups = [(video, first, min(first + cfg.batch_size, video.windows))   # an hour needs no more memory
-              for video in videos for first in range(len(video.rows), video.windows, cfg.batch_size)]
-    todo = len({video.path for video, *_ in groups})
-    load = functools.partial(pixels_of, image_size=config.image_size)
-    loader = DataLoader(groups, batch_size=None, collate_fn=load, num_workers=cfg.workers,
+    keys, broken, rows, table = {}, [], [], []
+    for path in paths:
+        try:
+            keys[path] = [content_of(path), weights, cfg.window]
+        except data.VideoError as e:
+            broken.append(e)
+    todo = [path for path, key in keys.items() if not os.path.exists(store.path(key))]
+    windows = Windows(todo, cfg.window, cfg.batch_size, encoder.clip.config.image_size)
+    parts = collections.defaultdict(list)   # of each video, what is encoded: its rows (n, P), normalised
+    loader = DataLoader(windows, batch_size=None, num_workers=cfg.workers,
                         worker_init_fn=training.leave_signals_to_the_parent)
-    try:
-        for (video, *_), pixels in tqdm(zip(groups, loader), "index", len(groups), leave=False):
-            if isinstance(pixels, str):
-                video.fail(pixels)
-            elif not video.error:   # of an earlier group
-                with torch.autocast(device.type, torch.float16, enabled=cfg.amp and device.type == "cuda"):
-                    rows = F.normalize(encoder.encode_video(pixels.to(device)).float(), dim=-1)   # (n, P)
-                video.rows = torch.cat([video.rows, rows.cpu()])
-            video.save(store)   # as far as it is done
-    finally:   # also after Ctrl-C. One file for search: to open ten thousand takes seconds
-        table = [[video.path, video.duration, video.windows, len(video.rows)] for video in videos]
-        rows = torch.cat([video.rows for video in videos])
-        store.put(["all", weights], {"rows": rows}, {"table": json.dumps(table)})
-    broken = [video for video in videos if video.error]
-    for video in broken:
-        print(f"broken: {video.path}: {video.error}", file=sys.stderr)
-    print(f"{cfg.index}: {len(rows)} windows of {len(videos) - len(broken)} videos ({todo} files to do); "
-          f"{len(broken)} broken")
+    bar = tqdm(desc="index", total=len(todo), unit=" videos", leave=False)
+    for path, duration, pixels, last in loader:
+        bar.update(last)
+        if isinstance(pixels, data.VideoError):
+            broken.append(pixels)
+            del keys[path]
+            continue
+        with torch.autocast(device.type, torch.float16, enabled=cfg.amp and device.type == "cuda"):
+            parts[path].append(F.normalize(encoder.encode_video(pixels.to(device)).float(), dim=-1).cpu())
+        if last:
+            store.put(keys[path], {"rows": torch.cat(parts.pop(path))}, {"duration": json.dumps(duration)})
+    bar.close()
+    for path, key in keys.items():   # one file for search: to open ten thousand takes seconds
+        tensors, about = store.get(key)
+        rows.append(tensors["rows"].clone())   # thousands of mapped files would be too many
+        table.append([path, json.loads(about["duration"]), len(rows[-1])])
+    rows = torch.cat([torch.empty(0, encoder.clip.config.projection_dim), *rows])
+    store.put(["all", weights], {"rows": rows}, {"table": json.dumps(table)})
+    for error in broken:
+        print(f"broken: {error}", file=sys.stderr)
+    print(f"{cfg.index}: {len(rows)} windows of {len(table)} videos; {len(broken)} broken")
 
 
 # ----------------------------------------------------------------------------------------------------- search
@@ -177,11 +162,8 @@ def search(cfg, store, weights, query):
     entry = store.get(["all", weights])
     if not entry:
         raise UserError(f"{cfg.index}: no index of these weights; `python search.py index FOLDER` makes it")
-    table = json.loads(entry[1]["table"])
-    if unfinished := sum(done < windows for *_, windows, done in table):
-        print(f"{cfg.index}: {unfinished} of {len(table)} files are to do; index goes on", file=sys.stderr)
     moments = [(path, i * duration / windows, (i + 1) * duration / windows)   # a row each
-               for path, duration, windows, done in table for i in range(done)]
+               for path, duration, windows in json.loads(entry[1]["table"]) for i in range(windows)]
     scores, order = (entry[0]["rows"] @ query).sort(descending=True, stable=True)
     hits = [moments[row] for row in order[:cfg.top].tolist()]
     for score, (path, start, end) in zip(scores.tolist(), hits):
