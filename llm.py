@@ -705,7 +705,7 @@ def read_adapter(folder, model):
         if (name, "A") not in tensors or (name, "B") not in tensors:
             raise UserError(f"{file}: {name} has lora_{half} alone; A and B are needed")
         changes[name] = alpha / r, tensors[name, "A"], tensors[name, "B"]
-    extra = read_file(along, empty=True) if os.path.exists(along) else {}
+    extra = read_file(along) if os.path.exists(along) else {}
     if strange := [key for key in extra if not key.startswith(EXTRA)]:
         raise UserError(f"{along}: {shown(strange[0])} is neither LoRA nor a projector; not read")
     return Adapter(changes, extra, str(stated.get("base_model_name_or_path") or ""))

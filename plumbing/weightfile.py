@@ -7,7 +7,7 @@ A pickle is a little program. Here it can build plain containers and description
 asks for is refused. Tensors are views into a private memory map: a file costs memory only where it is used.
 
 A file may be hostile. What it claims is checked against what it has before memory is taken for it. Names from
-it are shown without control characters. Only regular files are opened: a pipe would wait for ever.
+it are shown without control characters.
 """
 import contextlib
 import io
@@ -17,7 +17,6 @@ import mmap
 import os
 import pickle
 import re
-import stat
 import struct
 import zipfile
 from collections import namedtuple
@@ -53,29 +52,25 @@ def read_tensors(path):
         if os.path.exists(file := os.path.join(path, name)):
             return read_file(file)
         if os.path.exists(index := file + ".index.json"):
-            weight_map, tensors = read_json(index).get("weight_map"), {}
-            shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-            if not all(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard) for shard in shards):
-                raise UserError(f"{index}: its weight_map names no file, or one outside its own folder")
-            for shard in sorted(set(shards)):
-                tensors |= read_file(os.path.join(path, shard))
+            tensors = {}
+            for shard in sorted(set(read_json(index)["weight_map"].values())):
+                tensors |= read_file(os.path.join(path, os.path.basename(shard)))   # in this folder
             return tensors
     raise UserError(f"{path}: no model.safetensors or pytorch_model.bin (nor an index of shards) in it; "
                     f"{likely_reason(os.listdir(path))}")
 
 
-def read_file(path, empty=False):
-    """One weight file -> {name: tensor}; TorchScript's modules get dotted names. Raises UserError, also for
-    no tensors, unless it may be `empty`."""
+def read_file(path):
+    """One weight file -> {name: tensor}; TorchScript's modules get dotted names. Raises UserError."""
     buffer = map_file(path)
     try:
         if buffer[:4] == b"PK\x03\x04":
-            return unwrapped(read_zip_pickle(buffer, empty))
+            return unwrapped(read_zip_pickle(buffer))
         if buffer[8:9] == b"{":
             return unwrapped(read_safetensors(buffer))
     except DAMAGE as e:
-        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "   # the former are our own
-        raise UserError(f"{path}: damaged, or no weight data ({kind}{shown(e, 250)}); refused")
+        raise UserError(f"{path}: cut, damaged or no weight data ({type(e).__name__}: {shown(e, 250)}); "
+                        "get it again")
     raise UserError(f"{path}: neither safetensors nor a torch.save file of torch 1.6 or later: it begins "
                     f"with {bytes(buffer[:30])!r}; download it whole, from Git LFS with `git lfs pull`")
 
@@ -104,59 +99,35 @@ def read_json(path):
     return value
 
 
-class Map(mmap.mmap):
-    """A memory map. zipfile reads as many bytes from it at once as the file claims for its directory."""
-    def read(self, count=None):
-        if (count or 0) > MAX_HEADER:
-            raise ValueError(f"a directory of {count:,} bytes, which no weight file needs")
-        return super().read(count)
-
-
 def map_file(path):
-    """The bytes of a file as a private, writable memory map. Raises UserError, also for a pipe."""
+    """The bytes of a file as a private, writable memory map. Raises UserError."""
+    if not os.path.isfile(path):   # a pipe would wait for ever
+        raise UserError(f"{shown(path, 1000)}: No such file, or no regular one")
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)   # NONBLOCK: do not wait for a pipe
-        try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise ValueError("not a regular file, which is needed here")
-            return Map(file, 0, access=mmap.ACCESS_COPY)
-        finally:
-            os.close(file)
-    except (OSError, ValueError) as e:   # ValueError also: an empty file, a NUL in the name
+        with open(path, "rb") as f:
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as e:   # ValueError: an empty file
         raise UserError(f"{shown(path, 1000)}: {getattr(e, 'strerror', e)}")
 
 
 # ---------------------------------------------------------------------------------------- safetensors
 def read_safetensors(buffer):
     """https://huggingface.co/docs/safetensors: u64 header length, JSON {name: dtype, shape, place}, bytes.
-
-    The tensors must fill the rest of the file from end to end, in whatever order. Raises one of DAMAGE."""
-    at, found = 8 + int.from_bytes(buffer[:8], "little"), {}
-    if at > min(8 + MAX_HEADER, len(buffer)):
-        raise ValueError(f"cut: a header that claims {at - 8:,} bytes of {len(buffer):,}")
-    header = json.loads(buffer[8:at], object_pairs_hook=list)   # a dict would lose a name's double
-    entries, start = [(name, dict(entry)) for name, entry in header if name != "__metadata__"], at
-    for name, entry in sorted(entries, key=lambda entry: entry[1]["data_offsets"]):
+    Raises one of DAMAGE."""
+    at = 8 + int.from_bytes(buffer[:8], "little")
+    header, tensors = json.loads(buffer[8:min(at, MAX_HEADER)]), {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{shown(name)} is {shown(entry['dtype'])}, as in a model {QUANTISED}")
-        dtype, shape = DTYPES[entry["dtype"]], sizes(entry["shape"])
-        begin, end = sizes(entry["data_offsets"])
-        if name in found or begin != at - start or end - begin != math.prod(shape) * dtype.itemsize:
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if at + end > len(buffer):
+            raise ValueError(f"{len(buffer):,} bytes, but {shown(name)} ends at {at + end:,}")
+        if end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{shown(name)} has shape {shown(shape)} at bytes {begin}..{end}")
-        found[name] = dtype, at, shape
-        at = start + end
-    if len(buffer) != at:
-        raise ValueError(f"cut or damaged: {len(buffer):,} bytes where {at:,} are expected; get it again")
-    return {name: view(buffer, dtype, at, math.prod(shape)).view(shape)
-            for name, (dtype, at, shape) in found.items()}
-
-
-def sizes(numbers):
-    """A list of sizes or places, as it is. Raises ValueError for anything else, True and 1.0 included."""
-    if not isinstance(numbers, (list, tuple)) or len(numbers) > 64 or \
-            not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
-        raise ValueError("whole numbers of a sensible size are needed")
-    return numbers
+        tensors[name] = view(buffer, dtype, at + begin, math.prod(shape)).view(shape)
+    return tensors
 
 
 def view(buffer, dtype, at, count):
@@ -202,8 +173,6 @@ Described = namedtuple("Described", "storage offset shape stride grad hooks meta
 
 class Record(dict):
     """Stands for a dict and for an object of any class. It does nothing; its state is the entry named ""."""
-    __slots__ = ()
-
     def __init__(self, *_):
         super().__init__()
 
@@ -254,10 +223,8 @@ class DataPickle(pickle._Unpickler):
         self.append(Record())
 
     def load_build(self):
-        state, target = self.stack.pop(), self.stack[-1]
-        if type(target) is not Record:
-            raise ValueError(f"a state for a {type(target).__name__}")
-        target[""] = state
+        state = self.stack.pop()
+        self.stack[-1][""] = state   # of a Record; anything else has no such entry, a TypeError
 
     def load_other(self):
         raise pickle.UnpicklingError("it uses an opcode that weight data does not need")
@@ -271,14 +238,15 @@ class DataPickle(pickle._Unpickler):
                  0x81: dispatch[ord("R")]}       # NEWOBJ: an object is made by a call of its class
 
 
-def read_zip_pickle(buffer, empty=False):
+def read_zip_pickle(buffer):
     """{name: tensor} of a torch.save or TorchScript archive, mapped from `buffer`. Raises one of DAMAGE."""
-    if buffer.rfind(b"PK\x05\x06", max(0, len(buffer) - 22 - 0xFFFF)) < 0:   # its directory stands at the end
-        raise ValueError(f"cut after {len(buffer):,} bytes; get it again")
-    entries, tensors = zip_entries(buffer), {}
+    entries, tensors = {}, {}
+    for info in zipfile.ZipFile(buffer).infolist():   # another header precedes the bytes
+        start = info.header_offset + 30 + sum(struct.unpack_from("<26xHH", buffer, info.header_offset))
+        entries[info.filename.split("/", 1)[-1]] = start, info.file_size
     start, size = entries["data.pkl"]
-    if not 0 < size <= MAX_HEADER:
-        raise ValueError(f"data.pkl is packed, empty or too large: {size:,} bytes")
+    if size > MAX_HEADER:
+        raise ValueError(f"a pickle of {size:,} bytes")
     content = DataPickle(io.BytesIO(buffer[start:start + size])).load()
     if isinstance(content, Record) and isinstance(content.get("state_dict"), Record):
         content = content["state_dict"]   # a checkpoint has more beside it
@@ -287,24 +255,7 @@ def read_zip_pickle(buffer, empty=False):
             raise ValueError("it is nested too deeply")
         if isinstance(value, Described):
             tensors[name] = make_tensor(value, buffer, entries)
-    if not tensors and not empty:
-        raise ValueError("it holds no tensors")
     return tensors
-
-
-def zip_entries(buffer):
-    """{name without its first folder: (where its bytes begin, how many)}; what is packed counts as none."""
-    entries, end = {}, 0
-    for info in sorted(zipfile.ZipFile(buffer).infolist(), key=lambda info: info.header_offset):
-        at, name = info.header_offset, info.filename.split("/", 1)[-1]
-        if at < end or name in entries:
-            raise ValueError(f"the entry {shown(name)!r} overlaps another, or has its name")
-        start = at + 30 + sum(struct.unpack_from("<26xHH", buffer, at))   # another header precedes the bytes
-        entries[name] = start, info.compress_size if info.compress_type == zipfile.ZIP_STORED else 0
-        end = start + info.compress_size
-    if end > len(buffer):
-        raise ValueError("an entry reaches beyond the end")
-    return entries
 
 
 def named_values(value, name=""):
@@ -318,14 +269,12 @@ def named_values(value, name=""):
 def make_tensor(described, buffer, entries):
     """The numbers that a pickle describes, as a view of the mapped file."""
     storage, offset, shape, stride, *_ = described
-    if not isinstance(storage, Storage):
-        raise ValueError("a tensor without a storage")
     start, size = entries[f"data/{storage.key}"]
     if not 0 <= storage.count * storage.dtype.itemsize <= size:
         raise ValueError(f"storage {shown(storage.key)} does not hold {storage.count:,} numbers")
-    if math.prod(sizes(shape)) > storage.count:   # a stride of 0 can make one number look like a terabyte
+    if math.prod(shape) > storage.count:   # a stride of 0 can make one number look like a terabyte
         raise ValueError(f"a tensor of {math.prod(shape):,} numbers in a storage of {storage.count:,}")
-    return view(buffer, storage.dtype, start, storage.count).as_strided(shape, sizes(stride), offset)
+    return view(buffer, storage.dtype, start, storage.count).as_strided(shape, stride, offset)
 
 
 # ---------------------------------------------------------------------------------------- into a module

@@ -1,5 +1,4 @@
 """Weight files are data and never code."""
-import json
 import os
 import sys
 import types
@@ -132,13 +131,6 @@ def test_a_cut_torch_file_is_one_line(tmp_path, cut):
         weightfile.read_file(tmp_path / "bad")
 
 
-@pytest.mark.parametrize("weight_map", [["a"], {"a": 3}, None])
-def test_an_index_of_shards_that_is_none_is_one_line(tmp_path, weight_map):
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(UserError, match="weight_map"):
-        weightfile.read_tensors(tmp_path)
-
-
 def test_a_load_that_does_not_fit_is_a_line_with_an_example_of_each_kind_and_the_likely_reason():
     module = torch.nn.Linear(2, 3)
     tensors = {"weight": torch.zeros(3, 5), **{f"x.lora_A.{i}": torch.zeros(1) for i in range(28)}}
@@ -175,9 +167,9 @@ def test_a_name_from_a_file_cannot_speak_to_the_terminal():
     assert str(e.value).isprintable() and len(str(e.value)) < 300
 
 
-def test_a_cut_safetensors_file_says_how_long_it_must_have_been(tmp_path):
+def test_a_cut_safetensors_file_says_so(tmp_path):
     weightfile.write_safetensors(tmp_path / "w", tensors())
     whole = os.path.getsize(tmp_path / "w")
     os.truncate(tmp_path / "w", whole - 20)
-    with pytest.raises(UserError, match=f"cut or damaged: {whole - 20} bytes where {whole} are expected"):
+    with pytest.raises(UserError, match=f"cut, .*: {whole - 20} bytes, but .* ends at"):
         weightfile.read_file(tmp_path / "w")
