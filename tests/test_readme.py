@@ -52,7 +52,7 @@ def commands():
             found = COMMAND.search(line.split("   #")[0])
             if found and found[1] in SCRIPTS and "`" not in line:
                 rest = found[2] + (" --clip c --root r" if re.match(r"\s*train ", line) else "")
-                rest = rest.replace('"$@"', "").replace("$seed", "0").replace('"$study"', "losses")
+                rest = re.sub(r'"\$\{?@[^"]*"', "", rest).replace("$seed", "0").replace('"$study"', "losses")
                 yield name, found[1], re.sub(r"\s(\||&&|->|>|<|#).*", "", rest)
 
 

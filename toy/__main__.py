@@ -19,7 +19,7 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: str                         # what to do: render, sample, stories, clip, llama, score, times or picture
+    stage: str                         # what to do, see above
     data: str = "out/shapes"           # where the clips, captions and questions are
     stories: str = "out/stories"       # where the long clips are
     out: str = "weights/tiny"          # where the trained models go

@@ -3,18 +3,21 @@
     python -m toy.clock --weights out/time/align --out out/time/boundaries \\
         --clock 0.4 --look 0.5 --point 1 --end 0.5
 
-A LLaMA that has read the world needs no aids, and `chat_tune.py --stage boundaries` has none. This one has only
-read about shapes. The loss of a few digits does not tell it that rotary positions are a clock, nor that what is
-asked and what is shown have to meet; alone, it names the first event whatever is asked. Each aid is a weight in
-the loss, 0 by default. What they add is thrown away; they follow from the spans and words of the training data:
+A LLaMA that has read the world needs no aids, and `chat_tune.py --stage boundaries` has none. This one has
+only read about shapes. The loss of a few digits does not tell it that rotary positions are a clock, nor that
+what is asked and what is shown have to meet; alone, it names the first event whatever is asked. Each aid is a
+weight in the loss, 0 by default. It follows from the spans and words of the training data. Its heads are
+thrown away:
 
     --clock   after layer 2, linear heads read from each frame its place, 00 to 99; after layer 3, where the
               event or gap began in which it lies
-    --look    after layer 2, linear heads read colour, shape and motion: where a start is to be written, of the
-              event that is asked about; from each frame, of what it shows. After layer 3 its motion once more
+    --look    after layer 2, linear heads read colour, shape and motion: where a start is to be written, of
+              the event that is asked about; from each frame, of what it shows. After layer 3 that motion
+              once more
     --point   no head: where a start is to be written, half of the attention heads of the last two layers look
               at the frames of the event that is asked about
-    --end     where an end is to be written, the other half, in the last layer, look at the gap behind the event
+    --end     no head: where an end is to be written, the other half, in the last layer, look at the gap
+              behind that event
 
 Two more things are of this world. Each step shows stories that never were: the events of a rendered story, in
 another order and at other times, from what CLIP said of its frames. And all questions about a story stand in
@@ -71,7 +74,6 @@ from toy.world import COLOURS, MOTIONS, SHAPES
 T = 100   # frames that a model sees of a story, and steps of its clock
 SHARE = torch.arange(T) * (FRAMES - 1) // (T - 1) / FRAMES   # (T,): where they are in it
 WORDS = {"colour": list(COLOURS), "shape": SHAPES, "motion": [way for m in KINDS for way in MOTIONS[m][:2]]}
-BEHIND_ALL = 10 ** 6   # the question to which padding belongs
 
 
 # -------------------------------------------------------------------------------- stories from features
@@ -88,11 +90,13 @@ def read_stories(cfg, chat, split):
         path = os.path.join(cfg.features, f"{os.path.splitext(clip['video'])[0]}.npy")
         if not os.path.exists(path):
             found = data.sample_frames(os.path.join(cfg.stories, clip["video"]), T, kind.rule)
-            pixels = torch.cat([kind.pixels(picture[None], chat.clip.config.image_size) for _, picture in found])
+            size = chat.clip.config.image_size
+            pixels = torch.cat([kind.pixels(picture[None], size) for _, picture in found])
             seen = kind.frozen(chat.clip, pixels[None])[0].half().numpy()
             cli.write_atomic(path, lambda f: np.save(f, seen))
         spans = [(start / clip["duration"], end / clip["duration"]) for start, end, _ in clip["events"]]
-        stories.append(([text for *_, text in clip["events"]], spans, torch.from_numpy(np.load(path)).float()))
+        seen = torch.from_numpy(np.load(path)).float()
+        stories.append(([text for *_, text in clip["events"]], spans, seen))
     return stories
 
 
@@ -129,47 +133,52 @@ def questions(said, spans, rng):
 # -------------------------------------------------------------------------------- a step
 @dataclasses.dataclass
 class Batch:
-    """Rows of a step: V frames stand from `first` on. Lists say which tokens an aid is about."""
+    """The rows of a step. The T frames stand from `first` on. `asked`: a row, and an event of its story, for
+    each question that wants a span."""
+    stories: list             # B of (said, spans, features)
     embeds: torch.Tensor      # (B, S, D)
     target: torch.Tensor      # (B, S - 1): what comes next, IGNORE_INDEX where that is not learned
     mask: torch.Tensor        # (B, 1, S, S) bool
     positions: torch.Tensor   # (B, S)
     first: int
-    starts: list              # (row, place of the token that writes the tens of a start, event)
-    ends: list                # likewise of an end
+    asked: list               # Q of (row, event)
+    digits: torch.Tensor      # (Q, 2): which token writes the first digit of the start, and of the end
+
+    @property
+    def video(self):
+        return slice(self.first, self.first + T)
 
 
 def assemble(chat, stories, rng):
     """Stories (said, spans, features) -> Batch."""
-    tokenizer, rows, targets, turns, starts, ends = chat.tokenizer, [], [], [], [], []
-    digits = {tokenizer.encode(str(digit))[-1] for digit in range(10)}
+    tokenizer, rows, targets, turns, asked, digits = chat.tokenizer, [], [], [], [], []
+    numerals = {tokenizer.encode(str(digit))[-1] for digit in range(10)}
     tokens = chat.video_tokens(torch.stack([seen for *_, seen in stories]))   # (B, T, D)
     for row, (said, spans, _) in enumerate(stories):
         ids, labels, turn = [], [], []
         for i, (question, answer, event) in enumerate(questions(said, spans, rng)):
             new, learned = prompt_ids(tokenizer, [(question, answer)], chat.video_tokens.template)
             at = new.index(VIDEO_INDEX)
-            before = new[:at + 1]
-            if event is not None:   # the digits of its answer: two of the start, two of the end
-                written = [len(ids) + at + T + j for j in range(len(new) - at - 1)
-                           if learned[at + 1 + j] in digits]
-                starts.append((row, written[0] - 1, event))
-                ends.append((row, written[2] - 1, event))
+            before, behind = new[:at + 1], at + T + len(ids)
+            if event is not None:   # two digits of the start, two of the end
+                places = [behind + j for j, label in enumerate(learned[at + 1:]) if label in numerals]
+                asked.append((row, event))
+                digits.append((places[0] - 1, places[2] - 1))
             ids, labels = ids + new[at + 1:], labels + learned[at + 1:]
             turn += [i] * (len(ids) - len(turn))
         rows.append(chat.splice(before + ids, tokens[row]))
         targets.append(torch.tensor([IGNORE_INDEX] * (at + T) + labels))
         turns.append(torch.tensor([-1] * (at + T) + turn))
     embeds = pad_sequence(rows, batch_first=True)
-    turn = pad_sequence(turns, batch_first=True, padding_value=BEHIND_ALL)                      # (B, S)
-    sees = (turn[:, None] == -1) | (turn[:, :, None] == turn[:, None])                         # (B, S, S)
+    turn = pad_sequence(turns, batch_first=True, padding_value=10 ** 6)   # (B, S): padding sees padding
+    sees = (turn[:, None] == -1) | (turn[:, :, None] == turn[:, None])    # (B, S, S)
     mask = (sees & torch.ones(sees.shape[1:], dtype=torch.bool).tril())[:, None]
     target = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:]
-    return Batch(embeds, target, mask, mask[:, 0].sum(2) - 1, at, starts, ends)
+    return Batch(stories, embeds, target, mask, mask[:, 0].sum(2) - 1, at, asked, torch.tensor(digits))
 
 
 def states_of(llm, batch):
-    """-> what each layer reads, and what the last one leaves (B, S, D); cos, sin (B, 1, S, d/2)."""
+    """-> what each layer reads, and what the last one leaves, each (B, S, D); cos, sin (B, 1, S, d/2)."""
     tables = rope_tables(llm.config, 0, batch.embeds.shape[1], batch.embeds.device)
     cos, sin = (table[batch.positions][:, None] for table in tables)
     states = [batch.embeds]
@@ -180,65 +189,62 @@ def states_of(llm, batch):
 
 class Aids(nn.Module):
     """The heads, and what all aids add to the loss."""
-    def __init__(self, cfg, width):
+    def __init__(self, cfg, llm):
         super().__init__()
-        self.cfg, words = cfg, sum(map(len, WORDS.values()))
+        self.cfg, self.heads, width = cfg, llm.config.heads, llm.config.width
+        words = sum(map(len, WORDS.values()))
         self.place, self.began = nn.Linear(width, 20), nn.Linear(width, 20)   # tens and units
         self.asked, self.shown = nn.Linear(width, words), nn.Linear(width, words)
         self.motion = nn.Linear(width, len(WORDS["motion"]))
 
-    def forward(self, llm, batch, stories, states, cos, sin):
-        cfg, video, notes = self.cfg, slice(batch.first, batch.first + T), {}
-        h2, h3 = (F.layer_norm(states[n], states[n].shape[-1:]) for n in (2, 3))   # states after layers 2, 3
-        on = torch.stack([F.pad(torch.stack([within(span) for span in spans]), (0, 0, 0, 4 - len(spans)))
-                          for _, spans, _ in stories])                               # (B, 4, T)
-        shown = torch.full((len(stories), T, len(WORDS)), IGNORE_INDEX)               # (B, T, 3)
-        for row, (said, *_) in enumerate(stories):
-            for i, text in enumerate(said):
-                shown[row, on[row, i]] = classes(text)
-        loss = 0
+    def forward(self, layers, batch, states, cos, sin):
+        """layers: of the LLaMA -> what is added to the loss."""
+        cfg, loss = self.cfg, 0
+        h2, h3 = (F.layer_norm(states[n], states[n].shape[-1:]) for n in (2, 3))   # after layers 2 and 3
         if cfg.clock:
-            edges = [torch.tensor([0, *np.ravel(spans)]) for _, spans, _ in stories]
-            began = torch.stack([e[torch.searchsorted(e, SHARE.to(e), right=True) - 1] for e in edges])
-            loss = loss + cfg.clock * (number_loss(self.place(h2[:, video]), torch.arange(T).expand_as(began))
-                                       + number_loss(self.began(h3[:, video]), (100 * began).round().long()))
-        if not batch.starts:
-            return loss, notes
-        (rows, places, events), (_, last, _) = (torch.tensor(part).T for part in (batch.starts, batch.ends))
+            edges = [torch.tensor([0, *np.ravel(spans)]) for _, spans, _ in batch.stories]
+            began = [edge[torch.searchsorted(edge, SHARE.double(), right=True) - 1] for edge in edges]
+            began = (100 * torch.stack(began)).round().long()                                      # (B, T)
+            place = torch.arange(T).expand_as(began)
+            loss = loss + cfg.clock * (number_loss(self.place(h2[:, batch.video]), place)
+                                       + number_loss(self.began(h3[:, batch.video]), began))
+        if not batch.asked:
+            return loss
+        rows, start, end = torch.tensor(batch.asked)[:, 0], *batch.digits.T
         if cfg.look:
-            wanted = torch.stack([classes(stories[row][0][event]) for row, _, event in batch.starts])
-            asked, seen = self.asked(h2[rows, places]), self.shown(h2[:, video])
-            loss = loss + cfg.look * (words_loss(asked, wanted) + words_loss(seen, shown))
-            loss = loss + F.cross_entropy(self.motion(h3[:, video]).flatten(0, 1), shown[..., 2].flatten(),
-                                          ignore_index=IGNORE_INDEX)
-        half = llm.config.heads // 2
+            shown = torch.full((len(batch.stories), T, len(WORDS)), IGNORE_INDEX)
+            for row, (said, spans, _) in enumerate(batch.stories):
+                for text, span in zip(said, spans):
+                    shown[row, within(span)] = classes(text)
+            asked = torch.stack([classes(batch.stories[row][0][event]) for row, event in batch.asked])
+            found = words_loss(self.asked(h2[rows, start]), asked)
+            found = found + words_loss(self.shown(h2[:, batch.video]), shown)
+            motion = F.cross_entropy(self.motion(h3[:, batch.video]).flatten(0, 1), shown[..., 2].flatten(),
+                                     ignore_index=IGNORE_INDEX)
+            loss = loss + cfg.look * found + motion
+        spans = [batch.stories[row][1] for row, _ in batch.asked]
         if cfg.point:
+            frames = torch.stack([within(span[event]) for span, (_, event) in zip(spans, batch.asked)])
             for n in (-2, -1):
-                share = attention_on(llm.model.layers[n], states[n - 1], cos, sin, batch, slice(half), rows, places,
-                                     on[rows, events])
-                loss = loss - cfg.point * share.mean()
-            notes["pointing"] = share.exp().mean().item()
-        if cfg.end:
-            gaps = torch.stack([within((stories[row][1][event][1], next_start(stories[row][1], event)))
-                                for row, _, event in batch.ends])                        # (Q, T)
+                share = attention_on(layers[n], states[n - 1], cos, sin, batch, rows, start, frames)
+                loss = loss - cfg.point * share[:, :self.heads // 2].mean()
+        if cfg.end:   # the gap behind an event; where the next one follows within a frame there is none
+            gaps = torch.stack([within((span[event][1], [*span, (1, 1)][event + 1][0]))
+                                for span, (_, event) in zip(spans, batch.asked)])
             some = gaps.any(1)
-            share = attention_on(llm.model.layers[-1], states[-2], cos, sin, batch, slice(half, None), rows[some],
-                                 last[some], gaps[some])
-            loss = loss - cfg.end * share.mean()
-        return loss, notes
-
-
-def next_start(spans, event):
-    return spans[event + 1][0] if event + 1 < len(spans) else 1.0
+            share = attention_on(layers[-1], states[-2], cos, sin, batch, rows[some], end[some], gaps[some])
+            loss = loss - cfg.end * share[:, self.heads // 2:].mean()
+        return loss
 
 
 def classes(text):
     """"a red star moves left" -> (3,): which colour, shape and motion of WORDS."""
-    return torch.tensor([words.index(said) for said, words in zip(text.split(maxsplit=3)[1:], WORDS.values())])
+    said = text.split(maxsplit=3)[1:]
+    return torch.tensor([words.index(word) for word, words in zip(said, WORDS.values())])
 
 
 def number_loss(logits, number):
-    """logits (..., 20) of tens and units, number (...) from 0 to 99."""
+    """logits (..., 20) of tens and units, number (...) from 0 to 100."""
     tens, units = logits.flatten(0, -2).split(10, dim=1)
     number = number.clamp(max=99).flatten()
     return F.cross_entropy(tens, number // 10) + F.cross_entropy(units, number % 10)
@@ -251,22 +257,22 @@ def words_loss(logits, wanted):
                for part, column in zip(parts, wanted.flatten(0, -2).T))
 
 
-def attention_on(block, x, cos, sin, batch, heads, rows, places, frames):
-    """Some heads of a layer that reads x (B, S, D): how much of their attention at `places` of `rows` (Q,) each
-    lies on frames (Q, T) bool -> its log (Q, heads). Computed once more beside the model."""
+def attention_on(block, x, cos, sin, batch, rows, places, frames):
+    """A layer that reads x (B, S, D): how much of its attention at `places` of `rows` (Q,) lies on frames (Q,
+    T) bool -> the log, for each head (Q, H). Computed once more beside the model."""
     attn, z = block.self_attn, block.input_layernorm(x)
-    q, k = (rotate(proj(z).unflatten(2, (-1, attn.head_dim)).transpose(1, 2), cos, sin)[:, heads]
-            for proj in (attn.q_proj, attn.k_proj))                                     # (B, heads, S, d)
+    q, k = (rotate(proj(z).unflatten(2, (-1, attn.head_dim)).transpose(1, 2), cos, sin)
+            for proj in (attn.q_proj, attn.k_proj))                                          # (B, H, S, d)
     logits = torch.einsum("qhd,qhsd->qhs", q[rows, :, places], k[rows]) / math.sqrt(attn.head_dim)
     logits = logits.masked_fill(~batch.mask[rows, 0, places][:, None], -math.inf)
-    video = logits.log_softmax(-1)[..., batch.first:batch.first + T]
-    return video.masked_fill(~frames[:, None], -math.inf).logsumexp(-1)
+    on_video = logits.log_softmax(-1)[..., batch.video]                                      # (Q, H, T)
+    return on_video.masked_fill(~frames[:, None], -math.inf).logsumexp(-1)
 
 
 # -------------------------------------------------------------------------------- does it listen?
 @torch.inference_mode()
 def listens(chat, stories, number=100):
-    """Asks when events of stories happen, `number` of all, drawn -> percent of GROUNDING (5,), and chance."""
+    """Asks when events happen, `number` of all, drawn -> percent of GROUNDING (5,); chance of the last."""
     asked = [(*story, event) for story in stories for event in range(len(story[0]))]
     asked = [asked[k] for k in np.random.default_rng(0).permutation(len(asked))[:number]]
     scores, chance = [], []
@@ -294,25 +300,22 @@ def main(cfg):
         for p in projector.parameters():
             p.data *= loudness / projector.weight.norm()
             p.requires_grad_(True)
-    aids = Aids(cfg, chat.llm.config.width)
+    aids = Aids(cfg, chat.llm)
     trained = [p for p in (*chat.parameters(), *aids.parameters()) if p.requires_grad]
-    chat.train()
 
     def loss_of(step):
+        if cfg.watch and step % cfg.watch == 0:
+            found, chance = listens(chat, watched)
+            found = ", ".join(f"{name} {value:.1f}" for name, value in zip(GROUNDING, found.tolist()))
+            print(f"step {step}: {found} (chance {chance:.1f})", flush=True)
         rng = np.random.default_rng([cfg.seed, 13, step])
         told = [told_anew(*stories[i], rng) for i in rng.integers(len(stories), size=cfg.batch_size)]
         batch = assemble(chat, told, rng)
         states, cos, sin = states_of(chat.llm, batch)
-        answers = batch.target != IGNORE_INDEX
-        logits = chat.llm.lm_head(chat.llm.model.norm(states[-1][:, :-1][answers]))
-        loss = F.cross_entropy(logits, batch.target[answers])
-        more, notes = aids(chat.llm, batch, told, states, cos, sin)
-        if cfg.watch and step and step % cfg.watch == 0:
-            found, chance = listens(chat, watched)
-            print(f"step {step}, loss {loss.item():.3f}: " + ", ".join(
-                f"{name} {value:.1f}" for name, value in zip(GROUNDING, found.tolist())) +
-                f" (chance {chance:.1f})", flush=True)
-        return loss + more, f"answers {loss.item():.3f} " + " ".join(f"{k} {v:.2f}" for k, v in notes.items())
+        learned = batch.target != IGNORE_INDEX
+        logits = chat.llm.lm_head(chat.llm.model.norm(states[-1][:, :-1][learned]))
+        loss = F.cross_entropy(logits, batch.target[learned])
+        return loss + aids(chat.llm.model.layers, batch, states, cos, sin), f"answers {loss.item():.3f}"
     fit("clock", trained, loss_of, cfg.steps, round(0.03 * cfg.steps), cfg.seed, cfg.lr, 0, 1)
     cli.make_folder(cfg.out)
     save_adapter(os.path.join(cfg.out, "stage2"), chat.llm)

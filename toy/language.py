@@ -15,7 +15,7 @@ import re
 import numpy as np
 
 from plumbing import cli
-from toy.world import ASSETS, COLOURS, FRAMES, MOTIONS, SHAPES, SPINNING, STEPS, TURNS, make_clips, splits
+from toy.world import ASSETS, COLOURS, FRAMES, MOTIONS, SHAPES, SPINNING, STEPS, TURNS, splits
 
 NOTHING = "I only know coloured shapes."
 VIDEO = ["this video", "the clip", "this clip", "the film", "the scene", "the picture", "the image"]

@@ -111,9 +111,11 @@ def times(cfg):
         spans = torch.tensor([event[:2] for event in story["events"]], dtype=torch.float64)
         stories[story["video"]] = spans / story["duration"], said
     asked = [(true, event) for true, said in stories.values() for event in range(len(said))]
-    rows = {name: [scores_of([(true.new_tensor(spans) if spans else true, true, event) for true, event in asked])]
-            for name, spans in (("whole video", [[0.0, 1.0]]), ("middle third", [[1 / 3, 2 / 3]]),
-                                ("a true event picked blindly", None))}
+    rows = {}
+    for name, spans in (("whole video", [[0.0, 1.0]]), ("middle third", [[1 / 3, 2 / 3]]),
+                        ("a true event picked blindly", None)):
+        guesses = [(true.new_tensor(spans) if spans else true, true, event) for true, event in asked]
+        rows[name] = [scores_of(guesses) + [math.nan] * 2]
     for file in sorted(glob.glob(os.path.join(cfg.out, "seed*", "*.jsonl"))):
         answers = [row for row in map(json.loads, open(file)) if row.get("event")]
         found = []
@@ -128,7 +130,8 @@ def times(cfg):
     print(f"{len(asked)} events of {len(stories)} held-out stories, in percent: mean (lowest to highest)\n")
     print("| | seeds | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns))
     for name, seeds in rows.items():
-        print(f"| {name} | {len(seeds)} | " + " | ".join(map(spread, zip(*seeds))) + " |")
+        cells = " | ".join(map(spread, zip(*seeds))).replace("nan (nan to nan)", "–")
+        print(f"| {name} | {len(seeds)} | {cells} |")
 
 
 def scores_of(answers):

@@ -21,7 +21,7 @@ from toy.world import MOTIONS, QUIET, SIZE, Clip, draw, looks_of, write_video
 
 FRAMES = 120   # of a story
 SPLITS = {"train": (1500, False), "watch": (40, False), "test": (120, True)}   # stories, of the test world?
-KINDS = [m for m, (motion, _, _) in enumerate(MOTIONS) if "blinks" not in motion]   # that would look like gaps
+KINDS = [m for m, (motion, _, _) in enumerate(MOTIONS) if "blinks" not in motion]   # else an event has gaps
 ANSWERS = ["It is from {} to {} that it happens.", "It happens from {} to {}."]   # in the third stage
 
 
@@ -43,7 +43,8 @@ class Story:
         for clip, (start, end) in zip(self.events, self.spans):
             if start <= share < end:
                 return draw(clip, (share - start) / (end - start))
-        return np.full((SIZE, SIZE, 3), 30 + int(60 * self.events[0].jitter[3]), np.uint8)   # as `draw` has it
+        ground = 30 + int(60 * self.events[0].jitter[3])   # as `draw` has it
+        return np.full((SIZE, SIZE, 3), ground, np.uint8)
 
     def times(self):
         """{"<s0>": seconds, "<e0>": seconds, ...}: the words for times in conversations."""

@@ -230,13 +230,20 @@ def test_the_aid_that_points_sees_the_attention_that_the_model_has(beginner, mon
         return attention(q, k, v, mask, **options)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", keep)
     block(states[-2], cos, sin, batch.mask, None)
-    rows, places, _ = (torch.tensor(part) for part in zip(*batch.starts))
+    rows, places = torch.tensor(batch.asked)[:, 0], batch.digits[:, 0]
     frames = torch.rand(len(rows), 100) < 0.3
-    share = clock.attention_on(block, states[-2], cos, sin, batch, slice(2), rows, places, frames).exp()
-    video = given["weights"][rows, :2, places, batch.first:batch.first + 100]
+    share = clock.attention_on(block, states[-2], cos, sin, batch, rows, places, frames).exp()
+    video = given["weights"][rows, :, places][..., batch.video]
     torch.testing.assert_close(share, (video * frames[:, None]).sum(-1))
-    digits = {chat.tokenizer.encode(str(digit))[-1] for digit in range(10)}
-    assert all(batch.target[row, at].item() in digits for row, at, _ in batch.starts + batch.ends)
+
+
+def test_aids_are_about_the_tokens_that_write_the_first_digits(beginner):
+    chat, told = beginner
+    batch = clock.assemble(chat, told, np.random.default_rng(2))
+    assert batch.asked
+    for (row, event), places in zip(batch.asked, batch.digits.tolist()):
+        written = [chat.tokenizer.decode(batch.target[row, at:at + 2].tolist()) for at in places]
+        assert written == [f"{min(round(100 * t), 99):02d}" for t in told[row][1][event]]
 
 
 def test_a_story_told_anew_has_the_same_events_at_its_new_times():
