@@ -1,7 +1,7 @@
 """The toy world and the tiny models that know it: `runs/tiny.sh` has all the commands in order.
 
     python -m toy render    # clips, still pictures, captions, questions -> out/shapes (3 minutes on 2 cores)
-    python -m toy sample    # the clip that chat.py opens by itself      -> assets/sample.mp4
+    python -m toy sample    # the clip that chat.py opens, one of events -> assets/sample.mp4, events.mp4
     python -m toy clip      # a tiny CLIP from single frames             -> weights/tiny/clip
     python -m toy stories   # long clips with events and their times     -> out/stories
     python -m toy llama     # a tiny LLaMA from the world's language     -> weights/tiny/llama
@@ -46,6 +46,7 @@ def render(cfg):
 
 def sample(cfg):
     world.write_video(os.path.join(world.ASSETS, "sample.mp4"), world.film(world.SAMPLE, 256))
+    stories.render_story((stories.SAMPLE, os.path.join(world.ASSETS, "events.mp4"), 256))
 
 
 STAGES = {"render": render, "sample": sample, "stories": stories.render, "clip": tiny_models.train_clip,

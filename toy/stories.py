@@ -38,13 +38,13 @@ class Story:
         """What happens in each event, in words."""
         return [an(f"{clip.colour} {clip.shape} {clip.motion}") for clip in self.events]
 
-    def at(self, share):
-        """The picture at a share 0..1 of the story -> (SIZE, SIZE, 3) uint8."""
+    def at(self, share, size=SIZE):
+        """The picture at a share 0..1 of the story -> (size, size, 3) uint8."""
         for clip, (start, end) in zip(self.events, self.spans):
             if start <= share < end:
-                return draw(clip, (share - start) / (end - start))
+                return draw(clip, (share - start) / (end - start), size)
         ground = 30 + int(60 * self.events[0].jitter[3])   # as `draw` has it
-        return np.full((SIZE, SIZE, 3), ground, np.uint8)
+        return np.full((size, size, 3), ground, np.uint8)
 
     def times(self):
         """{"<s0>": seconds, "<e0>": seconds, ...}: the words for times in conversations."""
@@ -90,6 +90,14 @@ def make_stories(split, seed):
             for i in range(count)]
 
 
+# large enough for people to look at, and of the test world
+SAMPLE = Story([Clip(*kind, jitter=(0.5,) * 6) for kind in (
+    ("blue", "triangle", "moves left", "in the middle", "small"),
+    ("red", "arrow", "spins clockwise", "in the middle", ""),
+    ("yellow", "square", "gets big", "at the top right", ""))],
+    [(0.07, 0.29), (0.41, 0.62), (0.72, 0.93)], 20.0)
+
+
 # -------------------------------------------------------------------------------- conversations
 def ordinary(story, rng):
     """What takes no clock to answer -> [(kind of question, question, answer)]."""
@@ -121,8 +129,8 @@ def moments(story, rng):
 
 # -------------------------------------------------------------------------------- files
 def render_story(job):
-    story, path = job
-    pictures = [story.at(i / FRAMES) for i in range(FRAMES)]
+    story, path, *size = job
+    pictures = [story.at(i / FRAMES, *size) for i in range(FRAMES)]
     rate = Fraction(FRAMES / story.duration).limit_denominator(1000)
     write_video(path, pictures, rate=rate, group=FRAMES)
 

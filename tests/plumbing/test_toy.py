@@ -40,8 +40,9 @@ def test_training_and_test_share_no_combination_of_colour_shape_and_motion():
     assert {combo[:2] for combo in test} <= {combo[:2] for combo in train}
 
 
-def test_the_sample_clip_is_of_the_test_world():
-    assert world.SAMPLE.caption in {clip.caption for clip in world.make_clips(0, 0, True)}
+def test_the_sample_clips_are_of_the_test_world():
+    assert {world.SAMPLE.caption, *(clip.caption for clip in stories.SAMPLE.events)} <= {
+        clip.caption for clip in world.make_clips(0, 0, True)}
 
 
 def test_the_test_world_has_at_least_500_pairs_and_no_caption_twice():
