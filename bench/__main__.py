@@ -13,6 +13,7 @@ in out/bench when they are first wanted.
 """
 import dataclasses
 import importlib
+from typing import Annotated
 
 from plumbing import cli
 
@@ -23,6 +24,7 @@ class Config:
     data: str = "out/bench"   # where the clips and weights are, or will be
     pictures: str = "docs"    # folder for the picture
     runs: cli.Count = 5       # measurements of each; the medians are shown
+    tokens: Annotated[str, "branch", "frame_cls"] = "branch"   # of line: of BT-Adapter, or of VTimeLLM
     layers: cli.Count = 32    # of the 7B; fewer for a quick look, the work of a layer stays the same
 
 

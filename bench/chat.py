@@ -16,12 +16,13 @@ import sys
 import time
 
 import torch
+from torch import nn
 
 from bench.frames import SHORT_GOP, make
 from bench.measure import HERE, TINY, call, filled, heading, multiplying, reading, table
 from clip import CLIP, CLIPConfig, load_clip, save_clip
-from llm import KVCache, LLaMA, LLaMAConfig, load_llama, save_llama
-from model import Branch, branch_tensors
+from llm import KVCache, LLaMA, LLaMAConfig, add_lora, load_llama, save_adapter, save_llama
+from model import ADAPTERS, Branch, branch_tensors
 from plumbing import cli, pictures, quant, store, training
 
 PROMPT, TOKENS = 300, 16   # tokens of a prompt and of an answer
@@ -45,6 +46,25 @@ def make_weights(cfg, config=LLaMAConfig(), clip_config=CLIPConfig()):
         branch = branch_tensors(Branch.beside(clip), "backbone.", torch.float16)
         training.save_checkpoint(os.path.join(folder, "branch.pth"), {"state_dict": branch})
     return folder
+
+
+def with_adapters(folder):
+    """A folder of make_weights -> another beside it, for `frame_cls`: links, a projector, two adapters."""
+    timed, llava = f"{folder}_frame_cls", os.path.join(folder, "llava")
+    if not os.path.exists(os.path.join(timed, "mm_projector.bin")):   # the last of the files
+        llama = add_lora(load_llama(llava)[0])
+        for stage in ADAPTERS:
+            for name, p in llama.named_parameters():
+                if "lora_B" in name:
+                    nn.init.normal_(p, std=0.02)
+            save_adapter(os.path.join(timed, stage), llama)
+        for name in ("clip", "llava"):
+            os.symlink(os.path.join(folder, name), os.path.join(timed, name))
+        visual = load_clip(os.path.join(folder, "clip"))[0].config.projection_dim
+        projector = nn.Linear(visual, llama.config.width).state_dict()
+        training.save_checkpoint(os.path.join(timed, "mm_projector.bin"),
+                                 {f"model.mm_projector.{name}": t for name, t in projector.items()})
+    return timed
 
 
 # -------------------------------------------------------------------------------- a 7B beside others
@@ -124,8 +144,11 @@ LINE = [dataclasses.replace(SHORT_GOP, **length) for length in (
     {"seconds": 5}, {"copies": 1}, {"copies": 10}, {"copies": 60})]
 
 
-# not 100 frames: from 10 minutes those are at whole seconds, where this clip has its keyframes, for free
-def two_questions(weights, path, num_frames=101):
+# by middles not 100 frames: from 10 minutes those are at whole seconds, where the keyframes are, for free
+FRAMES = {"branch": 101, "frame_cls": 100}
+
+
+def two_questions(weights, path, num_frames):
     """-> video tokens, s to the first token, s of it for the video, s to the first token of a second
     question, GB of memory, all as chat.py says."""
     command = [sys.executable, "chat.py", path, "--weights", os.path.abspath(weights), "--num_frames",
@@ -143,9 +166,10 @@ def line(cfg, clips=LINE):
     """The same questions about longer and longer videos: what does the length cost?"""
     heading(cfg)
     weights, rows = make_weights(cfg), []
+    weights = with_adapters(weights) if cfg.tokens == "frame_cls" else weights
     for video in clips:
         path = make(cfg.data, video)
-        runs = [two_questions(weights, path) for _ in range(cfg.runs + 1)][1:]   # the first is cold
+        runs = [two_questions(weights, path, FRAMES[cfg.tokens]) for _ in range(cfg.runs + 1)][1:]   # the first is cold
         rows.append([*map(statistics.median, zip(*runs))])
         cli.say(f"{video.title}: {rows[-1][1]:.2f} s to the first token")
     what = ["video tokens", "s to the first token", "of it s for the video", "s for a second question", "GB"]
@@ -155,4 +179,5 @@ def line(cfg, clips=LINE):
     panels = [(f"{what[i]}, by the length of the video in minutes",
                {"chat.py": [(video.seconds * video.copies / 60, row[i]) for video, row in zip(clips, rows)]})
               for i in (0, 1, 4)]
-    pictures.plot(os.path.join(cfg.pictures, "chat_flat.png"), panels, height=220)
+    name = "chat_flat.png" if cfg.tokens == "branch" else f"chat_flat_{cfg.tokens}.png"
+    pictures.plot(os.path.join(cfg.pictures, name), panels, height=220)

@@ -139,7 +139,7 @@ def test_chat_measures_every_scheme(cfg, capsys, monkeypatch, here):
 def test_line_asks_about_longer_and_longer_videos(cfg, capsys, monkeypatch):
     made = []
 
-    def two_questions(weights, path):
+    def two_questions(weights, path, num_frames):
         made.append(path)
         return 17, len(made), 2, 1, 3
     monkeypatch.setattr(chat, "make_weights", lambda cfg: "mine")
@@ -157,8 +157,9 @@ def test_two_questions_are_a_chat_with_random_weights(cfg):
     weights, path = chat.make_weights(cfg, LLAMA, CLIP), frames.make(cfg.data, SHORT)
     tokens, seconds, seeing, second, memory = chat.two_questions(weights, path, 3)
     assert tokens == 5 and 0 <= seeing < seconds < 60 and 0 < second < seconds and memory > 0.05
+    assert chat.two_questions(chat.with_adapters(weights), path, 100)[0] == 100
     with pytest.raises(UserError, match="chat.py failed: .*/nowhere: lacks clip"):
-        chat.two_questions("/nowhere", path)
+        chat.two_questions("/nowhere", path, 3)
 
 
 # ---------------------------------------------------------------------------------------- a GPU
