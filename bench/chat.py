@@ -169,8 +169,8 @@ def line(cfg, clips=LINE):
     weights = with_adapters(weights) if cfg.tokens == "frame_cls" else weights
     for video in clips:
         path = make(cfg.data, video)
-        runs = [two_questions(weights, path, FRAMES[cfg.tokens]) for _ in range(cfg.runs + 1)][1:]   # the first is cold
-        rows.append([*map(statistics.median, zip(*runs))])
+        runs = [two_questions(weights, path, FRAMES[cfg.tokens]) for _ in range(cfg.runs + 1)]
+        rows.append([*map(statistics.median, zip(*runs[1:]))])   # the first is cold
         cli.say(f"{video.title}: {rows[-1][1]:.2f} s to the first token")
     what = ["video tokens", "s to the first token", "of it s for the video", "s for a second question", "GB"]
     table(["video", *what, "s to the shortest"],
