@@ -16,8 +16,8 @@ class Config:
     video: str                  # the file to look at
     num_frames: cli.Count = 16  # frames on the sheet
     rule: str = "uniform"       # by which rule they are chosen: uniform, seq, test, train or linspace
-    start: cli.Amount = 0       # seconds into the video at which to begin,
-    end: float = math.inf       # and to end
+    start: cli.Seconds = 0      # of its part to show: seconds, m:ss or h:mm:ss
+    end: cli.Seconds = math.inf   # its end
     seed: cli.Whole = 0         # for the rule train
     out: str = "out/sheet.png"  # the contact sheet
 

@@ -117,7 +117,7 @@ def index(cfg, store, weights, encoder, device):
     paths = sorted(os.path.join(parent, name) for parent, _, names in found
                    for name in names if name.lower().endswith(EXTENSIONS))
     if not paths:
-        raise UserError(f"{cfg.folder}: no videos in it ({' '.join(EXTENSIONS)})")
+        raise UserError(f"{cfg.folder}: no folder with videos in it ({' '.join(EXTENSIONS)})")
     listed = json.loads(before[1]["table"]) if (before := store.get(["all", weights])) else []
     if gone := [path for path, *_ in listed if os.path.commonpath([path, root]) != root]:
         cli.say(f"{cfg.index}: no longer lists {len(gone)} videos outside {cfg.folder}, as {gone[0]}; "

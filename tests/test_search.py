@@ -205,9 +205,9 @@ def test_a_video_that_claims_a_century_is_broken(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"folder": "nowhere"}, "nowhere: no videos"),
+    ({"folder": "nowhere"}, "nowhere: no folder with videos"),
     ({"folder": ""}, "give `index FOLDER`"),
-    ({"folder": TINY}, "no videos in it"), 
+    ({"folder": TINY}, "no folder with videos in it"), 
     ({"weights": "nowhere"}, "nowhere: lacks clip .*, branch.pth .python -m weights get branch")])
 def test_indexing_refuses_what_it_cannot_use_and_leaves_the_index(made, options, message):
     before = indexed(made)
