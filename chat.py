@@ -53,6 +53,7 @@ if __name__ == "__main__":
     CONFIG = cli.start(Config, **FLAGS)   # before the slow imports: a typing error shows at once
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -118,9 +119,9 @@ class Viewer:
         """opened: an OpenChat. made_with: what else its rows follow from, the files of the weights and the
         precision."""
         self.kind, self.size = opened.chat.video_tokens, opened.chat.clip.config.image_size
-        self.num_frames = self.kind.frames_of(cfg.num_frames, self.size)
+        self.frames_of = functools.partial(self.kind.frames_of, cfg.num_frames, self.size)   # of seconds
         code = code_of(clip, model, data, video, pictures, quant)
-        self.key = [self.num_frames, self.kind.rule, opened.tokens, opened.description, code, *made_with]
+        self.key = [cfg.num_frames, self.kind.rule, opened.tokens, opened.description, code, *made_with]
         folder = cfg.cache_dir or cli.own_folder("XDG_CACHE_HOME", "~/.cache")
         self.store = Store(folder, max_bytes=1 << 30) if cfg.cache else None
 
@@ -134,7 +135,7 @@ class Viewer:
     def decode(self, path, window, left):
         """-> pixels (T, 3, size, size) uint8, small pictures (T, 3, h, w) uint8, T times. `left`: an Event
         that ends it at the next frame. Raises VideoError."""
-        T, times = self.num_frames, []
+        T, times = self.frames_of(window[1] - window[0]), []
         pixels = torch.empty(T, 3, self.size, self.size, dtype=torch.uint8)
         found = data.sample_frames(path, T, self.kind.rule, window=window)
         for t, picture in tqdm(found, "frames", T, leave=False, disable=None, delay=2):
@@ -522,7 +523,7 @@ def begin(cfg):
     parameters = sum(p.numel() for p in opened.chat.llm.parameters())
     dtype, scheme, precision = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
     viewer = Viewer(cfg, opened, [files, precision, device.type])
-    memory.check(opened.need, dtype, scheme, device, viewer.num_frames)
+    memory.check(opened.need, dtype, scheme, device, viewer.frames_of())   # of the longest video
     with viewer.looking(cfg.video, (cfg.start, math.inf if cfg.end is None else cfg.end)) as see:
         filled = dataclasses.replace(cfg, tokens=opened.tokens, template=cfg.template or viewer.kind.template)
         session = Session(filled, opened.load(dtype, scheme, device), viewer)

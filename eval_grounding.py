@@ -174,7 +174,6 @@ def ask(cfg, clips):
 def new_answers(cfg, chat, device, clips, answers):
     """Yields a row of read_answers for each question that has none. A clip is looked at once."""
     kind, size = chat.video_tokens, chat.clip.config.image_size
-    num_frames = kind.frames_of(cfg.num_frames, size)
     for clip in tqdm(clips, "ask", disable=None):
         questions = {text: cfg.ask.replace("{}", text.lower().rstrip(".")) for *_, text in clip["events"]}
         questions |= {None: cfg.ask_all} if cfg.captions else {}
@@ -184,6 +183,7 @@ def new_answers(cfg, chat, device, clips, answers):
         path = data.locate(cfg.root, clip["video"])
         try:
             duration = data.clip_length(path, clip["window"], clip["duration"])
+            num_frames = kind.frames_of(cfg.num_frames, size, duration)
             found = data.sample_frames(path, num_frames, kind.rule, window=clip["window"])
             pixels = torch.cat([kind.pixels(picture[None], size) for _, picture in found])
         except data.VideoError as e:

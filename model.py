@@ -11,6 +11,7 @@ then the patches, position by position, each position's T frames side by side.
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import re
 import sys
@@ -388,8 +389,9 @@ class VideoTokens(nn.Module):
         """How many numbers of a CLIPConfig's CLIP the projector takes."""
         return config.vision_width
 
-    def frames_of(self, asked, image_size):
-        """How many frames to look at: `asked`, or None where a user did not say. Raises UserError."""
+    def frames_of(self, asked, image_size, seconds=math.inf):
+        """How many frames to look at: `asked`, or None where a user did not say. seconds: of the video; inf:
+        as long as can be. Raises UserError."""
         return asked or (self.num_frames if image_size >= 224 else 8)   # smaller pictures: the toy world's
 
     def frozen(self, clip, video):
@@ -448,7 +450,7 @@ class FrameCLS(VideoTokens):
     def width(config):
         return config.projection_dim
 
-    def frames_of(self, asked, image_size):
+    def frames_of(self, asked, image_size, seconds=math.inf):
         if asked not in (None, self.num_frames):
             raise UserError(f"--num_frames {asked}: these weights count time in {self.num_frames} frames")
         return self.num_frames
@@ -464,6 +466,10 @@ class LinVTTokens(VideoTokens):
     and passes as it is: K = N. linvt: a linvt.LinVT for rows as the LLaMA reads them."""
     num_frames, reads_linvt = 128, True
 
+    def frames_of(self, asked, image_size, seconds=math.inf):
+        """One a second; a long video's lie further apart, so that its end is seen, too."""
+        return asked or max(8, round(min(seconds, self.num_frames)))
+
     def forward(self, seen, question=None, mask=None):
         """seen (B, T, N, D), question (B, S, D_llm), mask (B, S) bool -> (B, M, D_llm)."""
         assert question is not None or seen.shape[1] == 1, f"{seen.shape[1]} units, and no question"
@@ -473,6 +479,11 @@ class LinVTTokens(VideoTokens):
 class WindowTokens(LinVTTokens):
     """BT-Adapter sees windows of 8 frames, LinVT chooses among them. One window passes as with `branch`."""
     num_frames, reads_branch, window = 512, True, 8
+
+    def frames_of(self, asked, image_size, seconds=math.inf):
+        """As many windows as last 8 seconds each, or 2, as the toy world's clips."""
+        windows = seconds / (8 if image_size >= 224 else 2)
+        return asked or self.window * max(1, round(min(windows, self.num_frames / self.window)))
 
     @torch.no_grad()
     def frozen(self, clip, video):

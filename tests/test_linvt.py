@@ -463,6 +463,13 @@ def test_rows_follow_the_question_and_what_is_seen_does_not(name, kinds):
     assert (chat.video_tokens(seen.half(), words, mask) - rows).abs().max() < 1e-2 * rows.abs().max()
 
 
+def test_frames_follow_the_length_of_a_video_up_to_a_cap():
+    frames = {name: [VIDEO_TOKENS[name](None).frames_of(None, size, seconds) for size in (64, 224)
+                     for seconds in (0.04, 9, 64, 1e6)] for name in ("linvt", "branch+linvt")}
+    assert frames == {"linvt": 2 * [8, 9, 64, 128], "branch+linvt": [8, 32, 256, 512, 8, 8, 64, 512]}
+    assert VIDEO_TOKENS["branch+linvt"](None).frames_of(5, 64, 9) == 5
+
+
 @torch.no_grad()
 def test_of_a_question_the_first_64_tokens_are_read(kinds):
     chat = kinds("linvt")
