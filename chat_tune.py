@@ -6,17 +6,21 @@
     align       VTimeLLM's first, still pictures: a projector of one vector a frame      -> mm_projector.bin
     boundaries  its second, events in videos: LoRA learns when they begin and end        -> stage2
     moments     its third, dialogues about them: a new LoRA on the merged one            -> stage3
+    linvt       LinVT, questions about long videos: a LinVT, all else is frozen          -> linvt.bin
+    linvt_lora  the same with LoRA, which learns to read its rows                        -> stage2
 
     python chat_tune.py --stage video   # the toy world of `python -m toy render`: ten minutes on two cores
     torchrun --nproc_per_node 8 chat_tune.py --stage video --clip weights/released/clip \\
         --llm weights/released/llava --branch out/branch/branch.pth \\
         --annotations video_chatgpt_training.json --root videos
     python chat_tune.py --stage boundaries --weights out/align --annotations stage2.json --features features
+    python chat_tune.py --stage linvt --weights weights/tiny --num_frames 8 --features out/features \\
+        --annotations out/shapes/train_scenes.jsonl --root out/shapes
 
 In --out: last.pth (what is trained, and the optimizer; the same command goes on from it, also after
 SIGTERM), log.jsonl, curve.png, and the result: chat.bin, or a Hugging Face LLaVA folder `llava`. Each of
-VTimeLLM's stages makes --out a folder for --weights, of the next one and of chat.py. With --eval_annotations
-the share of exactly right answers is printed, for each kind of question.
+VTimeLLM's and LinVT's stages makes --out a folder for --weights, of the next one and of chat.py. With
+--eval_annotations the share of exactly right answers is printed, for each kind of question.
 """
 import dataclasses
 from typing import Annotated
@@ -27,10 +31,11 @@ from plumbing.cli import Amount, Count, Whole
 
 @dataclasses.dataclass
 class Config:
-    stage: Annotated[str, "projector", "language", "video", "align", "boundaries", "moments"]   # see --help
+    stage: Annotated[str, "projector", "language", "video", "align", "boundaries", "moments", "linvt",
+                     "linvt_lora"]   # see --help
     clip: str | None = None          # CLIP: a Hugging Face folder or OpenAI's ViT-L-14.pt
     llm: str | None = None           # LLaVA folder (LLaMA is enough for the stage projector)
-    weights: str | None = None       # for LoRA, in the place of these two: a folder that chat.py opens
+    weights: str | None = None       # for LoRA and LinVT, in the place of these two: chat.py opens it
     annotations: str | None = None   # conversations or events, JSON(L), see data.talk_of; else the toy world
     root: str | None = None          # folder that the names in it are relative to
     out: str = "out/chat"            # folder for checkpoint, log, curve and result
@@ -40,11 +45,14 @@ class Config:
     template: str | None = None      # how prompts are put together: a key of model.TEMPLATES
     num_frames: Count | None = None  # frames of a video
     features: str = ""               # folder for what frozen weights say of videos; made where it lacks
-    rank: Count = 64                 # of LoRA
-    alpha: Count = 128               # of LoRA, which counts alpha / rank
+    rank: Count | None = None        # of LoRA
+    alpha: Count | None = None       # of LoRA, which counts alpha / rank
     lora_dropout: cli.Rate = 0.05    # of what LoRA reads
     reuse: bool = False              # go on with the last LoRA in --weights; else merge it, and add a new one
     tune_projector: bool = False     # along with LoRA
+    top_k: Whole = 0                 # of a new LinVT: tokens that its scorer keeps; 0: it has none, all count
+    content: bool = False            # of a new LinVT: it chooses patches, too
+    in_order: bool | None = None     # rows come as in the file: its first videos may be the short ones
     batch_size: Count | None = None  # conversations a step, over all processes
     micro_batch: Whole = 0           # of these a process computes so many at once; 0: all of its share
     checkpointed: bool | None = None   # keep less of the LLaMA for the gradient, and compute it twice
@@ -66,6 +74,7 @@ if __name__ == "__main__":
     CONFIG = cli.start(Config)   # before the slow imports: a typing error shows at once
 
 import collections
+import copy
 import math
 import os
 import re
@@ -74,34 +83,42 @@ import signal
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 from clip import load_clip
+from linvt import save_linvt
 from llm import add_lora, load_llama, save_adapter, save_llama, tokenizer_path
 from model import (ADAPTERS, IGNORE_INDEX, TEMPLATES, VIDEO_TOKENS, VideoChat, VideoTokens, base_name,
-                   is_marked, load_branch, make_projector, open_chat, prompt_ids, save_chat)
+                   is_marked, load_branch, make_projector, open_chat, save_chat)
 from plumbing import memory, pictures, training
 from plumbing.cli import UserError
 from plumbing.store import digest_of, state_of
 
+LEARNED_BEFORE = "branch.pth", "mm_projector.bin", "chat.bin"   # files that a LinVT builds upon
 VERSION = 1   # of features: whoever changes how they are made, counts up
 PROJECTOR = r"video_tokens\.mm_projector|start_end"   # learned: what names begin with
 RELEASED = {"tokens": "branch", "template": "vicuna_v1", "branch": "", "weights": "", "num_frames": 100,
             "batch_size": 8, "lr": 2e-5, "epochs": 3, "steps": 0, "eval_annotations": "",
-            "checkpointed": False}
+            "checkpointed": False, "in_order": False, "rank": 64, "alpha": 128, "slow": "$"}
 PICTURES = RELEASED | {"tokens": "mean", "num_frames": 1}
 VTIMELLM = RELEASED | {"tokens": "frame_cls", "template": "vtimellm", "root": "", "batch_size": 128,
                        "checkpointed": True}
 LORA = VTIMELLM | {"learned": r"llm\..*\.lora_", "clip": "", "llm": "", "weights": None, "lr": 1e-4,
                    "epochs": 2}
+LINVT = RELEASED | {"learned": r"video_tokens\.linvt", "tokens": "branch+linvt", "clip": "", "llm": "",
+                    "weights": None, "root": "", "num_frames": 512, "batch_size": 128, "lr": 2e-4,
+                    "epochs": 1, "in_order": True, "rank": 16, "alpha": 32,
+                    "slow": r"video_tokens\.linvt\.w_token"}
 STAGES = {   # the gates stay as pretraining left them, as in the released run
     "projector": PICTURES | {"learned": PROJECTOR},
     "language": PICTURES | {"learned": PROJECTOR + "|llm"},
     "video": RELEASED | {"learned": PROJECTOR + r"|video_tokens\.branch\.btadapter"},
     "align": VTIMELLM | {"learned": PROJECTOR, "template": "plain", "lr": 1e-3, "epochs": 1},
-    "boundaries": LORA, "moments": LORA}   # they differ in data, and in what --weights has
+    "boundaries": LORA, "moments": LORA,   # they differ in data, and in what --weights has
+    "linvt": LINVT, "linvt_lora": LINVT | {"learned": r"video_tokens\.linvt|llm\..*\.lora_",
+                                           "slow": r"video_tokens\.linvt"}}
 TOY = {   # the stage video without --annotations
     "clip": cli.shipped("weights/tiny/clip"), "llm": cli.shipped("weights/tiny/llava"),
     "branch": cli.shipped("weights/tiny/branch.pth"),
@@ -116,35 +133,31 @@ def complete(cfg):
     cfg = cli.fill(cfg, STAGES[cfg.stage] | (TOY if toy else {}))
     if toy and not os.path.exists(cfg.annotations):
         raise UserError(f"{cfg.annotations}: not there; `python -m toy render` makes it")
-    lora = "lora_" in STAGES[cfg.stage]["learned"]
-    for name in ("clip", "llm") if lora else ("weights", "reuse", "tune_projector"):
+    learned, kind = STAGES[cfg.stage]["learned"], VIDEO_TOKENS[cfg.tokens]
+    foreign = ["clip", "llm"] if STAGES[cfg.stage]["weights"] is None else ["weights"]
+    foreign += ["reuse", "tune_projector"] * ("lora_" not in learned)
+    for name in foreign:
         if getattr(cfg, name):
             raise UserError(f"--{name}: not for the stage {cfg.stage}")
-    if VIDEO_TOKENS[cfg.tokens].reads_linvt:
-        raise UserError(f"--tokens {cfg.tokens}: no stage trains a LinVT")
-    if VIDEO_TOKENS[cfg.tokens].reads_branch and not cfg.branch:
+    if kind.reads_linvt != ("linvt" in learned):
+        raise UserError(f"--tokens {cfg.tokens}: not for the stage {cfg.stage}")
+    if kind.reads_branch and not cfg.branch and not cfg.weights:
         raise UserError(f"--tokens {cfg.tokens} needs --branch FILE")
     if cfg.eval_only and not cfg.eval_annotations:
         raise UserError("--eval_only needs --eval_annotations")
     return cfg
 
 
-@torch.no_grad()
 def exact_answers(cfg, chat, questions, device):
-    """Prints and returns the share of questions that are answered exactly, {kind: percent}. An answer is
-    right if greedy decoding would give it word for word: that is so exactly when, with the right answer fed
-    in, every next token has the highest logit. An answer beyond the context is wrong."""
+    """Prints and returns the share of questions that are answered exactly, {kind: percent}."""
     answers = collections.defaultdict(list)   # {kind: [right or not]}
     chat.eval()
     loader = DataLoader(questions, 32, collate_fn=data.collate_skip, num_workers=cfg.workers,
                         worker_init_fn=training.leave_signals_to_the_parent)
     for batch in tqdm(loader, desc="ask", leave=False):
-        prompts = [prompt_ids(chat.tokenizer, turns, cfg.template) for turns in batch["text"]]
-        logits, target = chat.logits(batch["pixels"].to(device), prompts)
-        learned = [sum(label != IGNORE_INDEX for label in labels) for _, labels in prompts]
-        right = ((logits.argmax(-1) == target) & (target != IGNORE_INDEX)).sum(1)   # (B,): tokens
-        for i, found, wanted in zip(batch["index"], right.tolist(), learned):
-            answers[questions.talks[i].kind].append(found == wanted)
+        right = chat.exact(batch["pixels"].to(device), batch["text"], cfg.template)
+        for i, found in zip(batch["index"], right):
+            answers[questions.talks[i].kind].append(found)
     shares = {kind: 100 * sum(right) / len(right) for kind, right in sorted(answers.items())}
     for kind, share in shares.items():
         print(f"{cfg.stage}, {cfg.tokens} tokens: {kind} questions {share:.1f} % exactly right "
@@ -164,12 +177,18 @@ def adapter_of(cfg):
 
 def build(cfg):
     """-> the model of a stage, in fp32."""
+    kind, branch = VIDEO_TOKENS[cfg.tokens], None
     if cfg.weights:
-        adapter_of(cfg)
-        opened = open_chat(cfg.weights, cfg.tokens, chat_file=False)
+        lora = "lora_" in STAGES[cfg.stage]["learned"]
+        if lora:
+            adapter_of(cfg)
+        opened = open_chat(cfg.weights, cfg.tokens, chat_file=None if kind.reads_linvt else False,
+                           new_linvt=None if lora or cfg.eval_only else
+                           {"top_k": cfg.top_k or None, "content": cfg.content})
         reused = opened.adapters.pop() if cfg.reuse else None
         chat = opened.load()   # the others are merged
-        add_lora(chat.llm, cfg.rank, cfg.alpha, cfg.lora_dropout, reused)
+        if lora:
+            add_lora(chat.llm, cfg.rank, cfg.alpha, cfg.lora_dropout, reused)
         return chat
     clip, _ = load_clip(cfg.clip)
     llm, tokenizer, extra = load_llama(cfg.llm)
@@ -177,7 +196,6 @@ def build(cfg):
     if words - tokenizer.vocab_size not in (0, 3):   # 3: LLaVA's <im_patch>, <im_start>, <im_end>
         raise UserError(f"{cfg.llm}: {words} word embeddings for {tokenizer.vocab_size} tokens; must be as "
                         "many, or 3 more")
-    kind, branch = VIDEO_TOKENS[cfg.tokens], None
     visual, width = kind.width(clip.config), llm.config.width
     if cfg.stage in ("projector", "align"):   # begin anew; the others go on with that of the weights
         mm_projector = nn.Linear(visual, width)
@@ -211,15 +229,19 @@ def save_result(cfg, chat, tuned_from):
     else:   # a folder that open_chat opens: what has not changed is a link
         parts = {"clip": cfg.clip, "llava": cfg.llm}
         if cfg.weights:
+            parts = {name: os.path.join(cfg.weights, name) for name in ("clip", "llava", *ADAPTERS)}
+        if "lora_" in STAGES[cfg.stage]["learned"]:
             new = adapter_of(cfg)
-            before = "clip", "llava", *ADAPTERS[:ADAPTERS.index(new)]
-            parts = {name: os.path.join(cfg.weights, name) for name in before}
             save_adapter(os.path.join(cfg.out, new), chat.llm, base_name(parts["llava"]), cfg.lora_dropout)
             if cfg.tune_projector:   # counts before all others
                 training.save_checkpoint(os.path.join(cfg.out, new, "non_lora_trainables.bin"), projector)
-        training.save_checkpoint(os.path.join(cfg.out, "mm_projector.bin"), projector)
+        if chat.video_tokens.reads_linvt:
+            save_linvt(os.path.join(cfg.out, "linvt.bin"), chat.video_tokens.linvt)
+            parts |= {name: os.path.join(cfg.weights, name) for name in LEARNED_BEFORE}
+        else:
+            training.save_checkpoint(os.path.join(cfg.out, "mm_projector.bin"), projector)
         for name, path in parts.items():
-            if not os.path.lexists(link := os.path.join(cfg.out, name)):
+            if os.path.exists(path) and not os.path.lexists(link := os.path.join(cfg.out, name)):
                 os.symlink(os.path.relpath(os.path.realpath(path), os.path.realpath(cfg.out)), link)
 
 
@@ -229,18 +251,23 @@ def make_features(cfg, chat, dataset, here):
     kind, num_frames = chat.video_tokens, dataset.num_frames
     if type(kind).see is not VideoTokens.see:
         raise UserError(f"--features: not for --tokens {cfg.tokens}, which shows more than what is frozen")
-    made = [VERSION, state_of(cfg.clip or os.path.join(cfg.weights, "clip")), cfg.tokens, num_frames]
+    files = [cfg.clip] if cfg.clip else [os.path.join(cfg.weights, name) for name in ("clip", *LEARNED_BEFORE)]
+    made = [VERSION, *(state_of(file) for file in files if os.path.exists(file)), cfg.tokens, num_frames]
     features, lacking = data.Features(cfg.features, made, (num_frames, kind.width(chat.clip.config))), {}
-    for i, talk in enumerate(dataset.talks):
-        path = talk.path(cfg.root)
+    single = {(file, *(talk.window or ())): dataclasses.replace(talk, files=[file])
+              for talk in dataset.talks for file in talk.files}
+    for talk in single.values():
+        [path] = talk.paths(cfg.root)
         if os.path.exists(path) and not os.path.exists(file := features.file(talk, path)):
-            lacking[file] = i, talk, path
-    mine = list(lacking.values())[here.rank::here.size]
-    loader = DataLoader(Subset(dataset, [i for i, *_ in mine]), None, num_workers=cfg.workers,
+            lacking[file] = talk
+    mine = copy.copy(dataset)
+    mine.talks = list(lacking.values())[here.rank::here.size]
+    loader = DataLoader(mine, None, num_workers=cfg.workers,
                         worker_init_fn=training.leave_signals_to_the_parent)
-    for (_, talk, path), item in zip(tqdm(mine, "features", disable=here.rank > 0 or not mine), loader):
+    for talk, item in zip(tqdm(mine.talks, "features", disable=here.rank > 0 or not mine.talks), loader):
         if not isinstance(item, data.VideoError):   # training says which is broken
-            features.put(talk, path, kind.frozen(chat.clip, item[0][None].to(here.device))[0])
+            seen = kind.frozen(chat.clip, item[0][None].to(here.device))[0]
+            features.put(talk, talk.paths(cfg.root)[0], seen)
     training.gather_numbers(here, 0)   # all wait for all
     return features
 
@@ -269,18 +296,23 @@ def main(cfg):
     frames = {"num_frames": kind.frames_of(cfg.num_frames, size), "image_size": size, "rule": kind.rule,
               "pixels": kind.pixels}
     questions = cfg.eval_annotations and data.ConversationDataset(cfg.eval_annotations, cfg.root, **frames)
+    dataset = None if cfg.eval_only else data.ConversationDataset(cfg.annotations, cfg.root, **frames, skip=True)
+    for rows in filter(None, (questions, dataset)):
+        if cfg.features:
+            rows.features = make_features(cfg, chat, rows, here)
     if cfg.eval_only:
         if first:
             exact_answers(cfg, chat, questions, device)
         return
-    dataset = data.ConversationDataset(cfg.annotations, cfg.root, **frames, skip=True)
-    if cfg.features:
-        dataset.features = make_features(cfg, chat, dataset, here)
     if len(dataset) < cfg.batch_size:
         raise UserError(f"--batch_size {cfg.batch_size}: {cfg.annotations} has only {len(dataset)} rows")
     steps = cfg.steps or cfg.epochs * (len(dataset) // cfg.batch_size)
     # ------------------------------------------------------------------------------------------- optimizer
-    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0)
+    groups = {1: [], 0.1: []}   # {share of the learning rate: parameters}
+    for name, p in trained.items():
+        groups[0.1 if re.match(STAGES[cfg.stage]["slow"], name) else 1].append(p)
+    optimizer = torch.optim.AdamW([{"params": part, "share": share} for share, part in groups.items()],
+                                  lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0)
     half = cfg.amp and device.type == "cuda"
     scaler = torch.amp.GradScaler(enabled=half)
     step, skipped = training.resume(cfg, here, trained, optimizer, scaler)
@@ -288,7 +320,8 @@ def main(cfg):
         log = training.Log(cfg.out, step)
     ddp = nn.parallel.DistributedDataParallel(chat) if here.size > 1 else chat
     # ------------------------------------------------------------------------------------------------ loop
-    order = training.batches(len(dataset), cfg.batch_size, 1, cfg.seed, step, here)
+    together = len(dataset) if cfg.in_order else 1
+    order = training.batches(len(dataset), cfg.batch_size, together, cfg.seed, step, here)
     order = ([i for _, i in rows] for rows in order)
     loader = iter(DataLoader(dataset, batch_sampler=order, num_workers=cfg.workers,
                              collate_fn=data.collate_skip,
@@ -302,7 +335,7 @@ def main(cfg):
         count = len(batch["index"])   # conversations of this process, and of each other
         skipped += cfg.batch_size - count * here.size
         if count:   # else the step passes by
-            prompts = [prompt_ids(chat.tokenizer, turns, cfg.template) for turns in batch["text"]]
+            prompts, asked = chat.prompts(batch["text"], cfg.template)
             labels = sum(label != IGNORE_INDEX for _, row in prompts for label in row)
             labels = training.gather_numbers(here, labels).sum().item()   # of the whole step
             optimizer.zero_grad()
@@ -312,7 +345,7 @@ def main(cfg):
                 training.seed_step(cfg.seed, step, here.rank, i)
                 ddp.require_backward_grad_sync = i + at_once >= count   # the last part's gradient is averaged
                 with torch.autocast(device.type, torch.float16, enabled=half):
-                    total, answered = ddp(batch["pixels"][part].to(device), prompts[part])
+                    total, answered = ddp(batch["pixels"][part].to(device), prompts[part], asked[part])
                 loss = total * here.size / max(1, labels)   # DDP averages, and the step is a mean over tokens
                 scaler.scale(loss).backward()
                 shown, within = shown + loss.item(), within + answered.item()
@@ -329,7 +362,7 @@ def main(cfg):
             norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip_norm)
             lr = cfg.lr * training.warmup_cosine(step, steps, max(1, round(0.03 * steps)))
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["share"]
             scaler.step(optimizer)
             scaler.update()
         step += 1

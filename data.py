@@ -376,7 +376,8 @@ def collate_skip(items):
     there is some: ids (B, S) or B conversations, "skipped": messages of broken videos}. B is what is left."""
     good = [item for item in items if not isinstance(item, VideoError)]
     if len({pixels.shape for pixels, *_ in good}) > 1:
-        raise UserError("pictures and videos in one batch; put them into annotation files of their own")
+        raise UserError("pictures and videos, or videos of several lengths, in one batch; put them into "
+                        "annotation files of their own, or side by side with --in_order")
     columns = [torch.stack(c) if isinstance(c[0], torch.Tensor) else c for c in zip(*good)]
     pixels, *text, index = columns or (torch.empty(0), ())
     skipped = [str(item) for item in items if isinstance(item, VideoError)]
@@ -406,7 +407,7 @@ class RetrievalDataset(Dataset):
 @dataclasses.dataclass
 class Talk:
     """Questions and answers about a video, a part of it, or a picture."""
-    file: str                # as the annotations name it
+    files: list              # as the annotations name it; several, if videos follow each other
     turns: list              # [(question, answer)]
     picture: bool
     window: list | None      # [start, end] of the part, in seconds of the video; None: all of it
@@ -414,14 +415,14 @@ class Talk:
     times: dict              # {"<s0>": seconds of what is shown}: words in turns that stand for times
     kind: str                # of question, for tables
 
-    def path(self, root):
-        return os.path.join(root, self.file) if self.picture else locate(root, self.file)
+    def paths(self, root):
+        return [os.path.join(root, file) if self.picture else locate(root, file) for file in self.files]
 
     def said(self, root):
         """-> turns, with times as the clock tells them. Raises VideoError if the file cannot say how long it
         is."""
         if self.times and not self.duration:   # kept: a file is asked once
-            self.duration = clip_length(self.path(root), self.window)
+            self.duration = clip_length(self.paths(root)[0], self.window)
         said = [*itertools.chain(*self.turns)]
         for word, t in self.times.items():
             said = [text.replace(word, clock(t, self.duration)) for text in said]
@@ -435,14 +436,16 @@ def talk_of(row, where, number=0):
         Video-ChatGPT's. The marker "<video>" or "<image>" leaves a question, unless it stands amid words.
     the same with "id", the video's name, and "meta": {"split": [start, end], "duration", "token": {"<s0>":
         seconds, ...}}: VTimeLLM's; duration and token count from the start of the split.
+    {"videos": [path, ...], "conversations"}: videos that follow each other, each with its own frames.
     {"video", "events"}: see timed. Its questions are drawn by the row's number: see dialogue."""
     if isinstance(row, dict) and "events" in row:
         file, window, duration, events = timed(row, where).values()
         duration = duration and clip_length(f"{where}: {file}", window, duration)
         said, times = dialogue(events, number)
     else:
-        names = [name for name in ("image", "video", "id") if isinstance(row, dict) and name in row]
-        file = field(row, where, [*names, "video"][0])
+        names = [name for name in ("videos", "image", "video", "id") if isinstance(row, dict) and name in row]
+        name = [*names, "video"][0]
+        file = field(row, where, name, list if name == "videos" else str)
         said = turns(field(row, where, "conversations", list), where)
         meta = field(row, where, "meta", dict) if row.get("meta") else {}
         window, duration = shown(meta, where, "split")
@@ -450,7 +453,10 @@ def talk_of(row, where, number=0):
     for word, t in times.items():
         if seconds([0, t], where)[1] < 0:
             raise UserError(f"{where}: {word} is {t} s, before what is shown begins")
-    return Talk(file, said, "image" in row, window, duration, times, row.get("kind", "all"))
+    files = file if isinstance(file, list) else [file]
+    if not all(file and isinstance(file, str) for file in files):
+        raise UserError(f"{where}: needs 'videos', a list of names")
+    return Talk(files, said, "image" in row, window, duration, times, row.get("kind", "all"))
 
 
 ASK_WHEN = ("When does this happen: {}?", "From when to when is this: {}?", "At what time is this seen: {}?",
@@ -517,7 +523,9 @@ class ConversationDataset(Dataset):
             raise
 
     def seen(self, talk):
-        path = talk.path(self.root)
+        return torch.cat([self.seen_of(path, talk) for path in talk.paths(self.root)])
+
+    def seen_of(self, path, talk):
         if self.features:
             return self.features.get(talk, path)
         if talk.picture:

@@ -125,8 +125,11 @@ class LinVT(nn.Module):
         return kept, F.logsigmoid(score.gather(1, kept))
 
     def ask(self, h, text, mask):
-        """Kept tokens h (B, k, w), text (B, L, D), mask (B, L) bool -> queries (B, M, w)."""
+        """Kept tokens h (B, k, w), text (B, L, D), mask (B, L) bool -> queries (B, M, w). In training one
+        question in ten is hidden: the null word learns what to show without one."""
         t = self.proj_in(self.norm_in(text))
+        if self.training:
+            mask = mask & (torch.rand(len(mask), 1, device=mask.device) > 0.1)
         t = torch.cat([self.null_word.expand(len(t), 1, -1), t], dim=1)   # always seen: never no word at all
         mask, q = F.pad(mask, (1, 0), value=True), self.query.expand(len(t), -1, -1)
         for own, visual, words in zip(self.own, self.visual, self.words):

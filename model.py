@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import llm
 from clip import MLP, Attention, load_clip, read_clip
-from linvt import load_linvt
+from linvt import LinVT, load_linvt
 from plumbing import quant, weightfile
 from plumbing.cli import UserError
 from plumbing.pictures import THUMBNAIL
@@ -524,21 +524,23 @@ TEMPLATES = {
 WHEN, ALL_EVENTS = data.ASK_WHEN[0], data.ASK_ALL[0]   # asked of a clock: about an event, about all
 
 
-def prompt_ids(tokenizer, turns, template="vicuna_v1"):
+def prompt_ids(tokenizer, turns, template="vicuna_v1", learned=None):
     """turns [(question, answer)], the last answer may be None -> (ids, labels), lists of int of one length.
+    learned: of how many answers, the last ones; None: of all.
 
     `<s>SYSTEM USER: question\n<video> ASSISTANT: answer</s>USER: ...`, or as another template has it. Text
     between video and answers is encoded as one piece. Built turn by turn in one pass, so that what is
     learned, an answer and its end, is known exactly and nothing has to be found again in the text."""
     form, ids, labels = TEMPLATES[template], [tokenizer.bos_id], [IGNORE_INDEX]
+    first = 0 if learned is None else len(turns) - learned
 
     def encoded(text):
         space = tokenizer.between * (len(ids) > 1)   # some tokenizers put none before a word
         return tokenizer.encode(space + text) if text else []
 
-    def add(new, learned=()):
-        ids.extend([*new, *learned])
-        labels.extend([*[IGNORE_INDEX] * len(new), *learned])
+    def add(new, answer=()):
+        ids.extend([*new, *answer])
+        labels.extend([*[IGNORE_INDEX] * len(new), *(answer if i >= first else [IGNORE_INDEX] * len(answer))])
     for i, (question, answer) in enumerate(turns):
         text = (form.first if i == 0 and VIDEO not in question else form.later).format(question)
         if i == 0:
@@ -595,13 +597,21 @@ class VideoChat(nn.Module):
         before, after = self.llm.model.embed_tokens(words).tensor_split([at])
         return torch.cat([before, self.start_end[:1], video_tokens, self.start_end[1:], after])
 
-    def logits(self, video, prompts):
-        """video (B, T, 3, H, W) uint8; prompts: B pairs (ids, labels) of prompt_ids -> (logits (B, S, V) of
-        the next token at every place; what it should be (B, S), IGNORE_INDEX where that is not learned).
+    def prompts(self, talks, template):
+        """B conversations, turns as prompt_ids has them -> (B pairs (ids, labels), B questions). Rows that
+        depend on the question are those of the last one, so its answer alone is learned."""
+        learned = 1 if self.video_tokens.reads_linvt else None
+        return ([prompt_ids(self.tokenizer, turns, template, learned) for turns in talks],
+                [turns[-1][0] for turns in talks])
+
+    def logits(self, video, prompts, questions=None):
+        """video and questions as in embed_video; prompts: B pairs (ids, labels) of prompt_ids -> (logits (B,
+        S, V) of the next token at every place; what it should be (B, S), IGNORE_INDEX where that is not
+        learned).
 
         What is longer than the context is cut."""
         rows, targets, longest = [], [], self.llm.config.context_length
-        for tokens, (ids, labels) in zip(self.embed_video(video), prompts, strict=True):
+        for tokens, (ids, labels) in zip(self.embed_video(video, questions), prompts, strict=True):
             at, given = ids.index(VIDEO_INDEX), [IGNORE_INDEX] * (len(tokens) + len(self.start_end))
             rows.append(self.splice(ids, tokens)[:longest])   # (S, D_llm)
             targets.append(torch.tensor(labels[:at] + given + labels[at + 1:])[1:longest])
@@ -609,9 +619,20 @@ class VideoChat(nn.Module):
         target = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
         return self.llm(embeds=embeds)[:, :-1], target.to(embeds.device)
 
-    def forward(self, video, prompts):
+    @torch.no_grad()
+    def exact(self, video, talks, template):
+        """video as in embed_video; B conversations -> [whether all answers are right]. An answer is right if
+        greedy decoding would give it word for word: that is so exactly when, with the right answer fed in,
+        every next token has the highest logit. An answer beyond the context is wrong."""
+        prompts, asked = self.prompts(talks, template)
+        logits, target = self.logits(video, prompts, asked)
+        wanted = [sum(label != IGNORE_INDEX for label in labels) for _, labels in prompts]
+        right = ((logits.argmax(-1) == target) & (target != IGNORE_INDEX)).sum(1)   # (B,): tokens
+        return [a == b for a, b in zip(wanted, right.tolist())]
+
+    def forward(self, video, prompts, questions=None):
         """-> sum of the cross-entropies of all learned tokens; how many these are."""
-        logits, target = self.logits(video, prompts)
+        logits, target = self.logits(video, prompts, questions)
         total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX,
                                 reduction="sum")
         return total, (target != IGNORE_INDEX).sum()
@@ -787,7 +808,7 @@ def clip_in_int8(scheme, device):
     return scheme in ("int8", "int4") and device.type == "cpu"
 
 
-def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
+def open_chat(folder, tokens=None, branch_file=None, chat_file=None, new_linvt=None):
     """A folder of weights -> OpenChat. Raises UserError; where parts are missing, it names all of them.
 
     clip              CLIP: a Hugging Face folder, or OpenAI's ViT-L-14.pt under this name
@@ -800,7 +821,8 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
 
     tokens: a key of VIDEO_TOKENS; None: what chat.bin was tuned for, else `frame_cls` if there are adapters,
     else `branch`. branch_file, chat_file: in the place of branch.pth and chat.bin. chat_file=False, or a
-    branch_file alone, passes chat.bin by: the zero-shot setting."""
+    branch_file alone, passes chat.bin by: the zero-shot setting. new_linvt: options of a LinVT that
+    has learned nothing, in the place of linvt.bin."""
     names = "clip", "llava", "branch.pth", "mm_projector.bin", "chat.bin", "linvt.bin"
     clip_path, llava, pretrained, projector_file, tuned, linvt_file = (os.path.join(folder, n) for n in names)
     if chat_file is None and not branch_file and os.path.exists(tuned):
@@ -830,7 +852,7 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     if stages and not learned:
         needed["vtimellm"] = projector_file
     require(folder, needed)
-    if kind.reads_linvt and not os.path.exists(linvt_file):
+    if kind.reads_linvt and new_linvt is None and not os.path.exists(linvt_file):
         raise UserError(f"{folder}: lacks linvt.bin, which --tokens {tokens} needs")
     tuned_in = [os.path.join(folder, name) for name in stages]
     state, clip = sum(map(state_of, (llava, *tuned_in)), []), read_clip(clip_path).image_only()
@@ -842,8 +864,10 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None):
     source = next((file for file, tensors in sources.items() if tensors), llava)
     mm_projector = make_projector(sources[source], kind.width(clip.config), width, source)
     branch = load_branch(branch_file, clip, skip_last=1) if kind.reads_branch else None
-    tokens_of_unit = clip.config.patch_tokens + kind.reads_branch
-    linvt = load_linvt(linvt_file, tokens_of_unit, width) if kind.reads_linvt else None
+    tokens_of_unit, linvt = clip.config.patch_tokens + kind.reads_branch, None
+    if kind.reads_linvt:
+        linvt = (load_linvt(linvt_file, tokens_of_unit, width) if new_linvt is None
+                 else LinVT(width, tokens_of_unit, **new_linvt))
     chat = VideoChat(clip, kind(mm_projector, branch, linvt), language_model, tokenizer, is_marked(llava))
     for file in (projector_file, chat_file):   # the later one counts
         rows = sources[file].get("model.video_start_end.weight")   # of our own files

@@ -87,8 +87,8 @@ def end_loaders():
 # ---------------------------------------------------------------------------------------------------- batches
 def batches(n, batch_size, together, seed, start, here):
     """Endless lists of this process's (epoch, index), from step `start` on: a fresh order each epoch, where
-    `together` neighbours stay side by side; incomplete batches are left out. A step has the same rows for any
-    number of processes, which take turns in picking theirs."""
+    `together` neighbours stay side by side, all n in their own order; incomplete batches are left out. A step
+    has the same rows for any number of processes, which take turns in picking theirs."""
     groups = np.arange(n - n % together).reshape(-1, together)
     first, done = divmod(start, n // batch_size)
     for epoch in itertools.count(first):

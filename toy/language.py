@@ -104,12 +104,14 @@ def choice(rng, options):
     return options[rng.integers(len(options))]
 
 
-def put(topic, clip, answer, rng, kept=False, named=False):
+def put(topic, clip, answer, rng, kept=False, named=()):
     """One thing, asked in one of its ways -> (question, answer). kept: in a way that training does not have.
-    named: there are other shapes, and the question says which one is meant."""
+    named: there are other shapes, and the question says by "shape" or "colour" which one is meant."""
     names = [] if named else ["it", "it", "it", "the shape", "the thing", "the object"]
-    names += [] if topic == "shape" else [f"the {clip.shape}"]
-    names += [] if topic == "colour" else [f"the {clip.colour} {noun}" for noun in ("shape", "one")]
+    for look in named or ("shape", "colour"):
+        if look != topic:
+            names += {"shape": [f"the {clip.shape}"],
+                      "colour": [f"the {clip.colour} {noun}" for noun in ("shape", "one")]}[look]
     text = choice(rng, [way for way in ways()[topic][kept] if "{it}" in way or not named])
     both = MOTIONS[TURNS[clip.motion][0]][:2]   # the clip's motion and its twin's
     x = choice(rng, {"colour": list(COLOURS), "shape": SHAPES, "motion": both}.get(topic, [""]))
@@ -217,7 +219,7 @@ def unlike(clips, rng):
 def about(clip, rng):
     """One question about one of several scenes, which it names -> (question, answer)."""
     topic = choice(rng, ["colour", "colour", "motion", "motion", "shape", "place", "first"])
-    return put(topic, clip, (looks(clip) | moves(clip))[topic], rng, named=True)
+    return put(topic, clip, (looks(clip) | moves(clip))[topic], rng, named=("shape", "colour"))
 
 
 def after(scene, other, rng):

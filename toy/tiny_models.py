@@ -122,10 +122,7 @@ def train_llama(cfg):
     def loss_of(step):
         rng, rows, targets = np.random.default_rng([cfg.seed, 12, step]), [], []
         for text, turns, learned in (talk(clips, rng) for _ in range(24)):
-            ids, labels = prompt_ids(tokenizer, turns)
-            if learned < len(turns):
-                known = len(prompt_ids(tokenizer, turns[:-learned])[0])
-                labels[:known] = [IGNORE_INDEX] * known
+            ids, labels = prompt_ids(tokenizer, turns, learned=learned)
             at, words = ids.index(VIDEO_INDEX), tokenizer.encode(text)
             rows.append(torch.tensor(ids[:at] + words + ids[at + 1:]))
             targets.append(torch.tensor(labels[:at] + [IGNORE_INDEX] * len(words) + labels[at + 1:]))

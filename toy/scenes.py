@@ -1,0 +1,268 @@
+"""Long videos in the toy world: scenes of two seconds, and questions about one of them.
+
+    python -m toy.scenes write       # long videos and questions, to train and to test   -> out/shapes
+    python -m toy.scenes sample      # a minute of video, to ask about                   -> assets/scenes.mp4
+    python -m toy.scenes table       # right answers of LinVT, and of other rows         -> a table
+    python -m toy.scenes turns       # of second questions, about another scene          -> a table
+    python -m toy.scenes principle   # of answers that no training had                   -> a table
+
+The scene that is asked about has a shape, or a colour, that no other scene has; all else may repeat. A long
+video is a list of clips. A file of their packets, one clip after the other, shows the same frames.
+`runs/linvt.sh` has the commands in order.
+"""
+import dataclasses
+
+from plumbing import cli
+
+
+@dataclasses.dataclass
+class Config:
+    stage: str                    # what to do: write, sample, table, turns or principle
+    data: str = "out/shapes"      # where the clips are, and the questions go
+    weights: str = "weights/tiny"   # folders that chat.py opens, one a seed, with commas between
+    out: str = "out/scenes"       # what the frozen weights say of clips
+    steps: cli.Count = 2000       # of training
+    questions: cli.Count = 192    # of each kind and length, to test
+    seeds: cli.Count = 3          # of what is trained here
+    seed: cli.Whole = 0           # the questions follow from it
+
+
+if __name__ == "__main__":
+    CONFIG = cli.start(Config, positional=["stage"])   # before the slow imports: an error shows at once
+
+import copy
+import itertools
+import json
+import os
+
+import av
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import data
+from linvt import LinVT, diagonal
+from model import VideoTokens, WindowTokens, open_chat
+from plumbing import training
+from plumbing.store import Store, state_of
+from toy import world
+from toy.language import conversation, looks, moves, put
+from toy.score import spread
+
+KINDS = {   # of questions: the topic, and by which look the scene is named
+    "colour by shape": ("colour", "shape"), "motion by shape": ("motion", "shape"),
+    "motion by colour": ("motion", "colour")}
+COUNTS, BATCH, TOGETHER = (1, 4, 16, 64), 16, 32   # scenes in tests; videos a step; videos tested at once
+
+
+# -------------------------------------------------------------------------------- long videos
+class Scenes:
+    """Clips of the training or the test world, from which long videos are drawn."""
+    def __init__(self, folder, split):
+        self.clips = world.read_clips(os.path.join(folder, f"{split}_captions.jsonl"))
+        self.files = [f"{split}/{i // 2:05d}{'ab'[i % 2]}.mp4" for i in range(len(self.clips))]
+        self.looks = {look: np.array([getattr(clip, look) for clip in self.clips]) for look in ("shape", "colour")}
+
+    def draw(self, kind, count, rng, colours=world.COLOURS):
+        """A video of `count` scenes -> numbers of its clips, question, answer. colours: of scenes that are
+        asked about."""
+        topic, named = KINDS[kind]
+        while (clip := self.clips[asked := rng.integers(len(self.clips))]).colour not in colours:
+            pass
+        others = np.flatnonzero(self.looks[named] != self.looks[named][asked])
+        chosen = rng.choice(others, count)
+        chosen[rng.integers(count)] = asked
+        return chosen, *put(topic, clip, (looks(clip) | moves(clip))[topic], rng, named=[named])
+
+
+def lesson(share, rng):
+    """How many scenes a video has, when a share 0..1 of training is over: at first few."""
+    return int(rng.choice([2] if share < 0.15 else [2, 4] if share < 0.3 else [2, 4, 8, 16]))
+
+
+def write(cfg):
+    """Rows for chat_tune.py: each step of training has videos of one length, and so has each 32 of a test."""
+    train, test = (Scenes(cfg.data, split) for split in ("train", "test"))
+    rng, files = np.random.default_rng([cfg.seed, 20]), {"train_scenes": [], "test_scenes": []}
+
+    def add(file, scenes, count, kind, rng):
+        chosen, *turn = scenes.draw(kind, count, rng)
+        files[file].append(conversation(len(files[file]), [turn], kind=f"{kind}, {count:2} scenes",
+                                        videos=[scenes.files[i] for i in chosen]))
+    for step in tqdm(range(cfg.steps), "write"):
+        count = lesson(step / cfg.steps, rng)
+        for _ in range(BATCH):
+            add("train_scenes", train, count, rng.choice(list(KINDS)), rng)
+    for count, kind in itertools.product(COUNTS, KINDS):
+        rng = np.random.default_rng([cfg.seed, 21, count])
+        for _ in range(cfg.questions):
+            add("test_scenes", test, count, kind, rng)
+    for name, rows in files.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        cli.write_atomic(os.path.join(cfg.data, f"{name}.jsonl"), lambda f: f.write(text.encode()))
+
+
+def join(paths, out):
+    """Videos of one kind -> a file of their packets, one video after the other. Nothing is coded again."""
+    with av.open(out, "w") as container:
+        target, end = None, 0
+        for path in paths:
+            with av.open(path) as source:
+                stream = source.streams.video[0]
+                target = target or container.add_stream_from_template(stream)
+                for packet in source.demux(stream):
+                    if packet.dts is not None:
+                        packet.dts, packet.pts, packet.stream = packet.dts + end, packet.pts + end, target
+                        container.mux(packet)
+                end += stream.duration
+
+
+def sample(cfg):
+    """32 scenes of the test world, none with the colour and shape of another."""
+    scenes, found = Scenes(cfg.data, "test"), {}
+    for i in np.random.default_rng(cfg.seed).permutation(len(scenes.clips)):
+        clip, path = scenes.clips[i], os.path.join(cfg.data, scenes.files[i])
+        found.setdefault((clip.colour, clip.shape), path)
+    join(list(found.values())[:32], os.path.join(world.ASSETS, "scenes.mp4"))
+
+
+# -------------------------------------------------------------------------------- what rows are worth
+class Pooled(VideoTokens):
+    """Rows that no question changes: of windows that the branch saw (B, T, N, D), or of what `see` says."""
+    def __init__(self, mm_projector, pool):
+        super().__init__(mm_projector)
+        self.pool = pool
+
+    def forward(self, seen, question=None, mask=None):
+        return super().forward(self.pool(seen))
+
+
+def evenly_spaced(x):
+    """(B, T, N, D) -> 16 of its T * N tokens (B, 16, D)."""
+    tokens = x.flatten(1, 2)
+    return tokens[:, [int((i + 0.5) * tokens.shape[1] / 16) for i in range(16)]]
+
+
+POOLS = {"mean of the windows": lambda x: x.mean(1), "the middle window": lambda x: x[:, x.shape[1] // 2],
+         "evenly spaced tokens": evenly_spaced,
+         "`st_pool` of windows": lambda x: torch.cat([x.mean(2), x.mean(1)], 1)}
+
+
+class World:
+    """The clips of a split, what the branch of a folder of weights says of each, and a chat about them."""
+    def __init__(self, cfg, split, folder):
+        self.scenes, self.chat = Scenes(cfg.data, split), open_chat(folder, "branch").load()
+        self.branch = self.chat.video_tokens
+        self.projector = self.branch.mm_projector
+        names, store = ("clip", "chat.bin"), Store(cfg.out)
+        key = [split, *(state_of(os.path.join(folder, name)) for name in names), len(self.scenes.clips)]
+        if not store.get(key):
+            kind = WindowTokens(self.projector, self.branch.branch)
+            seen = [kind.frozen(self.chat.clip, self.pixels(cfg, [i])[None])[0]
+                    for i in tqdm(range(len(self.scenes.clips)), f"see {split}")]
+            store.put(key, {"seen": torch.cat(seen).half()})
+        self.seen = store.get(key)[0]["seen"]   # (clips, N, D)
+
+    def pixels(self, cfg, chosen):
+        """Numbers of clips -> (8 * clips, 3, H, W) uint8."""
+        found = [data.sample_frames(os.path.join(cfg.data, self.scenes.files[i]), 8, "uniform") for i in chosen]
+        return torch.cat([data.squash(picture[None], world.SIZE) for _, picture in itertools.chain(*found)])
+
+    def right(self, cfg, tokens, count, kind, pixels=False, colours=world.COLOURS):
+        """Per cent of questions that are answered exactly. tokens: the kind of video tokens. pixels: it sees
+        frames; else it gets windows."""
+        self.chat.video_tokens, right = tokens.eval(), []
+        rng = np.random.default_rng([cfg.seed, 21, count])
+        for _ in range(0, cfg.questions, TOGETHER):
+            drawn = [self.scenes.draw(kind, count, rng, colours) for _ in range(TOGETHER)]
+            video = torch.stack([self.pixels(cfg, chosen) if pixels else self.seen[chosen]
+                                 for chosen, *_ in drawn])
+            right += self.chat.exact(video, [[turn] for _, *turn in drawn], "vicuna_v1")
+        return 100 * sum(right) / len(right)
+
+    def train(self, cfg, tokens, learned, seed, kinds=tuple(KINDS), colours=world.COLOURS):
+        """Trains modules of a kind of video tokens as the stage linvt of chat_tune.py does."""
+        self.chat.video_tokens, rng = tokens.train(), np.random.default_rng([seed, 22])
+        learned = list(learned.parameters())
+        for p in learned:
+            p.requires_grad_(True)
+        optimizer = torch.optim.AdamW(learned, weight_decay=0)
+        for step in tqdm(range(cfg.steps), "train"):
+            training.seed_step(seed, step)
+            for group in optimizer.param_groups:
+                group["lr"] = 2e-3 * training.warmup_cosine(step, cfg.steps, max(1, round(0.03 * cfg.steps)))
+            count = lesson(step / cfg.steps, rng)
+            drawn = [self.scenes.draw(rng.choice(kinds), count, rng, colours) for _ in range(BATCH)]
+            prompts, asked = self.chat.prompts([[turn] for _, *turn in drawn], "vicuna_v1")
+            seen = torch.stack([self.seen[chosen] for chosen, *_ in drawn])
+            total, answered = self.chat(seen, prompts, asked)
+            optimizer.zero_grad()
+            (total / answered).backward()
+            nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+        return tokens
+
+
+def table(cfg):
+    """Right answers about one scene of a long video of the test world, for every kind of rows."""
+    folders = cfg.weights.split(",")
+    test, train = (World(cfg, split, folders[0]) for split in ("test", "train"))
+
+    def add(name, kinds, **options):
+        for kind in KINDS:
+            cells = [spread([test.right(cfg, tokens, count, kind, **options) for tokens in kinds])
+                     for count in COUNTS]
+            print(f"| {name} | {kind} | {' | '.join(cells)} |", flush=True)
+    print(f"| rows | question | {' | '.join(f'{count} scenes' for count in COUNTS)} |\n{'|---' * 6}|")
+    for name, pool in POOLS.items():
+        add(name, [Pooled(test.projector, pool)])
+    add("`branch` over all frames", [test.branch], pixels=True)
+    means = [Pooled(copy.deepcopy(test.projector), POOLS["mean of the windows"]) for _ in range(cfg.seeds)]
+    add("mean, its projector trained", [train.train(cfg, tokens, tokens, i) for i, tokens in enumerate(means)])
+    add("LinVT", [open_chat(folder, "branch+linvt").load().video_tokens for folder in folders])
+
+
+class WithMatrices(LinVT):
+    """LinVT with what it must not have: a value and an output matrix, the identity at first."""
+    def __init__(self, dim, tokens, **options):
+        super().__init__(dim, tokens, **options)
+        self.value, self.output = diagonal(dim, 1), diagonal(dim, 1)
+
+    def forward(self, x, text, mask):
+        return self.output(super().forward(x, text, mask, self.value(x)))
+
+
+def principle(cfg):
+    """Colours are asked about, but never orange or cyan. What is known of these when the test asks?"""
+    test, train = (World(cfg, split, cfg.weights) for split in ("test", "train"))
+    held = ("orange", "cyan")
+    known = [colour for colour in world.COLOURS if colour not in held]
+    print(f"| rows | colours | {' | '.join(f'{count} scenes' for count in COUNTS)} |\n{'|---' * 6}|")
+    for terms, options in (("a + b", {"top_k": None}), ("a + b + c + d", {"content": True, "top_k": 64})):
+        for name, module in (("averages", LinVT), ("value and output matrices", WithMatrices)):
+            kinds = []
+            for seed in range(cfg.seeds):
+                torch.manual_seed(seed)
+                linvt = module(128, 17, **options)
+                tokens = WindowTokens(test.projector, test.branch.branch, linvt)
+                kinds.append(train.train(cfg, tokens, linvt, seed, ["colour by shape"], known))
+            for colours in (known, held):
+                cells = [spread([test.right(cfg, tokens, count, "colour by shape", colours=colours)
+                                 for tokens in kinds]) for count in COUNTS]
+                print(f"| {name}, {terms} | {'trained' if colours is known else 'never asked about'} | "
+                      f"{' | '.join(cells)} |", flush=True)
+
+
+STAGES = {"write": write, "sample": sample, "table": table, "principle": principle}
+
+
+def main(cfg):
+    if cfg.stage not in STAGES:
+        raise cli.UserError(f"{cfg.stage}: no such stage; choose one of {', '.join(STAGES)}")
+    torch.set_num_threads(1)   # the models are too small for two
+    STAGES[cfg.stage](cfg)
+
+
+if __name__ == "__main__":
+    cli.run(main, CONFIG)
