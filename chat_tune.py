@@ -251,8 +251,9 @@ def make_features(cfg, chat, dataset, here):
     kind, num_frames = chat.video_tokens, dataset.num_frames
     if type(kind).see is not VideoTokens.see:
         raise UserError(f"--features: not for --tokens {cfg.tokens}, which shows more than what is frozen")
-    files = [cfg.clip] if cfg.clip else [os.path.join(cfg.weights, name) for name in ("clip", *LEARNED_BEFORE)]
-    made = [VERSION, *(state_of(file) for file in files if os.path.exists(file)), cfg.tokens, num_frames]
+    files = [os.path.join(cfg.weights, name) for name in ("clip", *LEARNED_BEFORE)]
+    files = list(filter(os.path.exists, files)) if cfg.weights else [cfg.clip]
+    made = [VERSION, *map(state_of, files), cfg.tokens, num_frames]
     features, lacking = data.Features(cfg.features, made, (num_frames, kind.width(chat.clip.config))), {}
     single = {(file, *(talk.window or ())): dataclasses.replace(talk, files=[file])
               for talk in dataset.talks for file in talk.files}
@@ -296,14 +297,15 @@ def main(cfg):
     frames = {"num_frames": kind.frames_of(cfg.num_frames, size), "image_size": size, "rule": kind.rule,
               "pixels": kind.pixels}
     questions = cfg.eval_annotations and data.ConversationDataset(cfg.eval_annotations, cfg.root, **frames)
-    dataset = None if cfg.eval_only else data.ConversationDataset(cfg.annotations, cfg.root, **frames, skip=True)
-    for rows in filter(None, (questions, dataset)):
-        if cfg.features:
-            rows.features = make_features(cfg, chat, rows, here)
+    if questions and cfg.features:
+        questions.features = make_features(cfg, chat, questions, here)
     if cfg.eval_only:
         if first:
             exact_answers(cfg, chat, questions, device)
         return
+    dataset = data.ConversationDataset(cfg.annotations, cfg.root, **frames, skip=True)
+    if cfg.features:
+        dataset.features = make_features(cfg, chat, dataset, here)
     if len(dataset) < cfg.batch_size:
         raise UserError(f"--batch_size {cfg.batch_size}: {cfg.annotations} has only {len(dataset)} rows")
     steps = cfg.steps or cfg.epochs * (len(dataset) // cfg.batch_size)

@@ -849,7 +849,7 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None, new_linvt=N
         if tuned_from and os.path.exists(pretrained) and digest_of(pretrained) != tuned_from:
             warnings.warn(f"{pretrained}: not the branch that {chat_file} was tuned from, whose own counts: "
                           f"not read; --branch {pretrained} reads it instead of chat.bin")
-    if stages and not learned:
+    if stages and not learned and kind.has_clock:
         needed["vtimellm"] = projector_file
     require(folder, needed)
     if kind.reads_linvt and new_linvt is None and not os.path.exists(linvt_file):

@@ -342,6 +342,62 @@ def test_tuning_with_lora_goes_on_as_if_nothing_had_happened(timed, tmp_path, mo
     assert log_of(tmp_path / "straight") == log_of(tmp_path / "broken")
 
 
+# ---------------------------------------------------------------------------------------------- LinVT's stages
+@pytest.fixture(scope="session")
+def long(world, llava, tmp_path_factory):
+    """A folder: weights in `chat`, long.jsonl about videos that follow each other, what the stage linvt leaves."""
+    folder = tmp_path_factory.mktemp("long")
+    (folder / "chat").mkdir()
+    for name, path in (("clip", world / "clip"), ("branch.pth", world / "branch.pth"), ("llava", llava)):
+        os.symlink(path, folder / "chat" / name)
+    rows = [json.loads(line) for line in (world / "talks.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):   # a batch of short ones, then one of longer ones
+        del row["video"]
+        row["videos"] = [f"{(i + j) % 8}.mp4" for j in range(2 if i < 4 else 3)]
+    (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat_tune.main(condensing(world, folder, folder / "linvt"))
+    return folder
+
+
+def condensing(world, long, out, stage="linvt", weights="chat", **options):
+    return tuning(world, out, stage, **{
+        "clip": None, "llm": None, "branch": None, "num_frames": 8, "weights": str(long / weights), "steps": 2,
+        "annotations": str(long / "long.jsonl"), "features": str(long / "features"), "rank": 4} | options)
+
+
+def test_linvt_learns_alone_and_leaves_a_folder_that_answers(world, long):
+    saved = training.load_checkpoint(long / "linvt" / "last.pth")["state_dict"]
+    assert saved and all(name.startswith("video_tokens.linvt.") for name in saved)
+    learned = open_chat(long / "linvt", "branch+linvt").load().video_tokens.linvt.state_dict()
+    for name, t in learned.items():
+        assert torch.equal(t, saved[f"video_tokens.linvt.{name}"].half().float())
+    assert open_chat(long / "linvt").tokens == "branch"
+    assert len(os.listdir(long / "features")) == 8   # each clip once
+
+
+def test_it_learns_from_features_what_it_learns_from_frames(world, long, tmp_path):
+    chat_tune.main(condensing(world, long, tmp_path, features="", steps=1, log_every=1))
+    frames, features = (log_of(path)[0]["loss"] for path in (tmp_path, long / "linvt"))
+    assert frames == pytest.approx(features, rel=1e-3)
+
+
+def test_with_lora_it_goes_on_at_a_tenth_of_the_rate(world, long, tmp_path):
+    with pytest.raises(UserError, match="lacks linvt.bin"):
+        chat_tune.main(condensing(world, long, tmp_path, "linvt_lora"))
+    chat_tune.main(condensing(world, long, tmp_path, "linvt_lora", "linvt", steps=1))
+    saved = training.load_checkpoint(tmp_path / "last.pth")
+    fast, slow = saved["optimizer"]["param_groups"]
+    assert slow["lr"] == pytest.approx(fast["lr"] / 10) and len(fast["params"]) == 28
+    assert len(slow["params"]) == len(saved["state_dict"]) - 28
+    opened = open_chat(tmp_path, "branch+linvt")
+    assert opened.description == "with stage2" and len(opened.adapters) == 1
+
+
+def test_long_videos_of_several_lengths_in_one_batch_are_one_line(world, long, tmp_path):
+    with pytest.raises(UserError, match="several lengths, in one batch"):
+        chat_tune.main(condensing(world, long, tmp_path, batch_size=8))
+
+
 # ---------------------------------------------------------------------------------------------------- features
 def test_features_are_made_once_for_each_file_and_window(world, timed, tmp_path, monkeypatch):
     """What is learned from them is what is learned from frames, up to fp16."""
@@ -391,7 +447,10 @@ def test_features_that_are_none_or_of_another_length_are_one_line(timed, tmp_pat
     ({"reuse": True}, "--reuse: not for the stage video"), ({"features": "f"}, "--features: not for --tokens branch"),
     ({"stage": "song"}, "--stage song"), ({"tokens": "all"}, "--tokens all"), ({"llm": "nowhere"}, "nowhere"),
     ({"branch": ""}, "--branch"), ({"eval_only": True}, "--eval_annotations"), ({"clip": None}, "--clip"),
-    ({"batch_size": 9}, "has only 8 rows")])
+    ({"batch_size": 9}, "has only 8 rows"),
+    ({"tokens": "linvt"}, "--tokens linvt: not for the stage video"),
+    ({"stage": "linvt", "clip": None, "llm": None, "weights": "w", "reuse": True}, "--reuse: not for the stage"),
+    ({"stage": "linvt", "clip": None, "llm": None, "weights": "w", "tokens": "mean"}, "--tokens mean: not for")])
 def test_chat_tune_refuses_what_it_cannot_use(world, llava, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         chat_tune.main(dataclasses.replace(tuning(world, tmp_path / "out", llm=llava), **change))

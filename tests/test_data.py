@@ -491,6 +491,15 @@ def test_conversations_lose_the_marker_and_keep_their_turns(world):
 EVENTS = [{"start": 4, "end": 6.5, "text": "A dog Barks."}, {"start": 9, "end": 12, "text": "it sleeps"}]
 
 
+def test_videos_that_follow_each_other_lie_side_by_side(world):
+    rows = [talk("What?", "A dog.", videos=["good.mp4", "page/17"]), talk("What?", "A dog.", video="good.mp4")]
+    long, short = (data.ConversationDataset(lines(world / "l.json", [row]), world, 4, 28)[0][0] for row in rows)
+    assert long.shape[0] == 8 and torch.equal(long[:4], short)
+    for bad in ("good.mp4", [], ["good.mp4", 3], [""]):
+        with pytest.raises(UserError, match="here: needs 'videos', a list"):
+            data.talk_of(talk("What?", "A dog.", videos=bad), "here")
+
+
 def test_a_marker_amid_a_question_stays_and_an_answer_without_words_is_an_error():
     said = data.talk_of(talk("Is <image> nice? ", " Yes.", "<video> Why?", "So.", video="v"), "here").turns
     assert said == [("Is <video> nice?", "Yes."), ("Why?", "So.")]

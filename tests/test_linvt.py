@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import chat_tune
 import data
 from films import film, stacked
 from linvt import Attention, LinVT, save_linvt
-from model import VIDEO_TOKENS, open_chat, prompt_ids, save_chat
+from model import IGNORE_INDEX, VIDEO_TOKENS, open_chat, prompt_ids, save_chat
 from plumbing.cli import UserError
 from plumbing.weightfile import read_file, read_metadata, write_safetensors
 
@@ -471,6 +470,22 @@ def test_frames_follow_the_length_of_a_video_up_to_a_cap():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["branch", "branch+linvt"])
+def test_tuning_reads_the_prompt_of_a_chat(name, kinds):
+    """Rows are those of the last question. Where they depend on it, no earlier answer is learned."""
+    chat, turns = kinds(name), [(QUESTIONS[0], "It is red."), (QUESTIONS[1], "Left.")]
+    prompts, asked = chat.prompts([turns], "vicuna_v1")
+    logits, target = chat.logits(pixels(20, B=1), prompts, asked)
+    learned = target[0] != IGNORE_INDEX
+    assert chat.tokenizer.decode(target[0][learned][:-1].tolist()).endswith("Left.")
+    assert ("red" in chat.tokenizer.decode(target[0][learned][:-1].tolist())) == (name == "branch")
+    ids, _ = prompt_ids(chat.tokenizer, [*turns[:1], (QUESTIONS[1], None)])
+    embeds = chat.splice(ids, chat.embed_video(pixels(20, B=1), QUESTIONS[1:])[0])
+    expected = chat.llm(embeds=embeds[None])[:, -1]
+    assert (logits[:, len(embeds) - 1] - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
 def test_of_a_question_the_first_64_tokens_are_read(kinds):
     chat = kinds("linvt")
     words, mask = chat.embed_questions(["left, then up. " * 50, "left", ""])
@@ -581,9 +596,3 @@ def test_long_videos_are_counted_before_memory_runs_out(saved):
     opened, cpu = open_chat(folder, tokens="branch+linvt"), torch.device("cpu")
     few, many = (opened.need(torch.float32, None, cpu, frames)["video"] for frames in (64, 6400))
     assert 10 * few < many
-
-
-def test_tuning_says_that_no_stage_trains_it():
-    with pytest.raises(UserError, match=r"--tokens branch\+linvt: no stage trains a LinVT"):
-        chat_tune.complete(chat_tune.Config(stage="video", tokens="branch+linvt", clip="a", llm="b",
-                                              root="c", annotations="d"))

@@ -62,7 +62,8 @@ class Scenes:
     def __init__(self, folder, split):
         self.clips = world.read_clips(os.path.join(folder, f"{split}_captions.jsonl"))
         self.files = [f"{split}/{i // 2:05d}{'ab'[i % 2]}.mp4" for i in range(len(self.clips))]
-        self.looks = {look: np.array([getattr(clip, look) for clip in self.clips]) for look in ("shape", "colour")}
+        self.looks = {look: np.array([getattr(clip, look) for clip in self.clips])
+                      for look in ("shape", "colour")}
 
     def draw(self, kind, count, rng, colours=world.COLOURS):
         """A video of `count` scenes -> numbers of its clips, question, answer. colours: of scenes that are
@@ -166,7 +167,8 @@ class World:
 
     def pixels(self, cfg, chosen):
         """Numbers of clips -> (8 * clips, 3, H, W) uint8."""
-        found = [data.sample_frames(os.path.join(cfg.data, self.scenes.files[i]), 8, "uniform") for i in chosen]
+        paths = (os.path.join(cfg.data, self.scenes.files[i]) for i in chosen)
+        found = (data.sample_frames(path, 8, "uniform") for path in paths)
         return torch.cat([data.squash(picture[None], world.SIZE) for _, picture in itertools.chain(*found)])
 
     def right(self, cfg, tokens, count, kind, pixels=False, colours=world.COLOURS):
@@ -219,7 +221,8 @@ def table(cfg):
         add(name, [Pooled(test.projector, pool)])
     add("`branch` over all frames", [test.branch], pixels=True)
     means = [Pooled(copy.deepcopy(test.projector), POOLS["mean of the windows"]) for _ in range(cfg.seeds)]
-    add("mean, its projector trained", [train.train(cfg, tokens, tokens, i) for i, tokens in enumerate(means)])
+    means = [train.train(cfg, tokens, tokens.mm_projector, seed) for seed, tokens in enumerate(means)]
+    add("mean, its projector trained", means)
     add("LinVT", [open_chat(folder, "branch+linvt").load().video_tokens for folder in folders])
 
 

@@ -1,4 +1,5 @@
 """The toy world keeps its promises: twins, held-out combinations, words that say what the pictures show."""
+import dataclasses
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import data
 import model
 from films import stacked
 from toy import __main__ as toy
-from toy import clock, language, score, stories, world
+from toy import clock, language, scenes, score, stories, world
 
 
 def test_twins_are_the_same_pictures_backwards_to_the_bit(tmp_path):
@@ -255,3 +256,54 @@ def test_a_story_told_anew_has_the_same_events_at_its_new_times():
     for text, span in zip(new_said, new_spans):
         assert new[clock.within(span)].unique().tolist() == [said.index(text) + 1.0]
     assert (new == 0).sum() == sum(~clock.within(new_spans[0]) & ~clock.within(new_spans[1]))
+
+
+# -------------------------------------------------------------------------------- long videos
+@pytest.fixture(scope="module")
+def long_world(tmp_path_factory):
+    """A folder with captions of both splits and twenty clips of each as files; long videos of few clips."""
+    folder = tmp_path_factory.mktemp("long")
+    for split in ("train", "test"):
+        clips = world.make_clips(10, 0, split == "test")
+        clips = clips[::len(clips) // 20][:20]   # of all colours
+        (folder / split).mkdir()
+        for i, clip in enumerate(clips):
+            world.write_video(str(folder / split / f"{i // 2:05d}{'ab'[i % 2]}.mp4"), world.film(clip))
+        text = "".join(json.dumps(dataclasses.asdict(clip)) + "\n" for clip in clips)
+        (folder / f"{split}_captions.jsonl").write_text(text)
+    return folder
+
+
+def test_the_scene_that_is_asked_about_is_the_only_one_with_its_look_and_the_answer_is_true(long_world):
+    drawn = scenes.Scenes(long_world, "train")
+    for i in range(60):
+        kind, rng = list(scenes.KINDS)[i % 3], np.random.default_rng(i)
+        chosen, question, answer = drawn.draw(kind, 8, rng, ["red", "green", "blue", "white"])
+        clips = [drawn.clips[j] for j in chosen]
+        topic, look = scenes.KINDS[kind]
+        named = [clip for clip in clips if re.search(rf"\b{getattr(clip, look)}\b", question.lower())]
+        assert len(clips) == 8 and len(named) >= 1
+        asked, = {clip.caption: clip for clip in named if answer == f"It is {clip.colour}."
+                  or answer == f"It {clip.motion}."}.values()
+        assert asked.colour in ("red", "green", "blue", "white")
+        assert sum(getattr(clip, look) == getattr(asked, look) for clip in clips) == 1
+
+
+def test_questions_for_a_training_come_with_videos_of_one_length_a_step_and_short_ones_first(long_world):
+    scenes.write(scenes.Config("write", data=str(long_world), steps=40, questions=32))
+    train, test = (data.ConversationDataset(str(long_world / f"{split}_scenes.jsonl"), long_world, 8, 64)
+                   for split in ("train", "test"))
+    lengths = [{len(talk.files) for talk in train.talks[i:i + 16]} for i in range(0, 640, 16)]
+    assert all(len(some) == 1 for some in lengths) and lengths[:6] == [{2}] * 6 and {16} in lengths
+    assert len(test) == 4 * 3 * 32 and test.talks[0].kind == "colour by shape,  1 scenes"
+    assert test[32 * 3][0].shape == (4 * 8, 3, 64, 64)   # the first of four scenes
+
+
+def test_a_file_of_copied_packets_shows_what_its_clips_show(long_world):
+    """So LinVT sees the same units in it as in a list of clips."""
+    files = [str(long_world / file) for file in scenes.Scenes(long_world, "test").files[:5]]
+    scenes.join(files, str(long_world / "long.mp4"))
+    assert data.probe(str(long_world / "long.mp4")).duration == pytest.approx(10)
+    whole, _ = stacked(data.sample_frames(str(long_world / "long.mp4"), 40, "uniform"))
+    parts = [stacked(data.sample_frames(file, 8, "uniform"))[0] for file in files]
+    assert torch.equal(whole, torch.cat(parts))

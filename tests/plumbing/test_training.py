@@ -30,6 +30,11 @@ def test_batches_cover_an_epoch_once_keep_twins_together_and_split_evenly():
     assert next(again) == steps[3][0] and steps[0] != steps[2]
 
 
+def test_all_rows_together_come_in_their_own_order():
+    order = batches(7, 3, 7, 5, 0)
+    assert [[i for _, i in next(order)] for _ in range(4)] == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]
+
+
 def test_the_shares_of_several_processes_are_the_batches_of_one():
     one, four = batches(40, 8, 2, 3, 2), [batches(40, 8, 2, 3, 2, rank, 4) for rank in range(4)]
     for _ in range(7):
