@@ -107,7 +107,8 @@ def ordinary(story, rng):
     for clip in clips[:1] if alike else clips:
         for topic, other in (("colour", "shape"), ("shape", "colour")):
             if alike or sum(getattr(c, other) == getattr(clip, other) for c in clips) == 1:
-                found.append(("static", *put(topic, clip, looks(clip)[topic], rng, named=[other] * (not alike))))
+                turn = put(topic, clip, looks(clip)[topic], rng, named=[] if alike else [other])
+                found.append(("static", *turn))
     return found
 
 
