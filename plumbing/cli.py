@@ -3,11 +3,9 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import errno
 import inspect
 import os
 import re
-import select
 import signal
 import sys
 import typing
@@ -126,11 +124,8 @@ def fill(cfg, row):
 
 
 def say(text):
-    """A line on standard error. Where that cannot be written, nobody reads it, and the work goes on."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:
-        forget_output(sys.stderr)
+    """A line on standard error."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def forget_output(stream):
@@ -152,25 +147,12 @@ def errors_of_one_line():
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        poll = select.poll()
-        poll.register(sys.stdout, 0)   # errors are told in any case
-        if not poll.poll(0):   # it was another pipe
-            raise
         forget_output(sys.stdout)
     except UserError as e:
         message = str(e).strip()
         if message.startswith("Caught "):   # in a loader's process; the message ends that process's traceback
             message = re.sub(r"^[\w.]+Error: ", "", message.splitlines()[-1])
         say(f"{program()}: {message}")
-        sys.exit(2)
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        try:
-            sys.stdout.flush()
-        except OSError:
-            forget_output(sys.stdout)
-        say(f"{program()}: {e.filename or 'an output'}: {e.strerror}")
         sys.exit(2)
     except KeyboardInterrupt:
         interrupted()
@@ -186,9 +168,6 @@ def start(Config, **flags):
     error is told at once. flags: see parse."""
     signal.signal(signal.SIGINT, interrupted)   # no traceback of whatever is imported just then
     warnings.formatwarning = lambda message, *_, **__: f"{program()}: {message}\n"   # no line of source code
-    for stream, way in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, stream) is None:   # closed
-            setattr(sys, stream, open(os.devnull, way))
     sys.stdout.reconfigure(errors="backslashreplace")   # names of files need not be UTF-8
     with errors_of_one_line():
         cfg = parse(Config, **flags)
@@ -211,10 +190,9 @@ def shipped(path):
 
 
 def own_folder(variable, base):
-    """This program's folder under the one that an environment variable names, if that is absolute, or under
-    `base`: https://specifications.freedesktop.org/basedir."""
-    given = os.environ.get(variable, "")
-    return os.path.join(given if os.path.isabs(given) else os.path.expanduser(base), "nanobt")
+    """This program's folder under the one that an environment variable names, or under `base`:
+    https://specifications.freedesktop.org/basedir."""
+    return os.path.join(os.environ.get(variable) or os.path.expanduser(base), "nanobt")
 
 
 def make_folder(path, mode=0o777):
@@ -230,7 +208,7 @@ def replaceable(path, mark):
     writes. What a user names for output may be a typing error: a script replaces only what it wrote itself;
     training.take_folder is the same for a folder."""
     start = b""
-    if os.path.isfile(path) and os.access(path, os.R_OK):   # reading a pipe would block
+    if os.path.isfile(path):   # reading a pipe would block
         with open(path, "rb") as f:
             start = f.read(1 << 20)
     if os.path.lexists(path) and mark not in start:

@@ -129,14 +129,6 @@ def test_piped_questions_get_one_line_each_and_blank_lines_none(call):
     assert "cut after 9 tokens" in err
 
 
-@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
-def test_answers_do_not_mind_that_nobody_hears_the_rest(weights, video, stderr):
-    command = (f'"{sys.executable}" "{chat.__file__}" "{video}" --weights "{weights}" -q "what?" '
-               f"--json --max_new_tokens 3 {stderr}")
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout)["tokens"] == 3 and done.stderr == ""
-
-
 def test_a_chat_joins_no_group_of_processes(call, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")   # as many containers have it, and nobody is there to be met
     assert call(*ASK)[0] == 0
