@@ -31,11 +31,10 @@ class World:
 
 def pick_device(device="auto", index=0):
     """--device -> torch.device; of several GPUs the one with this number. Raises UserError."""
-    found = torch.cuda.is_available()
-    if device not in ("auto", "cpu", "cuda") or device == "cuda" and not found:
-        raise UserError(f"--device {device}: choose auto, cpu or, where torch finds a GPU, cuda")
-    if device == "cpu" or not found:
+    if device == "cpu" or device == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: choose cpu; torch finds no GPU")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -140,15 +139,6 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint of this program, or damaged ({type(e).__name__})")
 
 
-def put_back(parameters, saved, path):
-    """Copies saved tensors into {name: parameter}, if names and sizes agree. Raises UserError."""
-    if {name: t.shape for name, t in saved.items()} != {name: p.shape for name, p in parameters.items()}:
-        raise UserError(f"{path}: made with a model of other sizes; choose another --out")
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(saved[name])
-
-
 def take_folder(folder):
     """Makes --out, or goes on in it, and keeps it for this process alone until that ends, however it does.
     Raises UserError where another run is at work, or where other files are: --out may be a typing error."""
@@ -160,8 +150,6 @@ def take_folder(folder):
         fcntl.lockf(os.open(path, os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder}: another run is at work in it; choose another --out")
-    except OSError as e:
-        raise UserError(f"{path}: cannot write: {e.strerror}")
 
 
 FREE = {"out", "root", "features", "steps", "epochs", "workers", "device", "amp", "precision", "checkpointed",
@@ -182,13 +170,13 @@ def resume(cfg, here, trained, optimizer, scaler):
     path, step, skipped = os.path.join(cfg.out, "last.pth"), 0, 0
     if os.path.exists(path):
         saved = load_checkpoint(path)
-        if not isinstance(saved, dict) or not {"config", "optimizer"} <= saved.keys():
-            raise UserError(f"{path}: not a checkpoint of this script; choose another --out")
         for key, value in dataclasses.asdict(cfg).items():
             if key not in FREE and saved["config"].get(key) != value:
                 raise UserError(f"{path}: was made with --{key} {saved['config'].get(key)}, not {value}; "
                                 "choose another --out")
-        put_back(trained, saved["state_dict"], path)
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(saved["state_dict"][name])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:   # empty after a run in another precision
             scaler.load_state_dict(saved["scaler"])
@@ -207,22 +195,16 @@ class Log:
             if re.fullmatch(r".+\.(pth|bin|png|jsonl)\.\d+\.tmp", name):
                 os.remove(os.path.join(folder, name))
         if start and os.path.exists(self.path):
-            try:
-                with open(self.path) as f:
-                    rows = [json.loads(line) for line in f if line.endswith("\n")]   # a kill cuts one
-                self.rows = [row for row in rows if row["step"] <= start]
-            except (OSError, ValueError, KeyError, TypeError) as e:
-                raise UserError(f"{self.path}: not a log of this program ({type(e).__name__}); move it away")
+            with open(self.path) as f:
+                rows = [json.loads(line) for line in f if line.endswith("\n")]   # a kill cuts one
+            self.rows = [row for row in rows if row["step"] <= start]
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomic(self.path, lambda f: f.write(lines.encode()))
 
     def add(self, **row):
         self.rows.append(row)
-        try:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(row) + "\n")
-        except OSError as e:
-            raise UserError(f"{self.path}: cannot write: {e.strerror}")
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
 
     def column(self, name):
         """[(step, value)] of the rows that have `name`."""

@@ -439,11 +439,8 @@ def test_half_precision_halves_the_frozen_towers_and_nothing_that_learns(world, 
     ({"annotations": "nowhere.jsonl"}, "nowhere.jsonl"), ({"clip": "nowhere"}, "nowhere"),
     ({"eval_annotations": "nowhere.jsonl"}, "nowhere.jsonl"), ({"root": None}, "--root: needed"),
     ({"anneal": False, "steps": 11}, "at zero after 5"),
-    ({"batch_size": 3}, "--batch_size 3"), ({"batch_size": 400}, "has only 8 clips"),
-    ({"device": "cuda"}, "--device cuda: choose")])
+    ({"batch_size": 3}, "--batch_size 3"), ({"batch_size": 400}, "has only 8 clips")])
 def test_pretrain_refuses_what_it_cannot_use(world, tmp_path, change, message):
-    if change.get("device") == "cuda" and torch.cuda.is_available():
-        change, message = {"device": "tpu"}, "tpu"
     with pytest.raises(UserError, match=message):
         pretrain.main(dataclasses.replace(pretraining(world, tmp_path / "out"), **change))
 
@@ -455,15 +452,6 @@ def test_a_foreign_file_in_the_place_of_the_checkpoint_is_refused_and_kept(world
             pretrain.main(pretraining(world, tmp_path))
         assert (tmp_path / "last.pth").read_bytes() == b"precious"
         (tmp_path / "run.lock").touch()
-
-
-def test_a_checkpoint_of_another_model_is_refused(world, tmp_path):
-    pretrain.main(pretraining(world, tmp_path, steps=1))
-    saved = training.load_checkpoint(tmp_path / "last.pth")
-    saved["state_dict"]["backbone.balance1"] = torch.zeros(1)   # would be broadcast without a word
-    training.save_checkpoint(tmp_path / "last.pth", saved)
-    with pytest.raises(UserError, match="other sizes"):
-        pretrain.main(pretraining(world, tmp_path, steps=2))
 
 
 def test_an_out_folder_that_is_a_file_is_one_line(world, tmp_path):
