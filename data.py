@@ -385,23 +385,33 @@ def collate_skip(items):
 
 
 class RetrievalDataset(Dataset):
-    """Pairs of video and caption, as an evaluation sees them. Item i -> (pixels (T, 3, H, W) uint8, i).
+    """Videos, each with a caption or a label, as an evaluation sees them. Item i -> (pixels (T, 3, H, W)
+    uint8, i). rows: (video, caption) each. rule: of frames. short: see eval_pixels.
 
-    annotations: see read_captions. Raises UserError, also for missing videos: now, not after an epoch. A
-    broken one raises VideoError."""
-    def __init__(self, annotations, root, num_frames, image_size):
-        self.videos, self.captions = map(list, zip(*read_captions(annotations)))
-        self.root, self.num_frames, self.image_size = root, num_frames, image_size
-        if missing := [v for v in dict.fromkeys(self.videos) if not os.path.isfile(locate(root, v))]:
-            raise UserError(f"{annotations}: {len(missing)} of its videos are not under {root}, the first is "
+    Raises UserError for missing videos: now, not after an epoch. A broken one raises VideoError. With `skip`,
+    items of both are their VideoError."""
+    def __init__(self, rows, root, num_frames, image_size, short=None, rule="uniform", skip=False):
+        self.videos, self.captions = map(list, zip(*rows))
+        self.root, self.num_frames, self.rule, self.skip = root, num_frames, rule, skip
+        self.image_size, self.short = image_size, short
+        missing = [v for v in dict.fromkeys(self.videos) if not os.path.isfile(locate(root, v))]
+        if missing and not skip:
+            raise UserError(f"{root}: lacks {len(missing)} of {len(set(self.videos))} videos, the first is "
                             f"{missing[0]}")
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, i):
-        found = sample_frames(locate(self.root, self.videos[i]), self.num_frames, "uniform")
-        return torch.cat([eval_pixels(picture[None], self.image_size) for _, picture in found]), i
+        path = locate(self.root, self.videos[i])
+        try:   # one by one: sixty-four pictures as filmed take hundreds of megabytes
+            found = sample_frames(path, self.num_frames, self.rule)
+            pixels = [eval_pixels(picture[None], self.image_size, self.short) for _, picture in found]
+        except VideoError as e:
+            if self.skip:
+                return e
+            raise
+        return torch.cat(pixels), i
 
 
 @dataclasses.dataclass

@@ -39,7 +39,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
 
 import data
 from metrics import recall_at_k, retrieval_metrics
@@ -85,17 +84,27 @@ def main(cfg):
     # -------------------------------------------------------------------------------------- model and data
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, here.device)
     memory.choose_threads(encoder)
-    dataset = EvaluationSet(cfg, setting, encoder.clip.config.image_size)
+    if bool(cfg.classes) != bool(setting.classes) and cfg.dataset != "own":
+        raise UserError(f"--dataset {cfg.dataset}: {'needs' if setting.classes else 'has no'} --classes")
+    classes = read_classes(cfg.classes, setting.classes) if cfg.classes else []
+    rows = (read_labels(cfg.annotations, len(classes), setting.offset) if classes else
+            read_pairs(cfg.annotations, setting.joined))
+    if setting.size and len(rows) not in setting.size:
+        sizes = " or ".join(map(str, setting.size))
+        raise UserError(f"{cfg.annotations}: {cfg.dataset} has {sizes} items, found {len(rows)}")
+    size = encoder.clip.config.image_size
+    dataset = data.RetrievalDataset(rows, cfg.root, setting.num_frames, size, setting.short * size // 224,
+                                    setting.rule, cfg.skip_broken)
     # ------------------------------------------------------------------------------------------ evaluation
     row, branch, mean, broken = encode_videos(encoder, dataset, here.device, cfg.batch_size, cfg.workers,
                                               cfg.amp)
     items = [i for i, video in enumerate(dataset.videos) if video in row]
     owner = [row[dataset.videos[i]] for i in items]
-    if cfg.classes:   # videos ask, classes answer
-        texts, right = dataset.texts, [dataset.labels[i] for i in items]
+    if classes:   # videos ask, classes answer
+        texts, right = classes, [dataset.captions[i] for i in items]
         branch, mean = branch[owner], mean[owner]
-    else:             # captions ask, videos answer: each video once, however many captions it has
-        texts, right = [dataset.texts[i] for i in items], owner
+    else:         # captions ask, videos answer: each video once, however many captions it has
+        texts, right = [dataset.captions[i] for i in items], owner
     text = encode_texts(encoder, tokenizer, texts, setting.text_length, here.device, cfg.amp)
     if here.rank == 0:
         for message in broken:
@@ -128,50 +137,11 @@ def report(cfg, total, videos, text, right):
 
 
 # ------------------------------------------------------------------------------------- test sets, as released
-class EvaluationSet(Dataset):
-    """A data set as its released evaluation sees it. Item i -> (pixels (T, 3, H, W) uint8, i). A broken video
-    raises VideoError, or gives it with --skip_broken.
-
-    videos: the name of each item's video. texts: the caption of each item or, to recognise, the names of the
-    classes; then labels has the class of each item. Raises UserError for files that do not fit, for a set of
-    another size and, unless they may be skipped, for missing videos."""
-    def __init__(self, cfg, setting, image_size):
-        self.root, self.setting, self.image_size, self.skip = cfg.root, setting, image_size, cfg.skip_broken
-        if bool(cfg.classes) != bool(setting.classes) and cfg.dataset != "own":
-            raise UserError(f"--dataset {cfg.dataset}: {'needs' if setting.classes else 'has no'} --classes")
-        if cfg.classes:
-            self.texts = read_classes(cfg.classes, setting.classes)
-            self.videos, self.labels = read_labels(cfg.annotations, len(self.texts), setting.offset)
-        else:
-            self.videos, self.texts = read_pairs(cfg.annotations, setting.joined)
-        if setting.size and len(self) not in setting.size:
-            sizes = " or ".join(map(str, setting.size))
-            raise UserError(f"{cfg.annotations}: {cfg.dataset} has {sizes} items, found {len(self)}")
-        missing = [v for v in dict.fromkeys(self.videos) if not os.path.isfile(data.locate(cfg.root, v))]
-        if missing and not self.skip:   # said now, not after an hour
-            raise UserError(f"--root {cfg.root}: lacks {len(missing)} of {len(set(self.videos))} videos, the "
-                            f"first is {missing[0]}; --skip_broken goes on without them")
-
-    def __len__(self):
-        return len(self.videos)
-
-    def __getitem__(self, i):
-        path, s, size = data.locate(self.root, self.videos[i]), self.setting, self.image_size
-        try:   # one by one: sixty-four pictures as filmed take hundreds of megabytes
-            found = data.sample_frames(path, s.num_frames, s.rule)
-            return torch.cat([data.eval_pixels(picture[None], size, s.short * size // 224)
-                              for _, picture in found]), i
-        except data.VideoError as e:
-            if self.skip:
-                return e
-            raise
-
-
 def read_pairs(path, joined=False):
-    """JSON lines or a list of {"video", "caption"}, or a dict {video: caption or captions} -> videos, texts.
+    """JSON lines or a list of {"video", "caption"}, or a dict {video: caption or captions} -> [(video, text)]
 
     Each caption makes a pair (MSR-VTT), or all of a video make one text (joined: DiDeMo, ActivityNet)."""
-    rows, videos, captions = data.read_rows(path), [], []
+    rows, pairs = data.read_rows(path), []
     where, whole = rows[0]
     if where == path and isinstance(whole, dict) and "video" not in whole:
         rows = [(f"{path}, {v!r}", {"video": v, "caption": texts}) for v, texts in whole.items()]
@@ -180,12 +150,10 @@ def read_pairs(path, joined=False):
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t for t in texts):
             raise UserError(f"{where}: needs a caption or a list of captions, none of them empty")
-        texts = [" ".join(texts)] if joined else texts
-        videos += [video] * len(texts)
-        captions += texts
-    if not videos:
+        pairs += [(video, text) for text in ([" ".join(texts)] if joined else texts)]
+    if not pairs:
         raise UserError(f"{path}: no videos in it")
-    return videos, captions
+    return pairs
 
 
 def read_classes(path, count):
@@ -197,15 +165,14 @@ def read_classes(path, count):
 
 
 def read_labels(path, classes, offset):
-    """Lines `path label` -> videos, labels + offset, from 0 to classes - 1. The label is the last word."""
-    videos, labels, last = [], [], classes - 1 - offset
+    """Lines `path label` -> [(video, label + offset)], from 0 to classes - 1. The label is the last word."""
+    rows, last = [], classes - 1 - offset
     for number, line in enumerate(data.read_text(path).rstrip().split("\n"), 1):
         video, label = (line.rsplit(None, 1) + ["", ""])[:2]
         if not label.isdecimal() or not -offset <= int(label) <= last:
             raise UserError(f"{path}, line {number}: needs a path and a label from {-offset} to {last}")
-        videos.append(video)
-        labels.append(int(label) + offset)
-    return videos, labels
+        rows.append((video, int(label) + offset))
+    return rows
 
 
 if __name__ == "__main__":

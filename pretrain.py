@@ -166,8 +166,8 @@ def main(cfg):
     if steps > 5 * epoch_steps and not cfg.anneal:
         raise UserError(f"{steps} steps are {steps / epoch_steps:.1f} epochs, but the released schedule ends "
                         "at zero after 5; use --anneal")
-    watched = cfg.eval_annotations and data.RetrievalDataset(cfg.eval_annotations, cfg.root, cfg.num_frames,
-                                                             size)
+    watched = cfg.eval_annotations and data.RetrievalDataset(data.read_captions(cfg.eval_annotations),
+                                                             cfg.root, cfg.num_frames, size)
     # ----------------------------------------------------------------------------------------------- model
     if cfg.depth > clip.config.vision_layers:
         raise UserError(f"--depth {cfg.depth}: this CLIP has {clip.config.vision_layers} layers")

@@ -455,9 +455,9 @@ def test_collate_skip_drops_broken_videos_and_says_which(world):
 
 def test_retrieval_shows_uniform_frames_and_says_which_videos_are_missing(world):
     row, gone = ({"video": video, "caption": "one"} for video in ("page/17", "nowhere.mp4"))
-    with pytest.raises(UserError, match="1 of its videos are not under .*, the first is nowhere.mp4"):
-        data.RetrievalDataset(lines(world / "a.jsonl", row, gone), world, 4, 28)
-    items = data.RetrievalDataset(lines(world / "a.jsonl", row), world, 4, 28)
+    with pytest.raises(UserError, match="lacks 1 of 2 videos, the first is nowhere.mp4"):
+        data.RetrievalDataset(data.read_captions(lines(world / "a.jsonl", row, gone)), world, 4, 28)
+    items = data.RetrievalDataset(data.read_captions(lines(world / "a.jsonl", row)), world, 4, 28)
     pixels, index = items[0]   # the name lacks its extension
     frames, _ = stacked(data.sample_frames(world / "good.mp4", 4, "uniform"))
     assert index == 0 and items.captions == ["one"] and torch.equal(pixels, data.eval_pixels(frames, 28))
@@ -465,7 +465,7 @@ def test_retrieval_shows_uniform_frames_and_says_which_videos_are_missing(world)
 
 def test_a_broken_retrieval_video_stops_also_in_a_worker_process(world):
     path = lines(world / "a.jsonl", {"video": "broken.mp4", "caption": "x"})
-    items = data.RetrievalDataset(path, world, 4, 28)
+    items = data.RetrievalDataset(data.read_captions(path), world, 4, 28)
     for workers in (0, 1):
         with pytest.raises(data.VideoError, match="broken.mp4: not a video"):
             list(DataLoader(items, num_workers=workers))
@@ -559,7 +559,7 @@ GOOD = {"video": "good.mp4", "caption": "x"}
 
 
 def retrieval(folder, annotations):
-    return data.RetrievalDataset(annotations, folder, 4, 28)
+    return data.RetrievalDataset(data.read_captions(annotations), folder, 4, 28)
 
 
 def conversations(folder, annotations):

@@ -9,7 +9,7 @@ import torch
 import data
 import eval_retrieval
 import model
-from eval_retrieval import SETTINGS, Config, EvaluationSet, read_labels
+from eval_retrieval import SETTINGS, Config, read_labels, read_pairs
 from films import stacked
 from plumbing import training
 from plumbing.cli import UserError
@@ -59,9 +59,9 @@ def scoring(world, **options):
 # ------------------------------------------------------------------------------------ encode
 def test_a_video_with_several_captions_is_read_once(world, tmp_path, monkeypatch):
     path = write(tmp_path / "a.json", {"1.mp4": ["one", "two"], "0.mp4": ["three"]})
-    dataset = EvaluationSet(scoring(world, annotations=path), SETTINGS["own"], 64)
-    asked, get = [], EvaluationSet.__getitem__
-    monkeypatch.setattr(EvaluationSet, "__getitem__", lambda self, i: asked.append(i) or get(self, i))
+    dataset = data.RetrievalDataset(read_pairs(path), world, 8, 64)
+    asked, get = [], data.RetrievalDataset.__getitem__
+    monkeypatch.setattr(data.RetrievalDataset, "__getitem__", lambda self, i: asked.append(i) or get(self, i))
     encoder, _ = model.load_encoder(TINY, "", CPU)
     videos, branch, mean, broken = model.encode_videos(encoder, dataset, CPU)
     assert asked == [0, 2] and list(videos) == ["1.mp4", "0.mp4"] and mean.shape == (2, 128) and broken == []
@@ -75,8 +75,8 @@ def encode_in_a_group(rank, size, folder):
         torch.distributed.init_process_group("gloo", **where)
     torch.set_num_threads(1)
     encoder, _ = model.load_encoder(TINY, "", CPU)
-    cfg = config(annotations=os.path.join(folder, "a.jsonl"), root=folder, skip_broken=True)
-    found = model.encode_videos(encoder, EvaluationSet(cfg, SETTINGS["own"], 64), CPU, batch_size=2)
+    dataset = data.RetrievalDataset(read_pairs(os.path.join(folder, "a.jsonl")), folder, 8, 64, skip=True)
+    found = model.encode_videos(encoder, dataset, CPU, batch_size=2)
     training.save_checkpoint(os.path.join(folder, f"{rank} of {size}"), found)
 
 
@@ -154,11 +154,14 @@ def test_the_papers_numbers_stand_beside_ours_only_where_the_sets_match(world, c
     ("activitynet", [{"video": f"{i}.mp4", "caption": texts} for i, texts in enumerate((["a", "b"], ["c"]))],
      ["a b", "c"], 64, 73)])
 def test_released_annotations_and_settings(world, tmp_path, monkeypatch, name, rows, captions, frames, short):
-    setting = dataclasses.replace(SETTINGS[name], size=(len(captions),))
-    dataset = EvaluationSet(scoring(world, annotations=write(tmp_path / "a", rows)), setting, 64)
-    assert dataset.texts == captions
+    seen, encode = [], eval_retrieval.encode_videos
+    monkeypatch.setattr(eval_retrieval, "encode_videos", lambda encoder, dataset, *rest: (
+        seen.append(dataset) or encode(encoder, dataset, *rest)))
+    monkeypatch.setitem(SETTINGS, name, dataclasses.replace(SETTINGS[name], size=(len(captions),)))
+    eval_retrieval.main(scoring(world, dataset=name, annotations=write(tmp_path / "a", rows)))
+    assert seen[0].captions == captions
     expected = data.eval_pixels(stacked(data.sample_frames(world / "1.mp4", frames, "test"))[0], 64, short)
-    assert torch.equal(dataset[len(captions) - 1][0], expected)
+    assert torch.equal(seen[0][len(captions) - 1][0], expected)
 
 
 @pytest.mark.parametrize("name, count", [("msrvtt", "1000"), ("lsmdc", "1000"), ("didemo", "1003 or 1004"),
@@ -182,9 +185,9 @@ def test_bad_files_of_a_test_set_are_user_errors_that_name_the_place(tmp_path, n
 # ------------------------------------------------------------------------------------ recognition
 def test_labels_are_the_last_word_of_a_line_with_the_offset_of_the_data_set(tmp_path):
     path = write(tmp_path / "a", "playing guitar/x y.mp4 0\nb.mp4\t2\n")
-    assert read_labels(path, 3, 0) == (["playing guitar/x y.mp4", "b.mp4"], [0, 2])
+    assert read_labels(path, 3, 0) == [("playing guitar/x y.mp4", 0), ("b.mp4", 2)]
     path = write(tmp_path / "a", "b.mp4\t1\nc.mp4\t3")
-    assert read_labels(path, 3, -1) == (["b.mp4", "c.mp4"], [0, 2])
+    assert read_labels(path, 3, -1) == [("b.mp4", 0), ("c.mp4", 2)]
 
 
 def test_top_1_and_top_5_are_those_worked_by_hand(capsys):

@@ -132,7 +132,8 @@ def saw(cfg, split):
     if not store.get(key):
         clip, tokenizer = load_clip(cfg.clip)
         encoder, clips = VideoEncoder(clip.float(), None), read_clips(annotations)
-        dataset = data.RetrievalDataset(annotations, cfg.data, FRAMES, clip.config.image_size)
+        size, rows = clip.config.image_size, data.read_captions(annotations)
+        dataset = data.RetrievalDataset(rows, cfg.data, FRAMES, size)
         batches = tqdm(DataLoader(dataset, 64, num_workers=1), desc=f"see {split}")
         states = [torch.stack(backbone_states(clip, pixels, LAYERS), dim=1).half() for pixels, _ in batches]
 

@@ -41,7 +41,8 @@ def spread(values):
 def score(cfg):
     """Twins, statics and retrieval on held-out combinations: mean-pooled CLIP beside branches."""
     annotations = os.path.join(cfg.data, "test_captions.jsonl")
-    dataset, clips = data.RetrievalDataset(annotations, cfg.data, 8, SIZE), read_clips(annotations)
+    dataset = data.RetrievalDataset(data.read_captions(annotations), cfg.data, 8, SIZE)
+    clips = read_clips(annotations)
     rows, by_motion = {}, {}   # {model, or motions of twins and how many: [a seed's metrics, or accuracy]}
     for file in cfg.branches.split(","):
         encoder, tokenizer = load_encoder(cfg.out, file)
