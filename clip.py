@@ -9,7 +9,6 @@ OpenAI's own archives come in through the name table at the bottom. The default 
 """
 import gzip
 import html
-import io
 import json
 import math
 import os
@@ -216,8 +215,7 @@ class CLIP(nn.Module):
 
 # --------------------------------------------------------------------------------------------- the tokenizer
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-MAX_VOCABULARY = 16 << 20   # bytes; OpenAI's file has 3.2 million
-MAX_MERGES = 48_894         # OpenAI's file goes on after those that CLIP was trained with
+MAX_MERGES = 48_894   # OpenAI's file goes on after those that CLIP was trained with
 
 
 class Tokenizer:
@@ -249,10 +247,9 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path):
         """path: merges.txt of Hugging Face, or OpenAI's bpe_simple_vocab_16e6.txt.gz. Raises UserError."""
-        text = bytes(weightfile.map_file(path)[:MAX_VOCABULARY])
+        text = weightfile.map_file(path)[:]
         try:
-            if text[:2] == b"\x1f\x8b":
-                text = gzip.GzipFile(fileobj=io.BytesIO(text)).read(MAX_VOCABULARY)   # it may claim gigabytes
+            text = gzip.decompress(text) if text[:2] == b"\x1f\x8b" else text
             lines = text.decode("utf-8").split("\n")[1:1 + MAX_MERGES]   # behind `#version: 0.2`
             return cls([line.split() for line in lines if line.strip()])
         except (OSError, EOFError, ValueError, zlib.error) as e:
@@ -316,13 +313,12 @@ def read_clip(path):
         if not folder:
             tensors = from_openai(tensors)
         tensors = {name: t for name, t in tensors.items() if not name.endswith(".embeddings.position_ids")}
-        config = config_of(tensors, stated)
+        with weightfile.shapes_only():
+            clip = CLIP(config_of(tensors, stated)).requires_grad_(False)
     except weightfile.DAMAGE as e:
         reason = f"{type(e).__name__}: {weightfile.shown(e)}; {weightfile.likely_reason(tensors)}"
         raise UserError(f"{path}: not a CLIP that is read here ({reason}); needed is OpenAI's ViT-L-14.pt "
                         "or the folder of Hugging Face")
-    with weightfile.shapes_only():
-        clip = CLIP(config).requires_grad_(False)
     return weightfile.load_into(clip, tensors, path).eval()
 
 
@@ -348,8 +344,8 @@ def config_of(tensors, stated):
         names = {name.split(".")[3] for name in tensors if name.startswith(layers)}
         sizes |= {f"{tower}_width": width, f"{tower}_layers": len(names), f"{tower}_heads": heads,
                   f"{tower}_mlp": rows(layers + "0.mlp.fc1")}
-        if not all(1 <= size < 1 << 20 for size in sizes.values()) or width % heads:
-            raise ValueError(f"no model has {heads} heads in a width of {width}, or such sizes")
+        if width % heads:
+            raise ValueError(f"no model has {heads} heads in a width of {width}")
         if activation != "quick_gelu":
             raise ValueError(f"its hidden_act is {activation!r}, not 'quick_gelu'")
     return CLIPConfig(**sizes)

@@ -12,7 +12,6 @@ import itertools
 import math
 import os
 import re
-import stat
 import time
 import warnings
 
@@ -75,16 +74,13 @@ def open_video(path):
 
 
 def open_regular(path):
-    """A file of bytes, open for reading. Folders, pipes, devices and empty files are refused at once."""
+    """A file of bytes, open for reading; a folder, a pipe or a device is refused. Raises VideoError."""
+    if not os.path.isfile(path):   # a pipe would wait for ever
+        raise VideoError(path, "No such file, or no regular one")
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as e:   # ValueError: a NUL in the name
-        raise VideoError(path, getattr(e, "strerror", str(e))) from e
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-        os.close(fd)
-        raise VideoError(path, "the file is empty" if stat.S_ISREG(status.st_mode) else "not a regular file")
-    return ByteSource(fd, path)
+        return ByteSource(os.open(path, os.O_RDONLY), path)
+    except OSError as e:
+        raise VideoError(path, e.strerror) from e
 
 
 class ByteSource(io.FileIO):

@@ -573,7 +573,7 @@ PLAYLIST = text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{good}\n#EXT-X-EN
 CONCAT = text("ffconcat version 1.0\nfile '{good}'\n")
 BAD_VIDEOS = {   # name: (what makes it, a word of the complaint)
     "missing.mp4": (lambda path, good: None, "No such file"),
-    "folder.mp4": (lambda path, good: path.mkdir(), "not a regular file"),
+    "folder.mp4": (lambda path, good: path.mkdir(), "no regular one"),
     "empty.mp4": (text(""), "empty"),
     "text.mp4": (text("this is not a video\n" * 100), "not a video"),
     "sound.mp4": (sound, "no video track"),

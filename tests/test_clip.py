@@ -401,8 +401,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"vision_config": [1]}, "not a CLIP"), ({"text_config": {"hidden_act": "gelu"}}, "hidden_act is 'gelu'"),
     ({"text_config": {"num_attention_heads": "x"}}, "not a CLIP .*'x'"),
-    ({"vision_config": {"num_attention_heads": 7}}, "no model has 7 heads in a width of 32"),
-    ({"vision_config": {"num_attention_heads": -1}}, "no model has -1 heads")])
+    ({"vision_config": {"num_attention_heads": 7}}, "no model has 7 heads in a width of 32")])
 def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -414,8 +413,7 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
 
 @pytest.mark.parametrize("name, shape, message", [
     ("vision_model.embeddings.patch_embedding.weight", (1 << 40, 3, 4, 0), "does not fit"),
-    ("vision_model.embeddings.patch_embedding.weight", (1 << 40, 3, 0, 0), "no model has"),
-    ("text_model.embeddings.token_embedding.weight", (1 << 40, 0), "no model has"),
+    ("vision_model.embeddings.patch_embedding.weight", (1 << 40, 3, 0, 0), "not a CLIP"),
     ("vision_model.embeddings.position_embedding.weight", (0, 40), "isqrt"),
     ("visual_projection.weight", (21, 40), "does not fit.*visual_projection.weight"),
     ("text_projection.weight", None, "text_projection.weight")])

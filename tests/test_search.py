@@ -52,7 +52,7 @@ def hits(out):
 # ------------------------------------------------------------------------------------------- index
 KINDS = {"mp4": "libx264", "mkv": "libx264", "mov": "mpeg4", "webm": "libvpx", "gif": "gif",
          "ts": "mpeg2video", "avi": "mpeg4", "mpg": "mpeg2video", "flv": "flv", "wmv": "wmv2"}
-BROKEN = {"text.mp4": "not a video", "empty.avi": "the file is empty", "picture.mkv": "not a video",
+BROKEN = {"text.mp4": "not a video", "empty.avi": "not a video", "picture.mkv": "not a video",
           "cut.webm": ""}
 TWO = ["a big red circle moves left in the middle", "a small blue star moves down on the left"]
 
