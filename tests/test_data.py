@@ -282,7 +282,7 @@ def junk(folder, clips):
     whole = open(clips["h264 long gop"], "rb").read()
     (folder / "no_index.mp4").write_bytes(whole[:len(whole) // 2])   # an MP4's table of frames is at its end
     reasons = {
-        "folder.mp4": "regular file", "pipe.mp4": "regular file", "empty.mp4": "empty",
+        "folder.mp4": "regular one", "pipe.mp4": "regular one", "empty.mp4": "not a video",
         "text.mp4": "not a video", "subtitles.mp4": "not a video", "noise.mp4": "not a video",
         "no_index.mp4": "cut off", "sound.m4a": "no video track", "cover.m4a": "no video track",
         "missing.mp4": "No such file", "http://localhost/clip.mp4": "No such file",
@@ -290,7 +290,7 @@ def junk(folder, clips):
     }
     return {
         name: (name if "://" in name else str(folder / name), reason) for name, reason in reasons.items()
-    } | {"device": ("/dev/zero", "regular file"), "NUL in the name": ("a\0b.mp4", "null")}
+    } | {"device": ("/dev/zero", "regular one"), "NUL in the name": ("a\0b.mp4", "regular one")}
 
 
 def test_every_bad_file_is_a_video_error_of_one_line_with_its_path(tmp_path, clips):
