@@ -18,11 +18,8 @@ and small integers multiply faster than floats.
 else was measured, docs/numbers.md the errors. All is for inference: rounding has no gradient. Shapes: M rows
 (tokens), K inputs, N outputs.
 """
-import contextlib
 import functools
-import glob
 import itertools
-import os
 import warnings
 
 import torch
@@ -250,16 +247,10 @@ def quantized(model, scheme, folder, sources, change=unchanged):
     replace it meanwhile."""
     if scheme == "bf16":   # nothing to compute, nothing to keep
         return quantize(model, scheme, change)
-    store, found, entry = Store(folder, prefix=f"quantised_{scheme}_"), linears(model, scheme), None
+    store = Store(folder, max_bytes=0, prefix=f"quantised_{scheme}_")   # 0: only the newest, of gigabytes, stays
     key = [VERSION, scheme, GROUP, weight_levels(), packing() if scheme == "int4" else None, sources]
-    try:
-        entry = store.get(key)
-    except UserError as e:
-        warnings.warn(f"{e}; making it again")
+    found, entry = linears(model, scheme), store.get(key)
     if entry is None:
-        for older in glob.glob(os.path.join(glob.escape(folder), f"quantised_{scheme}*")):   # of gigabytes
-            with contextlib.suppress(OSError):
-                os.remove(older)
         shapes = {f"{name}.{part}": t for name, linear, kind in found
                   for part, t in kind.empty(*linear.weight.shape).items()}
         layers = tqdm(found, f"quantising to {scheme}, once", disable=None, delay=2)
@@ -267,11 +258,10 @@ def quantized(model, scheme, folder, sources, change=unchanged):
                   for t in kind.convert(change(name, linear.weight)).values())
         try:   # tensor by tensor: no two layers are in memory
             store.put(key, shapes, values=values)
-            entry = store.get(key)
         except UserError as e:
             warnings.warn(f"{e}; quantising in memory, and again at the next start")
-    if entry is None:
-        return quantize(model, scheme, change)
+            return quantize(model, scheme, change)
+        entry = store.get(key)
     for name, linear, kind in found:
         mapped = {part: entry[0][f"{name}.{part}"] for part in kind.empty(*linear.weight.shape)}
         model.set_submodule(name, kind(mapped, linear.bias))
