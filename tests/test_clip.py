@@ -456,8 +456,8 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(tmp_path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", pickle.dumps({"logit_scale": Payload()}))
     shutil.copy(os.path.join(TINY, "config.json"), tmp_path / "folder")
-    refused(tmp_path / "weights.pt", "mkdir.*refused")
-    refused(tmp_path / "folder", "mkdir.*refused")
+    refused(tmp_path / "weights.pt", "asks for posix.mkdir")
+    refused(tmp_path / "folder", "asks for posix.mkdir")
     assert not (tmp_path / "executed").exists()
 
 

@@ -588,7 +588,7 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(hidden_size=None), "of another size"), (dict(hidden_size="wide"), "config.json"),
-    (dict(hidden_act="gelu"), "gelu"), (dict(num_attention_heads=0), "config.json: integer"),
+    (dict(hidden_act="gelu"), "gelu"), (dict(num_attention_heads=0), "does not fit"),
     (dict(num_hidden_layers=3), "3 layers, but its weights have 2"),
     (dict(num_key_value_heads=2), "of another size"),
     (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
