@@ -872,12 +872,10 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None, new_linvt=N
     for file in (projector_file, chat_file):   # the later one counts
         rows = sources[file].get("model.video_start_end.weight")   # of our own files
         words = sources[file].get("model.embed_tokens.weight", sources[file].get("embed_tokens.weight"))
-        if rows is None and words is not None and words.ndim == 2:   # the released ones have all words
+        if rows is None and words is not None:   # the released ones have all words
             same = len(words) == language_model.config.vocab_size
             rows = added_rows(words, tokenizer, tokenizer.added if same else {})
         if rows is not None and TEMPLATES[kind.template].marked:   # else there is no place for them
-            if rows.shape not in ((2, width), (0, width)):
-                raise UserError(f"{file}: start and end rows of {tuple(rows.shape)}, needed are (2, {width})")
             chat.start_end.data = rows
     description = [f"tuned for {learned_for or 'video'}"] * bool(learned)
     description += [f"with {' and '.join(stages)}"] * bool(stages)

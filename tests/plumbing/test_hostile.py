@@ -472,13 +472,6 @@ def test_tokenizers_that_cannot_be_are_refused(weights, trick):
     refused(open_chat, weights, message)
 
 
-@pytest.mark.parametrize("cut", [10, 1000, -10])
-def test_a_cut_sentencepiece_model_is_refused(weights, cut):
-    path = weights / "llava" / "tokenizer.model"
-    path.write_bytes(path.read_bytes()[:cut])
-    refused(open_chat, weights, "tokenizer.model")
-
-
 @pytest.mark.parametrize("params, message", [
     (dict(n_layers=10**9), "1,000,000,000 layers"), (dict(n_heads=0), "params.json"),
     (dict(dim=1 << 50), "params.json"), (dict(dim=[32]), "params.json"), (dict(rope_theta="x"), "params.json")])
@@ -545,12 +538,10 @@ def test_a_branch_that_cannot_be_is_refused(weights, tensors, message):
 @pytest.mark.parametrize("tensors", [
     {"mm_projector.weight": torch.tensor(1.0)}, {"mm_projector.weight": torch.zeros(2, 2, 2)},
     {"mm_projector.0.weight": torch.zeros(0)},
-    {"mm_projector.weight": torch.zeros(32, 32, dtype=torch.int64), "mm_projector.bias": torch.zeros(32)},
-    {"mm_projector.weight": torch.zeros(32, 32), "mm_projector.bias": torch.zeros(32),
-     "video_start_end.weight": torch.zeros(2)}])
+    {"mm_projector.weight": torch.zeros(32, 32, dtype=torch.int64), "mm_projector.bias": torch.zeros(32)}])
 def test_a_projector_that_cannot_be_is_refused(weights, tensors):
     torch.save({f"model.{name}": t for name, t in tensors.items()}, weights / "chat.bin")
-    refused(open_chat, weights, "does not fit|start and end rows|another pair")
+    refused(open_chat, weights, "does not fit")
 
 
 def test_scalars_where_a_clip_of_openai_has_matrices_are_refused(weights):
