@@ -52,7 +52,7 @@ from plumbing.pictures import boxed, contact_sheet
 from plumbing.store import Store, state_of
 from plumbing.video import EXTENSIONS
 
-VERSION = 1   # of the rows that `index` makes: whoever changes how, counts up
+VERSION = 2   # of the rows that `index` makes: whoever changes how, counts up
 NUM_FRAMES, TEXT_LENGTH = 8, 77   # of a window; tokens of a query
 
 
