@@ -65,20 +65,16 @@ def read_file(path):
     buffer = map_file(path)
     try:
         if buffer[:4] == b"PK\x03\x04":
-            return unwrapped(read_zip_pickle(buffer))
-        if buffer[8:9] == b"{":
-            return unwrapped(read_safetensors(buffer))
+            tensors = read_zip_pickle(buffer)
+        elif buffer[8:9] == b"{":
+            tensors = read_safetensors(buffer)
+        else:
+            raise ValueError("neither safetensors nor torch.save of torch 1.6 or later: "
+                             f"{bytes(buffer[:30])!r}")
+        return {WRAPPERS.sub("", name): t for name, t in tensors.items()}
     except DAMAGE as e:
         raise UserError(f"{path}: cut, damaged or no weight data ({type(e).__name__}: {shown(e, 250)}); "
-                        "get it again")
-    raise UserError(f"{path}: neither safetensors nor a torch.save file of torch 1.6 or later: it begins "
-                    f"with {bytes(buffer[:30])!r}; download it whole, from Git LFS with `git lfs pull`")
-
-
-def unwrapped(tensors):
-    """{name: tensor}, under the names that the model itself has. See WRAPPERS."""
-    bare = {WRAPPERS.sub("", name): t for name, t in tensors.items()}
-    return bare if len(bare) == len(tensors) else tensors
+                        "get it again, from Git LFS with `git lfs pull`")
 
 
 def shown(text, longest=100):

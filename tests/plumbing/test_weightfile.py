@@ -58,11 +58,6 @@ def test_what_a_wrapper_put_into_names_is_left_out(tmp_path, wrapped, kind):
         kept.format(name) for name in ("a.weight", "my_module.b", "module")}
 
 
-def test_names_that_only_a_wrapper_tells_apart_stay_as_they_are(tmp_path):
-    torch.save({"a": torch.ones(2), "module.a": torch.ones(3)}, tmp_path / "w")
-    assert weightfile.read_file(tmp_path / "w").keys() == {"a", "module.a"}
-
-
 @pytest.mark.parametrize("files, reason", [
     (["adapter_config.json", "adapter_model.safetensors"], "an adapter .LoRA., .* merge"),
     (["config.json", "adapter_model.bin", "non_lora_trainables.bin"], "an adapter"),
