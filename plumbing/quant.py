@@ -247,7 +247,7 @@ def quantized(model, scheme, folder, sources, change=unchanged):
     replace it meanwhile."""
     if scheme == "bf16":   # nothing to compute, nothing to keep
         return quantize(model, scheme, change)
-    store = Store(folder, max_bytes=0, prefix=f"quantised_{scheme}_")   # 0: only the newest, of gigabytes, stays
+    store = Store(folder, max_bytes=0, prefix=f"quantised_{scheme}_")   # 0: the newest alone, of gigabytes
     key = [VERSION, scheme, GROUP, weight_levels(), packing() if scheme == "int4" else None, sources]
     found, entry = linears(model, scheme), store.get(key)
     if entry is None:
