@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 W=weights/tiny D=out/shapes S=out/stories T=out/time PYTHON=${PYTHON:-python} ROWS=${ROWS:-some}
-AIDS="--clock 0.4 --look 0.5 --point 1 --end 0.5"
+AIDS="--clock 0.4 --look 0.5 --point 1 --end 0.5 --tell 1"
 export OMP_NUM_THREADS=1
 
 # Pictures, 1 minute; long clips with events, 1 minute.

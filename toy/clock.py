@@ -1,7 +1,7 @@
 """VTimeLLM's second stage for a tiny LLaMA: LoRA learns when events begin and end, with aids for a beginner.
 
     python -m toy.clock --weights out/time/align --out out/time/boundaries \\
-        --clock 0.4 --look 0.5 --point 1 --end 0.5
+        --clock 0.4 --look 0.5 --point 1 --end 0.5 --tell 1
 
 A LLaMA that has read the world needs no aids, and `chat_tune.py --stage boundaries` has none. This one has
 only read about shapes. The loss of a few digits does not tell it that rotary positions are a clock, nor that
@@ -18,6 +18,8 @@ thrown away:
               at the frames of the event that is asked about
     --end     no head: where an end is to be written, the other half, in the last layer, look at the gap
               behind that event
+    --tell    no head: where an event is told in words, half of the attention heads of the last two layers
+              look at its frames; in the second half of the run, as at first it is in the way of the others
 
 Two more things are of this world. Each step shows stories that never were: the events of a rendered story, in
 another order and at other times, from what CLIP said of its frames. And all questions about a story stand in
@@ -39,6 +41,7 @@ class Config:
     look: cli.Amount = 0             # likewise
     point: cli.Amount = 0            # likewise
     end: cli.Amount = 0              # likewise
+    tell: cli.Amount = 0             # likewise
     steps: cli.Count = 1300          # of training
     batch_size: cli.Count = 16       # stories a step
     lr: cli.Amount = 2.5e-3          # peak; linear up over 3 % of the run, then half a cosine
@@ -116,33 +119,36 @@ def told_anew(said, spans, seen, rng):
 
 
 def questions(said, spans, rng):
-    """-> [(question, answer, number of the event if its span is asked, else None)]."""
+    """-> [(question, answer, events whose spans it writes, events that it tells in words)]."""
     times = [[f"{min(round(100 * t), 99):02d}" for t in span] for span in spans]
     if rng.random() < 0.2:
         listed = [f"From {a} to {b}, {text}." for text, (a, b) in zip(said, times)]
-        return [(choice(rng, data.ASK_ALL), " ".join(listed), None)]
+        every = range(len(said))
+        return [(choice(rng, data.ASK_ALL), " ".join(listed), every, every)]
     found = []
     for i, (text, (a, b)) in enumerate(zip(said, times)):
         if rng.random() < 0.2:
-            found.append((choice(rng, data.ASK_WHAT).format(a, b), sentence(text), None))
+            found.append((choice(rng, data.ASK_WHAT).format(a, b), sentence(text), (), [i]))
         else:
-            found.append((choice(rng, data.ASK_WHEN).format(text), f"From {a} to {b}.", i))
+            found.append((choice(rng, data.ASK_WHEN).format(text), f"From {a} to {b}.", [i], ()))
     return found
 
 
 # -------------------------------------------------------------------------------- a step
 @dataclasses.dataclass
 class Batch:
-    """The rows of a step. The T frames stand from `first` on. `asked`: a row, and an event of its story, for
-    each question that wants a span."""
+    """The rows of a step. The T frames stand from `first` on. Each mark is (row, which event of its story,
+    the token that writes what an aid is about)."""
     stories: list             # B of (said, spans, features)
     embeds: torch.Tensor      # (B, S, D)
     target: torch.Tensor      # (B, S - 1): what comes next, IGNORE_INDEX where that is not learned
     mask: torch.Tensor        # (B, 1, S, S) bool
     positions: torch.Tensor   # (B, S)
     first: int
-    asked: list               # Q of (row, event)
-    digits: torch.Tensor      # (Q, 2): which token writes the first digit of the start, and of the end
+    starts: list              # marks: the first digit of a start
+    ends: list                # the first digit of an end
+    words: list               # a word of an event
+    asked: list               # those of `starts` whose event the question names
 
     @property
     def video(self):
@@ -151,22 +157,28 @@ class Batch:
 
 def assemble(chat, stories, rng):
     """Stories (said, spans, features) -> Batch."""
-    tokenizer, rows, targets, turns, asked, digits = chat.tokenizer, [], [], [], [], []
+    tokenizer, rows, targets, turns, starts, ends, words, asked = chat.tokenizer, [], [], [], [], [], [], []
     numerals = {tokenizer.encode(str(digit))[-1] for digit in range(10)}
     tokens = chat.video_tokens(torch.stack([seen for *_, seen in stories]))   # (B, T, D)
     for row, (said, spans, _) in enumerate(stories):
         ids, labels, turn = [], [], []
-        for i, (question, answer, event) in enumerate(questions(said, spans, rng)):
+        for i, (question, answer, dated, told) in enumerate(questions(said, spans, rng)):
             new, learned = prompt_ids(tokenizer, [(question, answer)], chat.video_tokens.template)
             at = new.index(VIDEO_INDEX)
-            before, behind = new[:at + 1], at + T + len(ids)
-            if event is not None:   # two digits of the start, two of the end
-                places = [behind + j for j, label in enumerate(learned[at + 1:]) if label in numerals]
-                asked.append((row, event))
-                digits.append((places[0] - 1, places[2] - 1))
+            writes = at + T + len(ids) - 1   # the token before the first of the question
+            answered = [writes + j for j, label in enumerate(learned[at + 1:]) if label != IGNORE_INDEX]
+            digits = [writes + j for j, label in enumerate(learned[at + 1:]) if label in numerals]
+            for event, k in zip(dated, range(0, len(digits), 4)):   # two of its start, two of its end
+                starts.append((row, event, digits[k]))
+                ends.append((row, event, digits[k + 2]))
+                asked += starts[-1:] * (not told)
+            begins = [digit + 1 for digit in digits[3::4]] or answered[:1]
+            ends_at = [digit - 2 for digit in digits[4::4]] + answered[-1:]   # before " From " and </s>
+            for event, first, last in zip(told, begins, ends_at):
+                words += [(row, event, place) for place in range(first, last)]
             ids, labels = ids + new[at + 1:], labels + learned[at + 1:]
             turn += [i] * (len(ids) - len(turn))
-        rows.append(chat.splice(before + ids, tokens[row]))
+        rows.append(chat.splice(new[:at + 1] + ids, tokens[row]))
         targets.append(torch.tensor([IGNORE_INDEX] * (at + T) + labels))
         turns.append(torch.tensor([-1] * (at + T) + turn))
     embeds = pad_sequence(rows, batch_first=True)
@@ -174,7 +186,7 @@ def assemble(chat, stories, rng):
     sees = (turn[:, None] == -1) | (turn[:, :, None] == turn[:, None])    # (B, S, S)
     mask = (sees & torch.ones(sees.shape[1:], dtype=torch.bool).tril())[:, None]
     target = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:]
-    return Batch(stories, embeds, target, mask, mask[:, 0].sum(2) - 1, at, asked, torch.tensor(digits))
+    return Batch(stories, embeds, target, mask, mask[:, 0].sum(2) - 1, at, starts, ends, words, asked)
 
 
 def states_of(llm, batch):
@@ -197,8 +209,8 @@ class Aids(nn.Module):
         self.asked, self.shown = nn.Linear(width, words), nn.Linear(width, words)
         self.motion = nn.Linear(width, len(WORDS["motion"]))
 
-    def forward(self, layers, batch, states, cos, sin):
-        """layers: of the LLaMA -> what is added to the loss."""
+    def forward(self, layers, batch, states, cos, sin, late):
+        """layers: of the LLaMA. late: whether the second half of the run has begun -> added to the loss."""
         cfg, loss = self.cfg, 0
         h2, h3 = (F.layer_norm(states[n], states[n].shape[-1:]) for n in (2, 3))   # after layers 2 and 3
         if cfg.clock:
@@ -208,33 +220,37 @@ class Aids(nn.Module):
             place = torch.arange(T).expand_as(began)
             loss = loss + cfg.clock * (number_loss(self.place(h2[:, batch.video]), place)
                                        + number_loss(self.began(h3[:, batch.video]), began))
-        if not batch.asked:
-            return loss
-        rows, start, end = torch.tensor(batch.asked)[:, 0], *batch.digits.T
         if cfg.look:
             shown = torch.full((len(batch.stories), T, len(WORDS)), IGNORE_INDEX)
             for row, (said, spans, _) in enumerate(batch.stories):
                 for text, span in zip(said, spans):
                     shown[row, within(span)] = classes(text)
-            asked = torch.stack([classes(batch.stories[row][0][event]) for row, event in batch.asked])
-            found = words_loss(self.asked(h2[rows, start]), asked)
-            found = found + words_loss(self.shown(h2[:, batch.video]), shown)
+            found = words_loss(self.shown(h2[:, batch.video]), shown)
+            if batch.asked:
+                asked = torch.stack([classes(batch.stories[row][0][event]) for row, event, _ in batch.asked])
+                rows, _, places = torch.tensor(batch.asked).T
+                found = found + words_loss(self.asked(h2[rows, places]), asked)
             motion = F.cross_entropy(self.motion(h3[:, batch.video]).flatten(0, 1), shown[..., 2].flatten(),
                                      ignore_index=IGNORE_INDEX)
             loss = loss + cfg.look * found + motion
-        spans = [batch.stories[row][1] for row, _ in batch.asked]
-        if cfg.point:
-            frames = torch.stack([within(span[event]) for span, (_, event) in zip(spans, batch.asked)])
-            for n in (-2, -1):
-                share = attention_on(layers[n], states[n - 1], cos, sin, batch, rows, start, frames)
-                loss = loss - cfg.point * share[:, :self.heads // 2].mean()
-        if cfg.end:   # the gap behind an event; where the next one follows within a frame there is none
-            gaps = torch.stack([within((span[event][1], [*span, (1, 1)][event + 1][0]))
-                                for span, (_, event) in zip(spans, batch.asked)])
-            some = gaps.any(1)
-            share = attention_on(layers[-1], states[-2], cos, sin, batch, rows[some], end[some], gaps[some])
-            loss = loss - cfg.end * share[:, self.heads // 2:].mean()
+        half = self.heads // 2
+        for weight, marks in ((cfg.point, batch.starts), (cfg.tell * late, batch.words)):
+            frames = [within(batch.stories[row][1][event]) for row, event, _ in marks]
+            for n in (-2, -1) if weight and marks else ():
+                share = attention_on(layers[n], states[n - 1], cos, sin, batch, marks, torch.stack(frames))
+                loss = loss - weight * share[:, :half].mean()
+        gaps = [within(behind(batch.stories[row][1], event)) for row, event, _ in batch.ends]
+        seen = [i for i, gap in enumerate(gaps) if gap.any()]   # some are shorter than a frame
+        if cfg.end and seen:
+            marks, gaps = [batch.ends[i] for i in seen], torch.stack([gaps[i] for i in seen])
+            share = attention_on(layers[-1], states[-2], cos, sin, batch, marks, gaps)
+            loss = loss - cfg.end * share[:, half:].mean()
         return loss
+
+
+def behind(spans, event):
+    """-> the gap after an event, (start, end)."""
+    return spans[event][1], spans[event + 1][0] if event + 1 < len(spans) else 1.0
 
 
 def classes(text):
@@ -257,10 +273,10 @@ def words_loss(logits, wanted):
                for part, column in zip(parts, wanted.flatten(0, -2).T))
 
 
-def attention_on(block, x, cos, sin, batch, rows, places, frames):
-    """A layer that reads x (B, S, D): how much of its attention at `places` of `rows` (Q,) lies on frames (Q,
-    T) bool -> the log, for each head (Q, H). Computed once more beside the model."""
-    attn, z = block.self_attn, block.input_layernorm(x)
+def attention_on(block, x, cos, sin, batch, marks, frames):
+    """A layer that reads x (B, S, D): how much of its attention at Q marks lies on frames (Q, T) bool -> the
+    log, for each head (Q, H). Computed once more beside the model."""
+    attn, z, (rows, _, places) = block.self_attn, block.input_layernorm(x), torch.tensor(marks).T
     q, k = (rotate(proj(z).unflatten(2, (-1, attn.head_dim)).transpose(1, 2), cos, sin)
             for proj in (attn.q_proj, attn.k_proj))                                          # (B, H, S, d)
     logits = torch.einsum("qhd,qhsd->qhs", q[rows, :, places], k[rows]) / math.sqrt(attn.head_dim)
@@ -315,7 +331,8 @@ def main(cfg):
         learned = batch.target != IGNORE_INDEX
         logits = chat.llm.lm_head(chat.llm.model.norm(states[-1][:, :-1][learned]))
         loss = F.cross_entropy(logits, batch.target[learned])
-        return loss + aids(chat.llm.model.layers, batch, states, cos, sin), f"answers {loss.item():.3f}"
+        more = aids(chat.llm.model.layers, batch, states, cos, sin, late=step >= cfg.steps // 2)
+        return loss + more, f"answers {loss.item():.3f}"
     fit("clock", trained, loss_of, cfg.steps, round(0.03 * cfg.steps), cfg.seed, cfg.lr, 0, 1)
     cli.make_folder(cfg.out)
     save_adapter(os.path.join(cfg.out, "stage2"), chat.llm)

@@ -35,7 +35,8 @@ def static_accuracy(video, clips, features):
 
 
 def spread(values):
-    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    mean = f"{sum(values) / len(values):.1f}"
+    return f"{mean} ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else mean
 
 
 def score(cfg):
@@ -131,7 +132,7 @@ def times(cfg):
     print(f"{len(asked)} events of {len(stories)} held-out stories, in percent: mean (lowest to highest)\n")
     print("| | seeds | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns))
     for name, seeds in rows.items():
-        cells = " | ".join(map(spread, zip(*seeds))).replace("nan (nan to nan)", "–")
+        cells = " | ".join(map(spread, zip(*seeds))).replace(" (nan to nan)", "").replace("nan", "–")
         print(f"| {name} | {len(seeds)} | {cells} |")
 
 

@@ -211,7 +211,7 @@ def test_each_question_of_a_row_is_answered_as_if_it_were_alone(beginner):
     rng, compared = np.random.default_rng(2), 0
     for row, (said, spans, seen) in enumerate(told):
         at = batch.first + 100
-        for question, answer, _ in clock.questions(said, spans, rng):
+        for question, answer, *_ in clock.questions(said, spans, rng):
             ids, _ = model.prompt_ids(chat.tokenizer, [(question, answer)], "vtimellm")
             alone = chat.llm(embeds=chat.splice(ids, chat.video_tokens(seen))[None])[0, batch.first + 100:]
             torch.testing.assert_close(logits[row, at:at + len(alone)], alone, atol=1e-4, rtol=1e-4)
@@ -232,20 +232,29 @@ def test_the_aid_that_points_sees_the_attention_that_the_model_has(beginner, mon
         return attention(q, k, v, mask, **options)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", keep)
     block(states[-2], cos, sin, batch.mask, None)
-    rows, places = torch.tensor(batch.asked)[:, 0], batch.digits[:, 0]
+    rows, _, places = torch.tensor(batch.starts).T
     frames = torch.rand(len(rows), 100) < 0.3
-    share = clock.attention_on(block, states[-2], cos, sin, batch, rows, places, frames).exp()
+    share = clock.attention_on(block, states[-2], cos, sin, batch, batch.starts, frames).exp()
     video = given["weights"][rows, :, places][..., batch.video]
     torch.testing.assert_close(share, (video * frames[:, None]).sum(-1))
 
 
-def test_aids_are_about_the_tokens_that_write_the_first_digits(beginner):
+def test_aids_are_about_the_tokens_that_write_digits_and_words(beginner):
     chat, told = beginner
-    batch = clock.assemble(chat, told, np.random.default_rng(2))
-    assert batch.asked
-    for (row, event), places in zip(batch.asked, batch.digits.tolist()):
-        written = [chat.tokenizer.decode(batch.target[row, at:at + 2].tolist()) for at in places]
-        assert written == [f"{min(round(100 * t), 99):02d}" for t in told[row][1][event]]
+    seen = set()
+    for seed in range(12):   # some list all events, some ask for words
+        batch = clock.assemble(chat, told, np.random.default_rng(seed))
+        for edge, marks in enumerate((batch.starts, batch.ends)):
+            for row, event, at in marks:
+                wanted = f"{min(round(100 * told[row][1][event][edge]), 99):02d}"
+                assert chat.tokenizer.decode(batch.target[row, at:at + 2].tolist()) == wanted
+        for row, event in {mark[:2] for mark in batch.words}:
+            places = [at for *where, at in batch.words if (row, event) == tuple(where)]
+            written = chat.tokenizer.decode(batch.target[row, places].tolist())
+            alone, listed = language.sentence(told[row][0][event]), f", {told[row][0][event]}."
+            assert written in (alone, listed)
+            seen.add(written == alone)
+    assert seen == {True, False}
 
 
 def test_a_story_told_anew_has_the_same_events_at_its_new_times():
