@@ -23,7 +23,7 @@ import search
 from bench import __main__ as bench
 from plumbing.cli import parse
 from toy import __main__ as toy
-from toy import ablate
+from toy import ablate, scenes
 from weights import __main__ as weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -32,6 +32,7 @@ SCRIPTS = {   # as it is typed: its module, how it is parsed
     "chat.py": (chat, chat.FLAGS), "chat_tune.py": (chat_tune, {}), "pretrain.py": (pretrain, {}),
     "eval_retrieval.py": (eval_retrieval, {}), "eval_grounding.py": (eval_grounding, {}), "search.py": (search, search.FLAGS),
     "data.py": (data, dict(positional=["video"])), "-m toy": (toy, STAGE), "-m toy.ablate": (ablate, STAGE),
+    "-m toy.scenes": (scenes, STAGE),
     "-m bench": (bench, STAGE), "-m weights": (weights, weights.FLAGS)}
 COMMAND = re.compile(r"(?:^\s*|[ |/])(?:python3?|torchrun [^.]*?|\$PYTHON|train) (?:-m torch[^ ]* )?"
                      r"(\w+\.py|-m [\w.]+)( .*|$)")

@@ -1,10 +1,10 @@
 """Long videos in the toy world: scenes of two seconds, and questions about one of them.
 
-    python -m toy.scenes write       # long videos and questions, to train and to test   -> out/shapes
-    python -m toy.scenes sample      # a minute of video, to ask about                   -> assets/scenes.mp4
-    python -m toy.scenes table       # right answers of LinVT, and of other rows         -> a table
-    python -m toy.scenes turns       # of second questions, about another scene          -> a table
-    python -m toy.scenes principle   # of answers that no training had                   -> a table
+    python -m toy.scenes write       # long videos and questions for chat_tune.py -> out/shapes
+    python -m toy.scenes sample      # a minute of video, to ask about            -> assets/scenes.mp4
+    python -m toy.scenes table       # right answers of LinVT, and of other rows  -> a table
+    python -m toy.scenes turns       # of second questions about another scene    -> a table
+    python -m toy.scenes principle   # of answers that no training had            -> a table
 
 The scene that is asked about has a shape, or a colour, that no other scene has; all else may repeat. A long
 video is a list of clips. A file of their packets, one clip after the other, shows the same frames.
@@ -30,6 +30,7 @@ class Config:
 if __name__ == "__main__":
     CONFIG = cli.start(Config, positional=["stage"])   # before the slow imports: an error shows at once
 
+import collections
 import copy
 import itertools
 import json
@@ -43,7 +44,7 @@ from tqdm import tqdm
 
 import data
 from linvt import LinVT, diagonal
-from model import VideoTokens, WindowTokens, open_chat
+from model import IGNORE_INDEX, VIDEO_INDEX, VideoTokens, WindowTokens, open_chat
 from plumbing import training
 from plumbing.store import Store, state_of
 from toy import world
@@ -68,13 +69,29 @@ class Scenes:
     def draw(self, kind, count, rng, colours=world.COLOURS):
         """A video of `count` scenes -> numbers of its clips, question, answer. colours: of scenes that are
         asked about."""
-        topic, named = KINDS[kind]
-        while (clip := self.clips[asked := rng.integers(len(self.clips))]).colour not in colours:
+        look = self.looks[KINDS[kind][1]]
+        while self.looks["colour"][asked := rng.integers(len(self.clips))] not in colours:
             pass
-        others = np.flatnonzero(self.looks[named] != self.looks[named][asked])
+        others = np.flatnonzero(look != look[asked])
         chosen = rng.choice(others, count)
         chosen[rng.integers(count)] = asked
-        return chosen, *put(topic, clip, (looks(clip) | moves(clip))[topic], rng, named=[named])
+        return chosen, *self.ask(asked, kind, rng)
+
+    def ask(self, i, kind, rng):
+        """About a clip, by its number -> question, answer."""
+        (topic, named), clip = KINDS[kind], self.clips[i]
+        return put(topic, clip, (looks(clip) | moves(clip))[topic], rng, named=[named])
+
+    def draw_two(self, count, rng):
+        """A video of `count` scenes, two of which have looks of their own -> numbers of its clips, a turn
+        about the one, a turn about the other."""
+        chosen, asked = rng.integers(len(self.clips), size=count), []
+        for i in rng.permutation(chosen):
+            kind = rng.choice(list(KINDS))
+            look = self.looks[KINDS[kind][1]]
+            if (look[chosen] == look[i]).sum() == 1:
+                asked.append(self.ask(i, kind, rng))
+        return (chosen, *asked[:2]) if len(asked) > 1 else self.draw_two(count, rng)
 
 
 def lesson(share, rng):
@@ -211,19 +228,56 @@ def table(cfg):
     folders = cfg.weights.split(",")
     test, train = (World(cfg, split, folders[0]) for split in ("test", "train"))
 
-    def add(name, kinds, **options):
+    def add(name, kinds, counts=COUNTS, **options):
         for kind in KINDS:
             cells = [spread([test.right(cfg, tokens, count, kind, **options) for tokens in kinds])
-                     for count in COUNTS]
+                     for count in counts]
             print(f"| {name} | {kind} | {' | '.join(cells)} |", flush=True)
     print(f"| rows | question | {' | '.join(f'{count} scenes' for count in COUNTS)} |\n{'|---' * 6}|")
     for name, pool in POOLS.items():
         add(name, [Pooled(test.projector, pool)])
-    add("`branch` over all frames", [test.branch], pixels=True)
+    add("`branch` over all frames", [test.branch], COUNTS[:3], pixels=True)   # 512 frames: minutes a cell
     means = [Pooled(copy.deepcopy(test.projector), POOLS["mean of the windows"]) for _ in range(cfg.seeds)]
     means = [train.train(cfg, tokens, tokens.mm_projector, seed) for seed, tokens in enumerate(means)]
     add("mean, its projector trained", means)
     add("LinVT", [open_chat(folder, "branch+linvt").load().video_tokens for folder in folders])
+
+
+@torch.no_grad()
+def turns(cfg):
+    """Right second questions about 8 scenes, the first of which was about another scene: whose rows stand
+    where? History is kept; a first question with its answer takes the place that it takes in a chat."""
+    folders, found = cfg.weights.split(","), collections.defaultdict(list)
+    for folder in folders:
+        test = World(cfg, "test", folder)
+        chat, rng = test.chat, np.random.default_rng([cfg.seed, 23])
+        chat.video_tokens = open_chat(folder, "branch+linvt").load().video_tokens
+        drawn = [test.scenes.draw_two(8, rng) for _ in range(cfg.questions)]
+        for some in zip(*[iter(drawn)] * TOGETHER):
+            seen = torch.stack([test.seen[chosen] for chosen, *_ in some])
+            first, second = [[one] for _, one, _ in some], [[two] for *_, two in some]
+            both = [[*talk] for _, *talk in some]
+            for way, talks, asked in (
+                    ("the first question, alone", first, first), ("the second, alone", second, second),
+                    ("the second, rows replaced in place", both, second),
+                    ("the second, rows of the first", both, first),
+                    ("the second, rows before its answer", both, second)):
+                prompts, _ = chat.prompts(talks, "vicuna_v1")
+                if "before" in way:
+                    prompts = [moved(chat.tokenizer, *prompt) for prompt in prompts]
+                logits, target = chat.logits(seen, prompts, [question for [(question, _)] in asked])
+                right = (logits.argmax(-1) == target) | (target == IGNORE_INDEX)
+                found[way, folder] += right.all(1).tolist()
+    for way in dict.fromkeys(way for way, _ in found):
+        print(f"| {way} | {spread([100 * np.mean(found[way, folder]) for folder in folders])} |", flush=True)
+
+
+def moved(tokenizer, ids, labels):
+    """A prompt of prompt_ids -> the same with the video before the last ASSISTANT."""
+    at, answer = ids.index(VIDEO_INDEX), next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    new = answer - len(tokenizer.encode("ASSISTANT:"))
+    return (ids[:at] + ids[at + 1:new] + [VIDEO_INDEX] + ids[new:],
+            labels[:at] + labels[at + 1:new] + [IGNORE_INDEX] + labels[new:])
 
 
 class WithMatrices(LinVT):
@@ -257,7 +311,7 @@ def principle(cfg):
                       f"{' | '.join(cells)} |", flush=True)
 
 
-STAGES = {"write": write, "sample": sample, "table": table, "principle": principle}
+STAGES = {"write": write, "sample": sample, "table": table, "turns": turns, "principle": principle}
 
 
 def main(cfg):

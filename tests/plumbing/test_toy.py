@@ -13,6 +13,7 @@ from PIL import Image
 import data
 import model
 from films import stacked
+from model import IGNORE_INDEX, VIDEO_INDEX, open_chat, prompt_ids
 from toy import __main__ as toy
 from toy import clock, language, scenes, score, stories, world
 
@@ -193,7 +194,7 @@ def test_a_story_as_a_file_shows_each_event_within_its_span_alone(tmp_path):
 @pytest.fixture(scope="module")
 def beginner():
     """The shipped LLaVA with an untrained projector of frame_cls, and two stories of random features."""
-    opened = model.open_chat("weights/tiny")
+    opened = model.open_chat(os.path.join(os.path.dirname(world.ASSETS), "weights", "tiny"))
     torch.manual_seed(0)
     tokens = model.FrameCLS(torch.nn.Linear(128, 128))
     chat = model.VideoChat(opened.chat.clip, tokens, opened.chat.llm, opened.chat.tokenizer).float().eval()
@@ -316,3 +317,16 @@ def test_a_file_of_copied_packets_shows_what_its_clips_show(long_world):
     whole, _ = stacked(data.sample_frames(str(long_world / "long.mp4"), 40, "uniform"))
     parts = [stacked(data.sample_frames(file, 8, "uniform"))[0] for file in files]
     assert torch.equal(whole, torch.cat(parts))
+
+
+def test_two_questions_are_about_two_scenes_and_a_moved_video_stands_before_the_last_answer(long_world):
+    drawn, tokenizer = scenes.Scenes(long_world, "train"), open_chat(os.path.join(os.path.dirname(world.ASSETS), "weights", "tiny")).chat.tokenizer
+    for i in range(10):
+        chosen, *turns = drawn.draw_two(8, np.random.default_rng(i))
+        assert len(chosen) == 8 and len(turns) == 2 and turns[0] != turns[1]
+        ids, labels = prompt_ids(tokenizer, turns, learned=1)
+        new, new_labels = scenes.moved(tokenizer, ids, labels)
+        at = new.index(VIDEO_INDEX)
+        assert [i for i in new if i != VIDEO_INDEX] == [i for i in ids if i != VIDEO_INDEX]
+        assert tokenizer.decode(new[at + 1:]).strip().removesuffix("</s>") == f"ASSISTANT: {turns[1][1]}"
+        assert [i for i in new_labels if i != IGNORE_INDEX] == [i for i in labels if i != IGNORE_INDEX]
