@@ -31,9 +31,11 @@ class Config:
     branch: str | None = None        # a branch file in the place of branch.pth: what pretrain.py wrote
     chat: str | None = None          # a file in the place of chat.bin: what chat_tune.py wrote
     tuned: bool = True               # use what was tuned on video; --no-tuned is the zero-shot setting
-    tokens: str | None = None        # branch, mean, st_pool, frame_cls; None: what the weights are for
+    tokens: str | None = None        # branch, mean, st_pool, frame_cls, linvt, branch+linvt; None: as trained
     template: str | None = None      # of prompts, as vicuna_v1; None: what the kind of tokens goes with
-    num_frames: cli.Count | None = None   # frames that the model sees; None: 100, or 8 for the toy world
+    num_frames: cli.Count | None = None   # frames that the model sees; None: what the kind of tokens wants
+    keep_tokens: bool = False        # of LinVT: the first question's stay, and later ones cost less
+    explain: str | None = None       # with -q, of LinVT: a PNG of where the answer came from
     temperature: cli.Amount = 0.0    # 0: the likeliest token; more: more varied; the released chat has 0.2
     top_p: Annotated[float, 0.001, 1] = 1.0   # draw from the likeliest tokens that have this probability
     max_new_tokens: cli.Count = 256  # an answer's length at most
@@ -54,6 +56,7 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
+import glob
 import json
 import math
 import re
@@ -95,6 +98,8 @@ HELP = '''\
 /set             what can be changed for the next answers
 /set NAME VALUE  changes it; /set NAME shows it
 /stats           what the last answer took
+/explain         where it came from: which parts of a video LinVT chose
+/explain PNG     the same, as a picture file
 /save FILE       the conversation, as JSON
 /quit            leave; so does Ctrl-D
 Ctrl-C           stop an answer'''
@@ -109,7 +114,7 @@ class Seen:
     window: tuple            # its part that was looked at: start and end in seconds of the video
     times: list              # T floats: seconds at which the frames appear
     frames: torch.Tensor     # (T, 3, h, w) uint8, small pictures of them
-    rows: torch.Tensor       # (1, K, D): what the kind of video tokens sees
+    rows: torch.Tensor       # (1, ...): what the kind of video tokens sees
     before: bool = False     # it comes from the cache
 
 
@@ -206,18 +211,23 @@ class Session:
     """A conversation about a video.
 
     video_tokens (K, D_llm): what stands in the prompt. turns: [(question, answer)], of which the first
-    `forgotten` had to go. kv_cache, cached_ids: what the LLaMA has worked through, and its ids, VIDEO_INDEX
-    for each row of the video. A prompt that begins alike is worked through only from where it differs, so a
-    second question costs its own words. cost: of the last answer, None before it."""
+    `forgotten` had to go. kv_cache, cached_ids: what the LLaMA has worked through, and its ids, `mark` for
+    each row of the video. A prompt that begins alike is worked through only from where it differs, so a
+    second question costs its own words. LinVT makes other rows for it, with another mark, and then all from
+    these rows on is worked through anew. cost: of the last answer, None before it."""
     def __init__(self, cfg, chat, viewer):
-        self.cfg, self.chat, self.viewer, self.cost = cfg, chat, viewer, None
+        self.cfg, self.chat, self.viewer, self.cost, self.mark = cfg, chat, viewer, None, VIDEO_INDEX
         words, context = chat.llm.model.embed_tokens.weight, min(chat.llm.config.context_length, LONGEST)
         self.kv_cache = KVCache(chat.llm.config, 1, context, words.device, words.dtype)
 
     @torch.inference_mode()
+    def rows_for(self, question, seen):
+        """What was seen of a video -> its rows of the prompt (K, D_llm)."""
+        return self.chat.embed_video(seen.rows.to(self.chat.start_end.device), [question])[0]
+
     def show(self, seen):
         """Begins a new conversation, about what was seen of a video."""
-        video_tokens = self.chat.video_tokens(seen.rows.to(self.chat.start_end.device))[0]
+        video_tokens = self.rows_for("", seen)
         self.turns, self.forgotten, self.cached_ids = [], 0, []   # first: a Ctrl-C must not leave the new
         self.kv_cache.truncate(0)                                 # video with the old conversation
         self.seen, self.video_tokens = seen, video_tokens
@@ -246,6 +256,11 @@ class Session:
         """/stats: what the video and the last answer took."""
         frames, cost = len(self.seen.times), self.cost
         lines = [f"video: {len(self.video_tokens)} tokens from {frames} frames"]
+        if self.turns and self.viewer.kind.reads_linvt:
+            shares = self.shares()
+            lines.append(f"LinVT: {len(shares)} units, {shares.numel()} tokens seen, "
+                         f"{len(self.video_tokens)} given; the largest unit has "
+                         f"{100 * shares.sum(1).max():.0f} %")
         if cost:
             lines.append(f"prompt: {cost.cached} tokens known, {cost.new} new")
         if cost and cost.times:
@@ -253,12 +268,29 @@ class Session:
                          f"{cost.times[-1]:.2f} s")
         return "\n".join([*lines, f"memory: {memory.resident(self.kv_cache.k[0].device) / 1e9:.2f} GB"])
 
+    @torch.inference_mode()
+    def shares(self):
+        """Of LinVT -> (units, N): what share each token has in the last answer's rows; their sum is 1. Raises
+        UserError."""
+        if not self.viewer.kind.reads_linvt:
+            raise UserError(f"/explain: {self.cfg.tokens} tokens are the same for every question; those of "
+                            "linvt and branch+linvt follow it")
+        if not self.turns:
+            raise UserError("/explain: nothing has been asked yet")
+        chat, (question, _) = self.chat, self.turns[0 if self.cfg.keep_tokens else -1]
+        seen = self.seen.rows.to(chat.start_end.device)
+        return chat.video_tokens.weigh(seen, *chat.embed_questions([question]))[0].mean(0).cpu()
+
     def prompt(self, question):
         """-> ids of the prompt, with the oldest turns forgotten where they leave no room for an answer; the
-        same with VIDEO_INDEX for each row of the video (S); how many of these the LLaMA knows already; the
-        room. Raises UserError where the question alone leaves none."""
+        same with `mark` for each row of the video (S); how many of these the LLaMA knows already; the room.
+        Raises UserError where the question alone leaves none."""
         if re.search("[\0\ud800-\udfff\ufffd]", question):   # what bytes other than UTF-8 are read as
             raise UserError(f"a question must be UTF-8, and this is not: {ascii(question[:40])}")
+        if self.viewer.kind.reads_linvt and not (self.cfg.keep_tokens and self.turns):
+            rows = self.rows_for(question, self.seen)
+            if not torch.equal(rows, self.video_tokens):   # a single unit is the same for all questions
+                self.mark, self.video_tokens = self.mark - 1, rows
         cfg, K, context = self.cfg, len(self.video_tokens), self.kv_cache.max_len
         for forgotten in range(self.forgotten, len(self.turns) + 1):
             turns = [*self.turns[forgotten:], (question, None)]
@@ -273,7 +305,7 @@ class Session:
             say(f"(forgotten, for lack of room: {old})")
         self.forgotten = forgotten
         at, rows = ids.index(VIDEO_INDEX), K + len(self.chat.start_end)
-        prompt = ids[:at] + [VIDEO_INDEX] * rows + ids[at + 1:]
+        prompt = ids[:at] + [self.mark] * rows + ids[at + 1:]
         same = min(len(os.path.commonprefix([prompt, self.cached_ids])), len(prompt) - 1)
         return ids, prompt, same, room
 
@@ -281,7 +313,8 @@ class Session:
     def aside(self, question):
         """Within it, `question` can be asked in a conversation of its own, which is greedy. Afterwards this
         one goes on, and nothing of it has to be worked through again."""
-        before = {name: getattr(self, name) for name in ("cfg", "turns", "forgotten", "cached_ids")}
+        names = "cfg", "turns", "forgotten", "cached_ids", "video_tokens"
+        before = {name: getattr(self, name) for name in names}
         try:
             self.cfg, self.turns, self.forgotten = dataclasses.replace(self.cfg, temperature=0.0), [], 0
             _, prompt, same, _ = self.prompt(question)
@@ -434,21 +467,39 @@ def save_conversation(session, path):
     say(f"wrote {path}")
 
 
+def explain(session, path=None):
+    """/explain: a line for each unit of the video that has 5 % or more of the last answer's rows, heaviest
+    first; with `path`, a picture of all units. Raises UserError."""
+    shares, seen, window = session.shares(), session.seen, session.viewer.kind.window or 1   # (units, N)
+    units, (start, end), T = shares.sum(1).tolist(), seen.window, len(seen.times)
+    edges = [start + min(i, T) / T * (end - start) for i in range(0, T + window, window)]
+    names = [f"{a:.1f}-{b:.1f} s  {100 * share:.0f} %" for a, b, share in zip(edges, edges[1:], units)]
+    if path is None:
+        heavy = sorted((i for i, share in enumerate(units) if share >= 0.05), key=lambda i: -units[i])
+        others = f"all else  {100 - 100 * sum(units[i] for i in heavy):.0f} %"
+        return say("\n".join([names[i] for i in heavy] + [others] * (len(heavy) < len(units))))
+    side, places = math.isqrt(shares.shape[1]), None
+    if session.chat.video_tokens.linvt.w_token is not None:   # else a unit's patches are chosen all alike
+        places = shares[:, :side ** 2].unflatten(1, (side, side))
+        if shares.shape[1] > side ** 2:   # CLS has no place
+            names = [f"{name}, whole frame {100 * s:.0f} %" for name, s in zip(names, shares[:, -1])]
+    middles = [min(i * window + window // 2, T - 1) for i in range(len(units))]
+    said = "\n".join(session.turns[-1])
+    pictures.explanation(path, said, edges, units, names, seen.frames[middles], places)
+    say(f"wrote {path}")
+
+
 def settings(session, name=None, value=None):
     """/set NAME VALUE changes what counts for the next answers, and shows it; without a value it shows it,
     without a name all. Raises UserError, and then everything is as it was."""
     if name not in (None, *SETTINGS):
         raise UserError(f"/set {name}: can be changed are {', '.join(SETTINGS)}")
     if value is not None:
-        kind = type(getattr(session.cfg, name))
         try:
-            cfg = dataclasses.replace(session.cfg, **{name: kind(value)})
-            cli.check(cfg)
-        except ValueError:
-            raise UserError(f"/set {name} {value}: not a {'whole ' * (kind is int)}number")
-        except UserError as e:   # of a flag
+            value = getattr(cli.parse(Config, [f"--{name}={value}"]), name)
+        except UserError as e:   # which names a flag
             raise UserError(str(e).replace("--", "/set ", 1))
-        session.cfg = cfg
+        session.cfg = dataclasses.replace(session.cfg, **{name: value})
     for setting in SETTINGS if name is None else [name]:
         say(f"{setting} {getattr(session.cfg, setting)}")
 
@@ -478,6 +529,8 @@ def run_command(session, line):
             path, window = terminal.path_and_part(rest.strip())
             session.open(path or session.seen.path, window)
             session.introduce()
+        case "/explain", _:
+            explain(session, path or None)
         case "/set", n if n <= 2:
             settings(session, *words)
         case "/stats", 0:
@@ -516,8 +569,9 @@ def converse(session):
 def begin(cfg):
     """Opens the weights and looks at the video -> Session. Raises UserError."""
     began, device = time.perf_counter(), training.pick_device(cfg.device)
-    files = [state_of(file) for file in (cfg.weights, cfg.branch, cfg.chat)   # before they are read
-             if file and os.path.exists(file)]
+    parts = sorted(glob.glob(os.path.join(glob.escape(cfg.weights), "*")))
+    files = [state_of(file) for file in (*parts, cfg.branch, cfg.chat)   # before they are read
+             if file and os.path.exists(file) and os.path.basename(file) != "linvt.bin"]   # it sees nothing
     opened = open_chat(cfg.weights, cfg.tokens, cfg.branch, cfg.chat if cfg.tuned else False)
     memory.choose_threads(opened.chat)
     parameters = sum(p.numel() for p in opened.chat.llm.parameters())
@@ -529,7 +583,10 @@ def begin(cfg):
         session = Session(filled, opened.load(dtype, scheme, device), viewer)
         loaded = time.perf_counter()
         session.show(see(session.chat))
-    session.introduce(f"; weights {cfg.weights} ({opened.description}), {precision}")
+    more = f"; weights {cfg.weights} ({opened.description}), {precision}"
+    if os.path.exists(os.path.join(cfg.weights, "linvt.bin")) and not viewer.kind.reads_linvt:
+        more += "; --tokens branch+linvt uses linvt.bin, for long videos"
+    session.introduce(more)
     if cfg.verbose:
         waited = time.perf_counter() - loaded
         say(f"(weights {loaded - began:.2f} s, then waited for the video {waited:.2f} s)")
@@ -540,23 +597,30 @@ def main(cfg):
     cli.check(cfg, tokens=VIDEO_TOKENS, template=TEMPLATES, dtype=memory.DTYPES, quantize=memory.SCHEMES)
     if not all(map(str.strip, cfg.question or ())):
         raise UserError("--question: it is empty")
+    if cfg.explain and not cfg.question:
+        raise UserError("--explain: goes with -q; in a conversation, it is /explain PNG")
     if cfg.json and not cfg.question and sys.stdin.isatty():
         raise UserError("--json: is for -q and piped questions; in a conversation, /save FILE writes JSON")
     session = begin(cfg)
-    if not cfg.question and sys.stdin.isatty():
+    if cfg.question:
+        lines = cfg.question
+    elif sys.stdin.isatty():
         sys.stdin.reconfigure(errors="surrogateescape")   # names of files need not be UTF-8
         say("Ask about the video; /help lists commands, Ctrl-D leaves.")
         if session.shipped:
             say('These weights know "What does the shape do?", "What colour is it?", "Describe the video."')
         with terminal.history(os.path.join(cli.own_folder("XDG_STATE_HOME", "~/.local/state"), "history")):
             return converse(session)
-    if not cfg.question:
+    else:
         utf16 = sys.stdin.buffer.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")   # byte order marks: PowerShell's
         sys.stdin.reconfigure(encoding="utf-16" if utf16 else "utf-8-sig",
                               errors="replace" if utf16 else "surrogateescape")
-    for line in cfg.question or sys.stdin:
+        lines = sys.stdin
+    for line in lines:
         if (question := line.strip()) and not answer_line(session, question):
             break
+    if cfg.explain:
+        explain(session, cfg.explain)
 
 
 if __name__ == "__main__":

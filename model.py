@@ -475,6 +475,15 @@ class LinVTTokens(VideoTokens):
         assert question is not None or seen.shape[1] == 1, f"{seen.shape[1]} units, and no question"
         return self.linvt(super().forward(seen), question, mask)
 
+    def weigh(self, seen, question, mask):
+        """The same -> W (B, M, T, N) fp32: what share each token of the video has in each of those rows."""
+        B, T, N = seen.shape[:3]
+        if T == 1:
+            return torch.eye(N, device=seen.device).expand(B, N, N)[:, :, None]
+        kept, weights = self.linvt.weigh(super().forward(seen), question, mask)
+        W = weights.new_zeros(*weights.shape[:2], T * N)
+        return W.scatter(2, kept[:, None].expand_as(weights), weights).unflatten(2, (T, N))
+
 
 class WindowTokens(LinVTTokens):
     """BT-Adapter sees windows of 8 frames, LinVT chooses among them. One window passes as with `branch`."""

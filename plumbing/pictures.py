@@ -1,5 +1,6 @@
 """Pictures as PNG files: plots, bars, and sheets of frames."""
 import math
+import textwrap
 
 import numpy as np
 import torch
@@ -121,4 +122,39 @@ def contact_sheet(frames, times, path, names=None):
         draw.text((x + 2, y + height + 2), label, "black", font)
         draw.rectangle((x + width, y, x + 2 * width, y + height + 22), "white")   # cuts a long name
         sheet.paste(image_of(frame).resize((width, height)), (x, y))
+    write_atomic(path, lambda f: sheet.save(f, "PNG", pnginfo=OURS))
+
+
+def explanation(path, text, edges, shares, names, frames, places=None):
+    """A PNG of how much each unit of a video counts: a bar for each over the length of the video, and the six
+    heaviest in time order.
+
+    text: what stands above; edges: T + 1 seconds between which the units are; shares: T numbers; names: what
+    stands below a unit's frame; frames (T, 3, H, W) uint8; places: None, or (T, side, side) numbers by which
+    the patches of a frame are lit. Raises UserError where another file is in the way."""
+    replaceable(path, b"Software\0nanoBT")
+    width, across, font = THUMBNAIL, 6, ImageFont.load_default(14)
+    height = max(1, round(width * min(frames.shape[2] / frames.shape[3], 4)))
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(ascii(line)[1:-1], 190)]
+    right, bottom = across * (width + 4) - 10, 20 * len(lines) + 136   # of the bars
+    sheet = Image.new("RGB", (right + 10, bottom + height + 56), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((10, 8), "\n".join(lines), "black", font, spacing=6)
+    wide = (right - 10) / (edges[-1] - edges[0])   # pixels of a second
+    x = [10 + (edge - edges[0]) * wide for edge in edges]
+    heaviest = sorted(sorted(range(len(shares)), key=shares.__getitem__)[-across:])
+    for i, share in enumerate(shares):
+        box = x[i], bottom - 110 * share / max(shares), max(x[i], x[i + 1] - 1), bottom
+        draw.rectangle(box, "#1f77b4" if i in heaviest else "#b0b0b0")
+    draw.line((10, bottom, right, bottom), "#888888")
+    for tick in nice_ticks(edges[0], edges[-1]):
+        draw.text((10 + (tick - edges[0]) * wide, bottom + 4), f"{tick:g}", "black", font, "ma")   # centred
+    for left, i in zip(range(2, right, width + 4), heaviest):
+        picture = image_of(frames[i]).resize((width, height))
+        if places is not None:
+            light = 0.2 + 0.8 * places[i] / places[i].max().clamp_min(1e-9)
+            mask = Image.fromarray((255 * light).byte().numpy()).resize((width, height), Image.NEAREST)
+            picture = Image.composite(picture, Image.new("RGB", picture.size), mask)
+        sheet.paste(picture, (left, bottom + 28))
+        draw.text((left + 2, bottom + height + 32), names[i], "black", font)
     write_atomic(path, lambda f: sheet.save(f, "PNG", pnginfo=OURS))

@@ -26,6 +26,7 @@ import data
 import model
 import plumbing.video
 from films import silence
+from linvt import LinVT, save_linvt
 from model import Branch, branch_tensors
 from plumbing import cli, pictures, quant
 from plumbing.cli import UserError
@@ -477,9 +478,9 @@ def test_set_changes_the_next_answer_and_shows_one_setting_or_all(session, capsy
 
 
 @pytest.mark.parametrize("words, complaint", [
-    ("temperature hot", "not a number"), ("temperature nan", "must be from 0 to"),
+    ("temperature hot", "^/set temperature: invalid float"), ("temperature nan", "must be from 0 to"),
     ("top_p 0", "^/set top_p 0.0: must be from 0.001"),
-    ("seed 1.5", "not a whole number"), ("seed -1", "from 0 to"), ("max_new_tokens 0", "from 1 to"),
+    ("seed 1.5", "invalid int"), ("seed -1", "from 0 to"), ("max_new_tokens 0", "from 1 to"),
     ("weights other", "can be changed are temperature, top_p"), ("weights", "can be changed are")])
 def test_a_setting_that_cannot_be_is_refused_and_changes_nothing(session, words, complaint):
     before = session.cfg
@@ -780,6 +781,142 @@ def test_each_part_is_kept_for_itself(start):
         first, again = start(**fields), start(**fields)
         assert not first.seen.before and again.seen.before
         assert (again.seen.window, again.seen.times) == (first.seen.window, first.seen.times)
+
+
+# ------------------------------------------------------------------------------------------- LinVT
+@pytest.fixture(scope="module")
+def long_video(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("long") / "long.mp4", seconds=7)
+
+
+@pytest.fixture(params=["linvt", "branch+linvt"])
+def choosing(request, begin, folder, long_video):
+    """choosing(fields of chat.Config...) -> a chat whose rows follow the question: 7 frames, or 4 windows."""
+    def choosing(content=True, **fields):
+        torch.manual_seed(1)
+        linvt = LinVT(32, 5 if "+" in request.param else 4, width=16, heads=2, content=content)
+        for parameter in linvt.parameters():   # as after a training
+            torch.nn.init.normal_(parameter, std=0.5)
+        save_linvt(str(folder / "linvt.bin"), linvt)
+        return begin(**{"video": long_video, "weights": str(folder), "tokens": request.param, **fields})
+    return choosing
+
+
+def test_a_second_question_is_answered_from_its_own_rows_and_never_from_the_first_ones(choosing, monkeypatch):
+    session = choosing()
+    said(session, "What is red?")
+    first, seen, tokenizer = session.video_tokens, session.seen.rows, session.chat.tokenizer
+    computed, whole = logits_of_a_first_token(session, "And that?", monkeypatch)
+    assert torch.equal(session.video_tokens, session.chat.embed_video(seen, ["And that?"])[0])
+    assert first.shape == session.video_tokens.shape and not torch.equal(first, session.video_tokens)
+    assert (computed - whole).abs().max() < 1e-4
+    ids, _ = chat.prompt_ids(tokenizer, [("What is red?", None)])
+    assert session.cost.cached == ids.index(model.VIDEO_INDEX)   # the cache is cut where the rows begin
+    said(session, "And that?")
+    assert next_answer_is_that_of_the_whole_prompt(session)
+    assert session.cost.cached == 0   # that was from nothing
+
+
+def test_with_keep_tokens_the_first_rows_stay_and_a_second_question_costs_its_own_words(choosing):
+    session = choosing(keep_tokens=True)
+    said(session, "What is red?")
+    first, shares, known = session.video_tokens, session.shares(), session.cost.new
+    said(session, "And that?")
+    assert session.video_tokens is first and session.cost.cached >= known
+    assert torch.equal(session.shares(), shares)
+    chat.run_command(session, "/reset")
+    said(session, "And that?")
+    assert not torch.equal(session.video_tokens, first)
+
+
+@pytest.mark.parametrize("fields", [dict(end=0.04), dict(num_frames=1), dict(tokens="branch")], ids=str)
+def test_where_rows_are_the_same_a_second_question_costs_its_own_words(choosing, fields):
+    session = choosing(**{"num_frames": 1, **fields})
+    said(session, "What is red?")
+    first, known = session.video_tokens, session.cost.new
+    said(session, "And that?")
+    assert session.video_tokens is first and session.cost.cached >= known
+
+
+def test_questions_of_their_own_have_rows_of_their_own(choosing, capsys):
+    session, lines = choosing(), []
+    for question in ("what moves?", "\u043a\u0443\u0434\u0430?", "left? " * 50, "what moves?"):
+        capsys.readouterr()
+        chat.answer_line(session, question)
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[3] != lines[1]
+
+
+def test_an_hour_of_video_is_seen_to_its_end_and_a_moment_whole(choosing, capsys):
+    session = choosing()
+    assert len(session.seen.times) == (8 if session.cfg.tokens == "linvt" else 32)
+    session.show(dataclasses.replace(session.seen, rows=session.seen.rows[:, :1], times=[0.0]))
+    said(session)
+    chat.run_command(session, "/explain")
+    assert capsys.readouterr().err.endswith("0.0-7.0 s  100 %\n")
+
+
+def test_a_linvt_of_another_training_throws_no_frames_away(choosing, tmp_path):
+    fields = {"cache_dir": str(tmp_path / "c")}
+    choosing(**fields)
+    again = choosing(content=False, **fields)
+    assert again.seen.before and len(os.listdir(tmp_path / "c")) == 1
+
+
+def test_the_first_line_says_that_there_is_a_linvt(choosing, capsys):
+    choosing(tokens="branch", num_frames=1)
+    assert "; --tokens branch+linvt uses linvt.bin" in capsys.readouterr().err
+    choosing()
+    assert "uses linvt.bin" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- /explain
+@pytest.mark.parametrize("content", [True, False])
+def test_explain_tells_the_weights_of_the_last_answer(choosing, content, capsys, tmp_path, monkeypatch):
+    session, path = choosing(content), tmp_path / "why.png"
+    said(session, "What is red?"), said(session, "And that?")
+    words, tokens = session.chat.embed_questions(["And that?"]), session.chat.video_tokens
+    W = tokens.weigh(session.seen.rows, *words)[0]                                           # (M, T, N)
+    values = tokens.mm_projector(session.seen.rows)[0].flatten(0, 1)
+    assert (W.flatten(1) @ values - session.video_tokens).abs().max() < 1e-4   # it is what was given
+    assert (W.sum((1, 2)) - 1).abs().max() < 1e-5
+    capsys.readouterr()
+    units = W.sum(2).mean(0)
+    chat.run_command(session, "/explain")
+    lines = capsys.readouterr().err.splitlines()
+    step = 7 / len(units)
+    for i in units.argsort(descending=True)[:int((units >= 0.05).sum())].tolist():
+        assert lines.pop(0) == f"{i * step:.1f}-{(i + 1) * step:.1f} s  {100 * units[i]:.0f} %"
+    assert len(lines) == ((units < 0.05).any())
+    drawn, explanation = [], pictures.explanation
+    monkeypatch.setattr(pictures, "explanation", lambda *given: drawn.append(given) or explanation(*given))
+    for _ in range(2):
+        chat.run_command(session, f"/explain {path}")
+    assert Image.open(path).format == "PNG" and capsys.readouterr().err == f"wrote {path}\n" * 2
+    _, heading, edges, shares, names, frames, places = drawn[0]
+    assert heading.startswith("And that?\n") and sum(shares) == pytest.approx(1, abs=1e-5)
+    assert shares == pytest.approx(units.tolist()) and len(edges) == len(names) + 1 == len(frames) + 1
+    assert (places is not None) == content
+    assert f"largest unit has {100 * units.max():.0f} %" in session.stats()
+    assert f"LinVT: {len(units)} units, {W[0].numel()} tokens seen, {len(W)} given" in session.stats()
+    (tmp_path / "thesis.png").write_text("mine")
+    with pytest.raises(UserError, match="did not write"):
+        chat.run_command(session, f"/explain {tmp_path / 'thesis.png'}")
+
+
+def test_explain_needs_an_answer_and_a_linvt(choosing, session):
+    with pytest.raises(UserError, match="nothing has been asked yet"):
+        chat.run_command(choosing(), "/explain")
+    with pytest.raises(UserError, match="^/explain: branch tokens are the same for every question; [^\n]*$"):
+        chat.run_command(session, "/explain")
+
+
+def test_a_question_from_a_flag_is_explained_in_a_picture(call, choosing, folder, long_video, tmp_path):
+    tokens = choosing().cfg.tokens
+    flags = ("--explain", tmp_path / "why.png")
+    code, out, err = call(*ASK, *flags, "--tokens", tokens, video=long_video, weights=folder)
+    assert code == 0 and out.count("\n") == 1 and err.endswith(f"wrote {tmp_path / 'why.png'}\n")
+    assert refused(call(*flags), "--explain: goes with -q")
 
 
 # ------------------------------------------------------------------------------------------- when it happens
