@@ -1178,7 +1178,7 @@ BAD_WEIGHTS = {   # name: (what is done to a good folder, words of the complaint
     "llava of other sizes than it says": (narrow_llama, ["llava", "does not fit", "mlp"]),
     "branch of another width": (lambda folder, _: write_branch(folder / "branch.pth", 48),
                                 ["branch.pth", "does not fit"]),
-    "branch that wants to run code": (bomb, ["branch.pth", "posix.system", "refused"]),
+    "branch that wants to run code": (bomb, ["branch.pth", "it asks for posix.system"]),
     "branch that is text": (edit("branch.pth", lambda b: b"hello"),
                             ["branch.pth", "neither safetensors nor"]),
     "cut branch": (edit("branch.pth", lambda b: b[:len(b) // 2]), ["branch.pth", "cut"]),
