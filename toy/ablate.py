@@ -45,9 +45,10 @@ from clip import load_clip
 from metrics import retrieval_metrics, twin_accuracy
 from model import (Branch, Pretraining, VideoEncoder, backbone_states, encode_texts, mbca_loss, pick,
                    tube_mask, vtc_loss)
-from plumbing import pictures, training
+from plumbing import pictures
 from plumbing.store import Store, state_of
 from toy.score import spread, static_accuracy, static_features
+from toy.tiny_models import fit
 from toy.world import QUIET, read_clips
 
 
@@ -168,29 +169,22 @@ def teach(cfg, variant, seed):
     branch = Branch.beside(clip, variant.depth, gated=variant.gated, drop_path=0.1)
     model = Pretraining(VideoEncoder(clip, branch))
     variant.change(branch)   # last: what it draws must not change what the others begin with
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    factors = [next(factor for part, factor in FACTORS.items() if part in name) for name in trained]
-    optimizer = torch.optim.AdamW([{"params": [p], "factor": f} for p, f in zip(trained.values(), factors)],
-                                  betas=(0.9, 0.98), eps=1e-8, weight_decay=0.05)
+    factors = [{"params": [p], "factor": next(f for part, f in FACTORS.items() if part in name)}
+               for name, p in model.named_parameters() if p.requires_grad]
     batch_size = min(BATCH, len(seen["text"]))   # of a small world all clips
     epoch_steps = len(seen["text"]) // batch_size
-    for step in tqdm(range(cfg.steps), desc=f"{cfg.stage}, seed {seed}", leave=False):
-        if step % epoch_steps == 0:   # twins share a batch
-            pairs = np.random.default_rng([seed, step // epoch_steps]).permutation(len(seen["text"]) // 2)
-            order = torch.from_numpy(pairs)[:, None] * 2 + torch.arange(2)
-        index = order.flatten()[step % epoch_steps * batch_size:][:batch_size]
-        training.seed_step(seed, step)
+
+    def loss_of(step):
+        epoch, at = divmod(step, epoch_steps)
+        pairs = np.random.default_rng([seed, epoch]).permutation(len(seen["text"]) // 2)   # of twins
+        order = (torch.from_numpy(pairs)[:, None] * 2 + torch.arange(2)).flatten()
+        index = order[at * batch_size:][:batch_size]
         kept = tube_mask(len(index), clip.config.patch_tokens, variant.mask_ratio)
         video, patches, mbta = model(last_states(seen, index, variant.depth, kept), kept)
-        text = seen["text"][index]
-        parts = vtc_loss(video, text), mbca_loss(patches, text), mbta
-        lr = LR * training.warmup_cosine(step, cfg.steps, max(1, cfg.steps // 10))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["factor"]
-        optimizer.zero_grad()
-        sum(weight * part for weight, part in zip(variant.losses, parts)).backward()
-        nn.utils.clip_grad_norm_(trained.values(), 5.0)
-        optimizer.step()
+        parts = vtc_loss(video, seen["text"][index]), mbca_loss(patches, seen["text"][index]), mbta
+        return sum(weight * part for weight, part in zip(variant.losses, parts)), ""
+    fit(f"{cfg.stage}, seed {seed}", factors, loss_of, cfg.steps, max(1, cfg.steps // 10), seed, LR,
+        clip_norm=5.0)
     return model.encoder.eval()
 
 
