@@ -405,7 +405,8 @@ def added_tokens(folder):
     """{text: id} of what a folder adds to the tokens of its tokenizer.model, as its JSON files say."""
     older, newer = (os.path.join(folder, name) for name in ("added_tokens.json", "tokenizer_config.json"))
     added, newest = (read_json(path) if os.path.exists(path) else {} for path in (older, newer))
-    return added | {token["content"]: int(i) for i, token in newest.get("added_tokens_decoder", {}).items()}
+    by_id = newest.get("added_tokens_decoder") or {}   # it may be null
+    return added | {token["content"]: int(i) for i, token in by_id.items()}
 
 
 def tokenizer_path(folder):
