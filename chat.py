@@ -254,13 +254,12 @@ class Session:
 
     def stats(self):
         """/stats: what the video and the last answer took."""
-        frames, cost = len(self.seen.times), self.cost
-        lines = [f"video: {len(self.video_tokens)} tokens from {frames} frames"]
+        K, cost = len(self.video_tokens), self.cost
+        lines = [f"video: {K} tokens from {len(self.seen.times)} frames"]
         if self.turns and self.viewer.kind.reads_linvt:
             shares = self.shares()
-            lines.append(f"LinVT: {len(shares)} units, {shares.numel()} tokens seen, "
-                         f"{len(self.video_tokens)} given; the largest unit has "
-                         f"{100 * shares.sum(1).max():.0f} %")
+            lines.append(f"LinVT: {len(shares)} units, {shares.numel()} tokens seen, {K} given; the largest "
+                         f"unit has {100 * shares.sum(1).max():.0f} %")
         if cost:
             lines.append(f"prompt: {cost.cached} tokens known, {cost.new} new")
         if cost and cost.times:

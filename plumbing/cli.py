@@ -128,6 +128,12 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def show_briefly(text):
+    """On a terminal alone; what comes next goes over it."""
+    if sys.stderr.isatty():
+        print(f"{text:30}", end="\r", file=sys.stderr, flush=True)
+
+
 def forget_output(stream):
     """Drops what is left in a stream that cannot be written: Python would try again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -171,14 +177,14 @@ def start(Config, **flags):
     sys.stdout.reconfigure(errors="backslashreplace")   # names of files need not be UTF-8
     with errors_of_one_line():
         cfg = parse(Config, **flags)
-    if sys.stderr.isatty():   # the next line goes over it
-        print(f"{program()}: starting", end="\r", file=sys.stderr, flush=True)
+    show_briefly(f"{program()}: starting")
     return cfg
 
 
 def run(main, cfg):
     """The end of every script. cfg: what start returned."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    show_briefly("")
     with errors_of_one_line():
         main(cfg)
 
