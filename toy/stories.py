@@ -15,6 +15,7 @@ from fractions import Fraction
 import numpy as np
 from tqdm import tqdm
 
+from data import ASK_ALL
 from plumbing import cli
 from toy.language import an, choice, conversation, looks, put, sentence, ways
 from toy.world import MOTIONS, QUIET, SIZE, Clip, draw, looks_of, write_video
@@ -113,10 +114,11 @@ def ordinary(story, rng):
 
 
 def moments(story, rng):
-    """When events happen, and what happens when, in other words than those of the second stage -> turns."""
+    """When events happen, and what happens when, in words that the second stage does not have -> turns. All
+    events are asked for in its words, too, as chat.py does."""
     listed = [f"From <s{i}> to <e{i}>, {text}." for i, text in enumerate(story.said)]
     if rng.random() < 0.2:
-        return [(choice(rng, ways()["events"][0]), " ".join(listed))]
+        return [(choice(rng, [*ASK_ALL, *ways()["events"][0]]), " ".join(listed))]
     turns = []
     for i in rng.permutation(len(story.said)):
         start, end, text = f"<s{i}>", f"<e{i}>", story.said[i]
