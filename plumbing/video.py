@@ -11,10 +11,12 @@ import io
 import itertools
 import math
 import os
+import re
 import time
 import warnings
 
 import av
+import av.logging
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -154,6 +156,9 @@ class Video:
         if self.first is None:
             raise VideoError(self.path, f"no frame can be decoded: damaged, or of over {MAX_PIXELS} pixels")
         self.start, height, width = self.first.pts, self.first.height, self.first.width
+        left, right, top, bottom = self.cropping()
+        self.visible = slice(top, height - bottom), slice(left, width - right)
+        height, width = height - top - bottom, width - left - right
         a, b, c, d = display_matrix(self.first)
         self.transposed = abs(b) + abs(c) > abs(a) + abs(d)
         signs = (b, c) if self.transposed else (d, a)
@@ -432,6 +437,7 @@ class Video:
         rgb = self.reformatter.reformat(frame, self.first.width, self.first.height, "rgb24",
                                         src_colorspace=guess, threads=1)
         picture = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)   # (3, H, W)
+        picture = picture[:, *self.visible]
         picture = (picture.transpose(1, 2) if self.transposed else picture).flip(self.flipped)
         square = picture.shape[1:] == self.shown_size
         return picture if square else resize_bicubic(picture[None], *self.shown_size)[0]
@@ -450,6 +456,20 @@ class Video:
         """When each frame appears, sorted, by reading all packets and decoding none."""
         ticks = set(map(self.when, filter(self.appears, self.go(None))))
         return sorted(tick for tick in ticks if tick >= self.start) or [self.start]
+
+    def cropping(self):
+        """-> columns at the left and right, rows at the top and bottom that the container hides (PixelCrop of
+        Matroska, clap of MP4). Only libav's description of a file tells them, and only where it may log."""
+        level = av.logging.get_level()
+        av.logging.set_level(av.logging.INFO)
+        described = self.container.dumps_format()
+        av.logging.set_level(level)
+        # at the beginning of a line, as a title may say the same
+        found = re.search(rf"^  Stream #0:{self.stream.index}\b(?:(?!^  Stream #).)*?"
+                          r"^      Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", described, re.DOTALL | re.M)
+        left, right, top, bottom = map(int, found.groups() if found else "0000")
+        fits = left + right < self.first.width and top + bottom < self.first.height   # else it is damage
+        return (left, right, top, bottom) if fits else (0, 0, 0, 0)
 
 
 def display_matrix(frame):

@@ -5,6 +5,7 @@ import struct
 
 import av
 import pytest
+import torch
 from av.stream import Disposition
 from broadcast import broadcast
 from test_video import FPS, at, box, replaced, textured
@@ -143,7 +144,7 @@ def test_where_frames_have_no_times_a_damaged_one_warns_and_later_groups_keep_th
         assert shown[:3] == [0, 1, 2] and shown[12:] == [*range(12, 50)]
 
 
-# ---------------------------------------------------------------------------------------------------- tracks
+# ------------------------------------------------------------------------------------------ tracks, cropping
 def test_a_track_without_packets_is_passed_by(tmp_path):
     shows(broadcast(tmp_path / "a.ts", silent=True), list(range(30)), number=broadcasts)
 
@@ -163,3 +164,51 @@ def test_of_two_tracks_the_default_one_is_shown(tmp_path):
                     out.mux(track.encode(frame))
             out.mux([packet for track in tracks for packet in track.encode()])
         assert seen(data.frames(tmp_path / "a.mkv", [0, 0.36])) == [100 * chosen, 100 * chosen + 9]
+
+
+@pytest.mark.parametrize("rotate", [0, 90])
+def test_what_the_container_crops_is_not_shown(tmp_path, rotate):
+    path = film(tmp_path / "a.mp4", "libx264", [textured(5)], {"crf": "1"}, rotate=rotate)
+    mp4, shown = open(path, "rb").read(), next(data.frames(path, [0]))[1]
+    # of 96 x 64, 80 x 50, its centre 3 to the right of and 2 above that of the picture
+    clap = box(b"clap", struct.pack(">IIIIiIiI", 80, 1, 50, 1, 3, 1, -2, 1))
+    entry = [b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1", b"avcC"]
+    open(path, "wb").write(replaced(mp4, entry, lambda avcc: avcc + clap))
+    whole = torch.rot90(shown, -rotate // 90, (1, 2))
+    cropped = torch.rot90(whole[:, 5:55, 11:91], rotate // 90, (1, 2))
+    found = data.probe(path)
+    assert (found.height, found.width) == cropped.shape[1:]
+    assert torch.equal(next(data.frames(path, [0]))[1], cropped)
+
+
+def test_rows_that_matroska_crops_are_not_shown(tmp_path):
+    path = film(tmp_path / "a.mkv", "libx264", [textured(5)])
+    shown, mkv = next(data.frames(path, [0]))[1], open(path, "rb").read()
+    unit, crop = b"\x54\xb2\x81\x04", b"\x54\xbb\x81\x14"   # DisplayUnit: unknown; PixelCropTop: 20
+    assert mkv.count(unit) == 1
+    open(path, "wb").write(mkv.replace(unit, crop))
+    assert torch.equal(next(data.frames(path, [0]))[1], shown[:, 20:])
+
+
+@pytest.mark.parametrize("title", [
+    "Stream #0:0 Frame Cropping: 8/8/8/8", "\n  Stream #0:0\n      Frame Cropping: 8/8/8/8"])
+def test_a_title_that_speaks_of_cropping_crops_nothing(tmp_path, title):
+    with av.open(film(tmp_path / "a.mkv", "libx264", [picture(5)])) as found, \
+            av.open(str(tmp_path / "b.mkv"), "w") as out:
+        out.metadata["title"] = title
+        stream = out.add_stream_from_template(found.streams.video[0])
+        for packet in found.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    assert data.probe(tmp_path / "b.mkv").width == 96
+
+
+def test_a_container_that_crops_more_than_there_is_crops_nothing(tmp_path):
+    path = film(tmp_path / "a.mkv", "libx264", [picture(5)])
+    mkv = open(path, "rb").read()
+    width, unit = b"\xb0\x81\x60", b"\x54\xb2\x81\x04"   # PixelWidth: 96; DisplayUnit: unknown
+    assert mkv.count(width) == mkv.count(unit) == 1
+    wide, crop = b"\xb0\x81\xf0", b"\x54\xcc\x81\x70"     # PixelWidth: 240; PixelCropLeft: 112
+    open(path, "wb").write(mkv.replace(width, wide).replace(unit, crop))
+    assert data.probe(path).width == 96 and seen(data.frames(path, [0])) == [5]
