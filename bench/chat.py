@@ -20,7 +20,7 @@ from torch import nn
 
 from bench.frames import SHORT_GOP, make
 from bench.measure import HERE, TINY, call, filled, heading, multiplying, reading, table
-from clip import CLIP, CLIPConfig, load_clip, save_clip
+from clip import CLIP, CLIPConfig, load_clip, read_clip, save_clip
 from llm import KVCache, LLaMA, LLaMAConfig, add_lora, load_llama, save_adapter, save_llama
 from model import ADAPTERS, Branch, branch_tensors
 from plumbing import cli, pictures, quant, store, training
@@ -59,8 +59,9 @@ def with_adapters(folder):
                     nn.init.normal_(p, std=0.02)
             save_adapter(os.path.join(timed, stage), llama)
         for name in ("clip", "llava"):
-            os.symlink(os.path.join(folder, name), os.path.join(timed, name))
-        visual = load_clip(os.path.join(folder, "clip"))[0].config.projection_dim
+            if not os.path.lexists(link := os.path.join(timed, name)):
+                os.symlink(os.path.join(folder, name), link)
+        visual = read_clip(os.path.join(folder, "clip")).config.projection_dim
         projector = nn.Linear(visual, llama.config.width).state_dict()
         training.save_checkpoint(os.path.join(timed, "mm_projector.bin"),
                                  {f"model.mm_projector.{name}": t for name, t in projector.items()})
