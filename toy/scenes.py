@@ -137,12 +137,17 @@ def join(paths, out):
 
 
 def sample(cfg):
-    """32 scenes of the test world, none with the colour and shape of another."""
-    scenes, found = Scenes(cfg.data, "test"), {}
-    for i in np.random.default_rng(cfg.seed).permutation(len(scenes.clips)):
-        clip, path = scenes.clips[i], os.path.join(cfg.data, scenes.files[i])
-        found.setdefault((clip.colour, clip.shape), path)
-    join(list(found.values())[:32], os.path.join(world.ASSETS, "scenes.mp4"))
+    """32 scenes of the test world, all different. The red circle and the cyan star share no look with another."""
+    scenes, alone = Scenes(cfg.data, "test"), [("red", "circle"), ("cyan", "star")]
+    found, rng = {}, np.random.default_rng(cfg.seed)   # {(colour, shape): number of a clip}
+    for i in rng.permutation(len(scenes.clips)):
+        clip = scenes.clips[i]
+        if (clip.colour, clip.shape) in alone or not {clip.colour, clip.shape} & {*itertools.chain(*alone)}:
+            found.setdefault((clip.colour, clip.shape), i)
+    others = [i for what, i in found.items() if what not in alone][:30]
+    chosen = rng.permutation([*(found[what] for what in alone), *others])
+    join([os.path.join(cfg.data, scenes.files[i]) for i in chosen], os.path.join(world.ASSETS, "scenes.mp4"))
+    return chosen
 
 
 # -------------------------------------------------------------------------------- what rows are worth

@@ -1,0 +1,136 @@
+"""LinVT's principle without videos: needles among random vectors. Each seed takes a minute or two.
+
+    python -m toy.needle       # -> a table
+
+A frame has 9 tokens: one object, the others ground. An object is a type plus a colour, a question is a type
+under a rotation, and only one frame of a video has it. The reader learned from single frames with up to five
+objects, knows all colours, and is frozen. What gives it rows learns from videos without six of the colours.
+"""
+import dataclasses
+
+from plumbing import cli
+
+
+@dataclasses.dataclass
+class Config:
+    seeds: cli.Count = 3      # worlds, readers and trainings
+    reading: cli.Count = 1600   # steps of the reader
+    steps: cli.Count = 1200   # of what gives it rows
+
+
+if __name__ == "__main__":
+    CONFIG = cli.start(Config)   # before the slow imports: an error shows at once
+
+import collections
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from linvt import LinVT
+from plumbing import training
+from toy.scenes import WithMatrices
+from toy.score import spread
+
+D, N, TYPES, COLOURS, SEEN = 48, 9, 20, 20, 14   # a token's numbers, a frame's tokens; 14 colours are seen
+
+
+class Needles:
+    """A world of random vectors, and a reader that knows it."""
+    def __init__(self):
+        self.types, self.colours, self.grounds = (F.normalize(torch.randn(n, D), dim=-1)
+                                                  for n in (TYPES, COLOURS, 3))
+        self.words = self.types @ torch.linalg.qr(torch.randn(D, D)).Q
+        layer = nn.TransformerEncoderLayer(D, 4, 2 * D, 0.0, batch_first=True, norm_first=True)
+        self.reader = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(D, COLOURS)
+
+    def tokens(self, kind, colour, place, shown):
+        """Objects (B, T, K) and whether each is shown -> tokens (B, T, N, D)."""
+        x = self.grounds[torch.randint(3, (*kind.shape[:2], N))]
+        objects = self.types[kind] + self.colours[colour]
+        index = place[..., None].expand(-1, -1, -1, D)
+        x = x.scatter(2, index, torch.where(shown[..., None], objects, x.gather(2, index)))
+        return x + 0.05 * torch.randn(x.shape)
+
+    def frame(self, B):
+        """One frame with up to five objects -> tokens (B, 1, N, D), type asked for (B,), its colour (B,)."""
+        kind, place = torch.rand(B, 1, TYPES).argsort(2)[..., :5], torch.rand(B, 1, N).argsort(2)[..., :5]
+        colour, shown = torch.randint(COLOURS, (B, 1, 5)), torch.arange(5) < torch.randint(1, 6, (B, 1, 1))
+        return self.tokens(kind, colour, place, shown), kind[:, 0, 0], colour[:, 0, 0]
+
+    def video(self, B, T, colours):
+        """T frames with an object each -> as `frame`; only one has the type that is asked for."""
+        kind, at, i = torch.randint(TYPES, (B, 1)), torch.randint(T, (B,)), torch.arange(B)
+        kind = (kind + torch.randint(1, TYPES, (B, T)).scatter(1, at[:, None], 0)) % TYPES   # 0: the one
+        colour, place = (torch.randint(*some, (B, T, 1)) for some in (colours, (0, N)))
+        x = self.tokens(kind[..., None], colour, place, torch.ones(B, T, 1, dtype=torch.bool))
+        return x, kind[i, at], colour[i, at, 0]
+
+    def answer(self, rows, asked):
+        """rows (B, K, D), types asked for (B,) -> logits of colours (B, 20)."""
+        return self.head(self.reader(torch.cat([rows, self.words[asked][:, None]], 1))[:, -1])
+
+
+def learn(parameters, steps, loss_of):
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
+    for step in tqdm(range(steps), leave=False):
+        for group in optimizer.param_groups:
+            group["lr"] = 1.5e-3 * training.warmup_cosine(step, steps, 100)
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+@torch.no_grad()
+def right(world, rows_of, T, colours):
+    found = []
+    for _ in range(4):
+        x, asked, colour = world.video(128, T, colours)
+        found.append((world.answer(rows_of(x, asked), asked).argmax(1) == colour).float().mean().item())
+    return 100 * sum(found) / len(found)
+
+
+def main(cfg):
+    torch.set_num_threads(1)
+    table = collections.defaultdict(list)   # {(rows, colours, T): [per cent right]}
+    for seed in range(cfg.seeds):
+        torch.manual_seed(seed)
+        world = Needles()
+
+        def reading():
+            x, asked, colour = world.frame(64)
+            return F.cross_entropy(world.answer(x[:, 0], asked), colour)
+        learn([*world.reader.parameters(), *world.head.parameters()], cfg.reading, reading)
+        world.reader.requires_grad_(False), world.head.requires_grad_(False)
+        kinds = {"mean of the frames": lambda x, _: x.mean(1),
+                 "the middle frame": lambda x, _: x[:, x.shape[1] // 2]}
+        for name, module in (("LinVT", LinVT), ("value and output matrices", WithMatrices)):
+            linvt = module(D, N, width=48, heads=2, top_k=None, content=True)
+
+            def rows_of(x, asked, linvt=linvt):
+                return linvt(x, world.words[asked][:, None], torch.ones(len(x), 1, dtype=torch.bool))
+
+            def condensing():
+                T = (2, 4, 8, 16)[torch.randint(4, ())]
+                x, asked, colour = world.video(32, T, (0, SEEN))
+                return F.cross_entropy(world.answer(rows_of(x, asked), asked), colour)
+            learn(linvt.parameters(), cfg.steps, condensing)
+            linvt.eval()
+            kinds[name] = rows_of
+        for name, rows_of in kinds.items():
+            for colours in ((0, SEEN), (SEEN, COLOURS)):
+                for T in (1, 4, 16, 64):
+                    table[name, colours, T].append(right(world, rows_of, T, colours))
+    print(f"| rows | colours | 1 frame | 4 | 16 | 64 |\n{'|---' * 6}|")
+    for name, colours, _ in list(table)[::4]:
+        cells = [spread(table[name, colours, T]) for T in (1, 4, 16, 64)]
+        print(f"| {name} | {'seen' if colours[0] == 0 else 'never seen'} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    cli.run(main, CONFIG)
