@@ -137,7 +137,8 @@ def join(paths, out):
 
 
 def sample(cfg):
-    """32 scenes of the test world, all different. The red circle and the cyan star share no look with another."""
+    """32 scenes of the test world, all different. No other is red, cyan, a circle or a star: a question that
+    says one of these words is about the red circle or the cyan star."""
     scenes, alone = Scenes(cfg.data, "test"), [("red", "circle"), ("cyan", "star")]
     found, rng = {}, np.random.default_rng(cfg.seed)   # {(colour, shape): number of a clip}
     for i in rng.permutation(len(scenes.clips)):
