@@ -14,7 +14,7 @@ W=${1:-weights/tiny} D=out/shapes R=out/linvt PYTHON=${PYTHON:-python}
 $PYTHON -m toy.scenes write --data $D --steps 1200
 
 # What the branch says of every clip, once, 3 minutes; then LinVT alone learns, 4 minutes for each seed. Asked
-# about one of 16 scenes it is right in three of four, and the mean of the windows in one of ten.
+# about one of 16 scenes it is right in two of three, the mean of the windows in one of six.
 folders=""
 for seed in ${SEEDS:-0 1 2}; do
     $PYTHON chat_tune.py --stage linvt --weights "$W" --content --num_frames 8 --features $R/features \
