@@ -25,6 +25,7 @@ FLAGS = dict(positional=["stage", "what"])
 if __name__ == "__main__":
     CONFIG = cli.start(Config, **FLAGS)   # before the slow imports: a typing error shows at once
 
+import gzip
 import hashlib
 import http.client
 import json
@@ -91,6 +92,9 @@ def unpack(archive, holds, out):
     if not missing:
         return
     try:
+        with gzip.open(archive) as content:   # tarfile stops before the checksum, which stands at the end
+            while content.read(1 << 20):
+                pass
         with tarfile.open(archive) as members:
             for member in members:
                 end = next((end for end in missing if member.isfile() and member.name.endswith(end)), None)
@@ -130,19 +134,35 @@ def fetch(address, path, facts):
 
 def wrong(path, facts):
     """What a file has that the released one has not, in words; "" where nothing is known to be wrong."""
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; move it away")
     found = {"size": os.path.getsize(path), "sha256": digest}
     return "; ".join(f"its {key} is {found[key]}, but that of the release is {facts[key]}"
                      for key in found.keys() & facts.keys() if facts[key] != found[key])
 
 
+class OnlyHTTPS(urllib.request.BaseHandler):
+    def unknown_open(self, request):
+        raise UserError(f"{shown(request.full_url, 300)}: not https; not followed")
+
+
+HANDLERS = [   # nothing here opens http:, ftp: or file:, also where a server sends us on to such an address
+    urllib.request.HTTPSHandler, urllib.request.ProxyHandler, urllib.request.HTTPRedirectHandler,
+    urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler, OnlyHTTPS]
+
+
 def receive(address, part, facts):
     """One try to get what is missing of a part. Raises OSError or HTTPException where another may help."""
+    opener = urllib.request.OpenerDirector()
+    for handler in HANDLERS:
+        opener.add_handler(handler())
     start = os.path.getsize(part) if os.path.exists(part) and "sha256" in facts else 0
     request = urllib.request.Request(address, headers={
         "User-Agent": "nanoBT", "Accept-Encoding": "identity", "Range": f"bytes={start}-"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+    with opener.open(request, timeout=TIMEOUT) as response:
         start = start if response.status == 206 else 0   # 200: from the beginning, whatever was asked for
         size = None if response.length is None else start + response.length   # None: it comes in chunks
         if (response.length or 0) > shutil.disk_usage(os.path.dirname(part)).free:

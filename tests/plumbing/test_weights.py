@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 import time
+import urllib.request
 
 import pytest
 import torch
@@ -126,6 +127,7 @@ def get(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "PAUSE", 0)
     monkeypatch.setattr(weights, "TIMEOUT", 2)
     monkeypatch.setattr(weights, "TRIES", 3)
+    monkeypatch.setattr(weights, "HANDLERS", [*weights.HANDLERS, urllib.request.HTTPHandler])
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
     def run(*answers, **facts):
@@ -201,6 +203,23 @@ def test_a_part_that_is_whole_only_gets_its_name(get, facts):
     assert get(honest(), **facts) == [("/a.bin", 3_000_000)] and arrived(get)
 
 
+@pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://[::1]/a", "http://127.0.0.1/a", "data:,a"])
+def test_a_redirect_to_anything_but_https_is_not_followed(get, address, monkeypatch):
+    class FirstOverHTTP(urllib.request.HTTPHandler):
+        def http_open(self, request):
+            return super().http_open(request) if request.full_url.startswith(get.server.address) else None
+    monkeypatch.setattr(weights, "HANDLERS", [*weights.HANDLERS[:-1], FirstOverHTTP])
+    with pytest.raises(UserError, match="not https; not followed|302") as e:
+        get(refusing(302, Location=address))
+    assert len(get.seen) == 1 and names(get.folder) == [] and str(e.value).isprintable()
+
+
+def test_an_address_that_is_not_https_is_not_opened(monkeypatch, tmp_path):
+    monkeypatch.setitem(weights.RELEASED, "toy", toy("http://127.0.0.1/", KNOWN))
+    with pytest.raises(UserError, match="http://127.0.0.1/a.bin: not https; not followed"):
+        weights.main(weights.Config("get", "toy", out=str(tmp_path)))
+
+
 def test_a_redirect_is_followed_and_the_rest_is_asked_for_there(get):
     away = refusing(302, Location="/cdn")
     seen = get(away, honest(stop=1_000_000), away, honest())
@@ -208,7 +227,8 @@ def test_a_redirect_is_followed_and_the_rest_is_asked_for_there(get):
 
 
 def test_killed_in_the_middle_leaves_a_part_and_the_same_command_ends_it(get):
-    code = ("import json, sys; from weights import __main__ as weights; "
+    code = ("import json, sys, urllib.request; from weights import __main__ as weights; "
+            "weights.HANDLERS.append(urllib.request.HTTPHandler); "
             "weights.RELEASED['toy'] = json.loads(sys.argv[1]); "
             "weights.main(weights.Config('get', 'toy', out=sys.argv[2]))")
     get.server.answers = [stalling(1_000_000)]
@@ -281,6 +301,12 @@ def test_what_is_there_and_right_is_not_fetched_and_what_is_wrong_is_not_touched
         assert get.file.read_bytes() == content and get.seen == []
 
 
+def test_a_folder_where_the_file_goes_is_left_alone(get):
+    get.file.mkdir(parents=True)
+    with pytest.raises(UserError, match="Is a directory; move it away"):
+        get(honest())
+
+
 def test_an_unknown_name_or_stage_is_told():
     with pytest.raises(UserError, match="choose one of clip, "):
         weights.main(weights.Config("get", "../clip"))
@@ -327,7 +353,7 @@ def test_what_was_unpacked_stays_and_what_is_missing_comes_again(get):
 
 @pytest.mark.parametrize("content, message", [
     (packed("stage2/a.bin"), "holds no stage1/mm.bin"), (packed("stage2/a.bin")[:60], "move it away"),
-    (OLD[:5000], "move it away")])
+    (OLD[:5000], "move it away"), (packed("stage1/mm.bin", "stage2/a.bin")[:-8] + bytes(8), "CRC")])
 def test_an_archive_that_is_another_or_damaged_is_one_line(get, content, message):
     with pytest.raises(UserError, match=f"toy/a.bin: .*{message}"):
         get(honest(content), holds=HOLDS)
