@@ -475,7 +475,7 @@ def explain(session, path=None):
     names = [f"{a:.1f}-{b:.1f} s  {100 * share:.0f} %" for a, b, share in zip(edges, edges[1:], units)]
     if path is None:
         heavy = sorted((i for i, share in enumerate(units) if share >= 0.05), key=lambda i: -units[i])
-        others = f"all else  {100 - 100 * sum(units[i] for i in heavy):.0f} %"
+        others = f"all else  {100 * sum(share for share in units if share < 0.05):.0f} %"
         return say("\n".join([names[i] for i in heavy] + [others] * (len(heavy) < len(units))))
     side, places = math.isqrt(shares.shape[1]), None
     if session.chat.video_tokens.linvt.w_token is not None:   # else a unit's patches are chosen all alike
