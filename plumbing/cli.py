@@ -49,7 +49,7 @@ def parse(Config, argv=None, positional=(), short={}, hint=""):
     """Command line -> Config. Each field of the dataclass is a flag, and its trailing comment the help. A
     field whose flag is a word of Python ends in `_`. positional: fields without a flag; short: {field:
     letter}; hint: what to say of a word too many. Raises UserError."""
-    comments = dict(re.findall(r"^    (\w+):.*? # (.*)$", inspect.getsource(Config), re.M))
+    comments = dict(re.findall(r"^    (\w+):[^#]*# (.*)$", inspect.getsource(Config), re.M))
     parser = Parser(description=sys.modules[Config.__module__].__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):

@@ -13,13 +13,15 @@ The rest is the business of the ordinary scripts, and of `python -m toy.ablate`,
 world.
 """
 import dataclasses
+from typing import Annotated
 
 from plumbing import cli
 
 
 @dataclasses.dataclass
 class Config:
-    stage: str                         # what to do, see above
+    stage: Annotated[str, "render", "sample", "stories", "clip", "llama", "score", "times",
+                     "picture"]        # what to do, see above
     data: str = "out/shapes"           # where the clips, captions and questions are
     stories: str = "out/stories"       # where the long clips are
     out: str = "weights/tiny"          # where the trained models go
@@ -55,8 +57,6 @@ STAGES = {"render": render, "sample": sample, "stories": stories.render, "clip":
 
 
 def main(cfg):
-    if cfg.stage not in STAGES:
-        raise cli.UserError(f"{cfg.stage}: no such stage; choose one of {', '.join(STAGES)}")
     torch.set_num_threads(1)   # the models are too small for two
     STAGES[cfg.stage](cfg)
 

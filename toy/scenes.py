@@ -11,13 +11,14 @@ video is a list of clips. A file of their packets, one clip after the other, sho
 `runs/linvt.sh` has the commands in order.
 """
 import dataclasses
+from typing import Annotated
 
 from plumbing import cli
 
 
 @dataclasses.dataclass
 class Config:
-    stage: str                    # what to do: write, sample, table, turns or principle
+    stage: Annotated[str, "write", "sample", "table", "turns", "principle"]   # what to do
     data: str = "out/shapes"      # where the clips are, and the questions go
     weights: str = "weights/tiny"   # folders that chat.py opens, one a seed, with commas between
     out: str = "out/scenes"       # what the frozen weights say of clips
@@ -321,8 +322,6 @@ STAGES = {"write": write, "sample": sample, "table": table, "turns": turns, "pri
 
 
 def main(cfg):
-    if cfg.stage not in STAGES:
-        raise cli.UserError(f"{cfg.stage}: no such stage; choose one of {', '.join(STAGES)}")
     torch.set_num_threads(1)   # the models are too small for two
     STAGES[cfg.stage](cfg)
 
