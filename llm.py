@@ -75,19 +75,19 @@ def rope_frequencies(config, device):
     return freq
 
 
-def rope_tables(config, start, S, device):
-    """cos and sin of the angles of positions start .. start+S-1 -> two (S, d/2) fp32.
+def rope_tables(config, positions):
+    """cos and sin of the angles of positions (..., S), for `rotate` -> two (..., S, d) fp32.
 
     Always computed in fp32: bf16 cannot tell position 1000 from 1001."""
-    positions = torch.arange(start, start + S, device=device, dtype=torch.float32)
-    angles = positions[:, None] * rope_frequencies(config, device)   # (S, d/2)
-    return angles.cos(), angles.sin()
+    angles = positions[..., None].float() * rope_frequencies(config, positions.device)   # (..., S, d/2)
+    return torch.cat((angles.cos(), angles.cos()), dim=-1), torch.cat((-angles.sin(), angles.sin()), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x_i, x_{i+d/2}), Hugging Face's, by its angle. x (B, H, S, d); cos, sin (S, d/2)."""
-    a, b = x.chunk(2, dim=-1)   # (B, H, S, d/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turns each pair (a, b) = (x_i, x_{i+d/2}), Hugging Face's, by its angle: a cos - b sin, b cos + a sin.
+
+    x (B, H, S, d); cos, sin of rope_tables (S, d)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 # ---------------------------------------------------------------------------------------- decoder
@@ -97,8 +97,9 @@ class KVCache:
     k[layer], v[layer]: (B, h, max_len, d), allocated once; on a CPU memory is taken only as tokens come."""
     def __init__(self, config, batch, max_len, device, dtype):
         shape = (batch, config.kv_heads, max_len, config.head_dim)
-        self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
-        self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        make = torch.zeros if torch.device(device).type == "cuda" else torch.empty   # GraphedStep reads ahead
+        self.k = [make(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.v = [make(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.length, self.max_len = 0, max_len
 
     def append(self, layer, k, v):
@@ -126,17 +127,6 @@ class KVCache:
             for t, old in zip(tensors, kept):
                 t[:, :, start:start + old.shape[2]] = old
             self.length = length
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv 1910.07467). Squares in fp32: fp16 overflows."""
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
@@ -175,12 +165,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each normalised before and added to the stream."""
+    """One layer: attention, then MLP, each normalised before (Zhang and Sennrich 2019, arXiv 1910.07467) and
+    added to the stream."""
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.width, config.norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, mask, kv_cache):
@@ -196,7 +187,7 @@ class LLaMA(nn.Module):
         self.model = nn.ModuleDict({                     # the rest of it again when the gradient needs it
             "embed_tokens": nn.Embedding(config.vocab_size, config.width),
             "layers": nn.ModuleList(Block(config, layer) for layer in range(config.layers)),
-            "norm": RMSNorm(config.width, config.norm_eps)})
+            "norm": nn.RMSNorm(config.width, config.norm_eps)})
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -222,22 +213,27 @@ class LLaMA(nn.Module):
         S = x.shape[1]
         if P + S > longest:
             raise UserError(f"{P + S} tokens, but this language model reads at most {longest} at once here")
-        positions = 1 if apart else S
-        cos, sin = (table.to(x.dtype) for table in rope_tables(self.config, P, positions, x.device))
+        positions = torch.full((S,), P, device=x.device) if apart else torch.arange(P, P + S, device=x.device)
         mask = None   # no prefix: plain causal attention; one new token: it sees everything
         if P > 0 and S > 1:   # new token s sees the P cached ones and the new ones up to itself
             mask = torch.ones(S, P + S, dtype=torch.bool, device=x.device).tril(diagonal=P)
             if apart:   # up to itself, without the others
                 mask[:, P:] = torch.eye(S, dtype=torch.bool)
-        for block in self.model.layers:
-            if self.checkpointed and self.training:
-                block = functools.partial(checkpoint, block, use_reentrant=False)
-            x = block(x, cos, sin, mask, kv_cache)
+        x = self.layers(x, positions, mask, kv_cache)
         if kv_cache is not None:
             kv_cache.length += S
         if last_only:
             x = x[:, -1:]   # (B, 1, D): one row of V logits where a prompt would make thousands
         return self.lm_head(self.model.norm(x)).float()
+
+    def layers(self, x, positions, mask, kv_cache):
+        """All layers, x (B, S, D) of tokens at positions (S,) -> same shape."""
+        cos, sin = (table.to(x.dtype) for table in rope_tables(self.config, positions))
+        for block in self.model.layers:
+            if self.checkpointed and self.training:
+                block = functools.partial(checkpoint, block, use_reentrant=False)
+            x = block(x, cos, sin, mask, kv_cache)
+        return x
 
     def resize_vocab(self, n):
         """Grows embed_tokens and lm_head to n rows, for tokens that LLaVA adds; new rows are the mean."""
@@ -270,6 +266,43 @@ def sample(logits, temperature, top_p, generator):
     return int(tokens[torch.multinomial(probs * kept, 1, generator=generator)])
 
 
+class GraphedStep:
+    """A model's next token on a GPU, as a CUDA graph: to launch its 900 kernels takes longer than they run.
+
+    A graph's shapes are fixed, and a change of shape costs a search for kernels. So a token attends to the
+    first `span` places of the cache, a multiple of 512, of which those behind its own are masked."""
+    def __init__(self, model, kv_cache):
+        self.model, self.kv_cache, device = model, kv_cache, kv_cache.k[0].device
+        self.token, self.place = (torch.zeros(n, dtype=torch.long, device=device) for n in ((1, 1), 1))
+        self.span = 0
+
+    def append(self, layer, k, v):
+        """As KVCache.append: k, v of the one token (1, h, 1, d) -> of the span (1, h, span, d)."""
+        keys, values = self.kv_cache.k[layer], self.kv_cache.v[layer]
+        keys.index_copy_(2, self.place, k)
+        values.index_copy_(2, self.place, v)
+        return keys[:, :, :self.span], values[:, :, :self.span]
+
+    def run(self):
+        seen = torch.arange(self.span, device=self.place.device) <= self.place   # (span,)
+        x = self.model.layers(self.model.model.embed_tokens(self.token), self.place, seen[None], self)
+        return self.model.lm_head(self.model.model.norm(x)).float()
+
+    def __call__(self, token):
+        """token: int, which the cache takes in -> logits (1, 1, V) of the next one, until the next call."""
+        self.token.fill_(token)
+        self.place.fill_(self.kv_cache.length)
+        self.kv_cache.length += 1
+        if self.kv_cache.length > self.span:
+            self.span = min(-(-self.kv_cache.length // 512) * 512, self.kv_cache.max_len)
+            self.run()   # libraries choose their kernels: not while they are recorded
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.run()
+        self.graph.replay()
+        return self.logits
+
+
 @torch.inference_mode()
 def generate(model, ids=None, embeds=None, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, stop_ids=(),
              kv_cache=None):
@@ -285,13 +318,15 @@ def generate(model, ids=None, embeds=None, *, max_new_tokens, temperature=0.0, t
     if used >= limit:
         raise UserError(f"the prompt has {used} tokens, which leaves no room for an answer in {limit}")
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(min(max_new_tokens, limit - used)):
-        logits = model(ids, embeds, kv_cache, last_only=True)   # (1, 1, V): prefill, then decode
+    logits = model(ids, embeds, kv_cache, last_only=True)   # (1, 1, V): prefill, then decode
+    step = GraphedStep(model, kv_cache) if weight.is_cuda else None
+    for left in reversed(range(min(max_new_tokens, limit - used))):
         token = sample(logits[0, 0], temperature, top_p, generator)
         if token in stop_ids:
             return
         yield token
-        ids, embeds = torch.tensor([[token]], device=weight.device), None
+        if left:
+            logits = step(token) if step else model(torch.tensor([[token]]), kv_cache=kv_cache)
 
 
 @torch.inference_mode()

@@ -122,7 +122,7 @@ class BF16Linear(FrozenLinear):
 
 class Int8Linear(FrozenLinear):
     """Weights and activations in int8, a scale for each row of both; torch._int_mm takes the weight as it
-    lies in a file. Off the CPU only the weights are int8, and multiplied as floats."""
+    lies in a file. On a GPU only the weights are int8, and multiplied as floats."""
     @staticmethod
     def convert(weight):
         q, scale = map(torch.cat, zip(*(round_rows(rows, weight_levels()) for rows in weight.split(ROWS))))
@@ -134,8 +134,8 @@ class Int8Linear(FrozenLinear):
                 "scale": torch.empty(N, device="meta")}
 
     def product(self, x):
-        if x.device.type != "cpu":   # weights are scaled first: sums of q overflow fp16
-            return F.linear(x, (self.weight * self.scale[:, None]).to(x.dtype))
+        if x.device.type != "cpu":   # sums of whole numbers are beyond fp16
+            return torch.mm(x, self.weight.to(x.dtype).T, out_dtype=torch.float32) * self.scale
         x = x.float()
         q, scale = round_rows(x)
         y = self.whole_numbers(q, scale)
@@ -189,7 +189,7 @@ class Int4Linear(FrozenLinear):
 
     def product(self, x):
         if x.device.type != "cpu":
-            return F.linear(x, self.floats(self.weight, self.groups).to(x.dtype))
+            return torch.ops.aten._weight_int4pack_mm(x.bfloat16(), self.weight, GROUP, self.groups)
         if len(x) <= FEW:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.weight, GROUP, self.groups)
         scale, middle = self.groups.float().unbind(-1)   # (K / GROUP, N) each
@@ -197,6 +197,15 @@ class Int4Linear(FrozenLinear):
         parts = zip(self.weight.split(ROWS), self.groups.split(ROWS, dim=1), scale.split(ROWS))
         q = torch.cat([self.floats(*part).round_().to(torch.int8) for part in parts])
         return Int8Linear({"weight": q, "scale": scale[:, 0]}).product(x)
+
+    def _apply(self, fn, recurse=True):
+        """A GPU's kernel wants the numbers packed in another way."""
+        was_here = self.weight.device.type == "cpu"
+        super()._apply(fn, recurse)
+        if was_here and self.weight.is_cuda:
+            q = unpack(self.weight, *packing())
+            self.weight = torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 4)
+        return self
 
     def floats(self, packed, groups, unit=1.0):
         """packed (rows, K / 2), groups (K / GROUP, rows, 2), unit (rows, 1) -> weights / unit (rows, K)."""

@@ -241,8 +241,8 @@ def test_half_precision_weights_give_fp32_logits_near_those_of_fp32(dtype):
 
 
 def test_rms_norm_survives_values_whose_square_overflows_fp16():
-    norm = llm.RMSNorm(8, 1e-5).half()
-    assert torch.allclose(norm(torch.full((1, 8), 1000.0, dtype=torch.float16)).float(), torch.ones(1, 8))
+    norm = tiny().model.norm.half()
+    assert torch.allclose(norm(torch.full((1, 32), 1000.0, dtype=torch.float16)).float(), torch.ones(1, 32))
 
 
 def test_gradient_flows_to_embeds_and_to_no_frozen_parameter():
@@ -735,7 +735,7 @@ def test_turning_neighbouring_numbers_is_turning_halves_of_rows_in_another_order
     config = LLaMAConfig(width=H * d, heads=H)
     x, wq, wk = torch.randn(S, D), torch.randn(H * d, D), torch.randn(H * d, D)
     turn = torch.polar(torch.ones(S, d // 2), torch.arange(S)[:, None] * llm.rope_frequencies(config, "cpu"))
-    cos, sin = llm.rope_tables(config, 0, S, "cpu")
+    cos, sin = llm.rope_tables(config, torch.arange(S))
 
     def by_pairs(w):   # -> (H, S, d)
         pairs = torch.view_as_complex((x @ w.T).view(S, H, d // 2, 2))

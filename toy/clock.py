@@ -190,9 +190,8 @@ def assemble(chat, stories, rng):
 
 
 def states_of(llm, batch):
-    """-> what each layer reads, and what the last one leaves, each (B, S, D); cos, sin (B, 1, S, d/2)."""
-    tables = rope_tables(llm.config, 0, batch.embeds.shape[1], batch.embeds.device)
-    cos, sin = (table[batch.positions][:, None] for table in tables)
+    """-> what each layer reads, and what the last one leaves, each (B, S, D); cos, sin (B, 1, S, d)."""
+    cos, sin = (table[:, None] for table in rope_tables(llm.config, batch.positions))
     states = [batch.embeds]
     for block in llm.model.layers:
         states.append(block(states[-1], cos, sin, batch.mask, None))

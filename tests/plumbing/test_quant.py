@@ -284,17 +284,14 @@ def test_the_clip_trunk_may_be_int8():
     assert error(clip.encode_image(pixels), reference) < 0.05
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: its own kernels are not tried")
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_off_the_cpu_weights_become_floats_of_the_right_size_before_they_are_multiplied(scheme):
-    """Without a GPU: what it would multiply by is computed on the CPU, and the product is of shapes alone."""
+def test_a_gpu_multiplies_by_the_same_weights(scheme):
     m = linear(4096, 64)
-    m.weight.data.fill_(0.05)
-    q, x = layer(scheme, m), torch.ones(3, 4096, dtype=torch.float16)
-    weights = q.weight * q.scale[:, None] if scheme == "int8" else q.floats(q.weight, q.groups)
-    # as whole numbers the sum would be 520,192, and fp16 ends at 65,504
-    assert (nn.functional.linear(x, weights.half()) - 204.8).abs().max() < 8
-    y = q.to("meta")(x.to("meta"))
-    assert y.shape == (3, 64) and y.dtype == torch.float16 and y.is_meta
+    m.weight.data.add_(0.05)   # the sum of whole numbers is about 400,000, and fp16 ends at 65,504
+    q, x = layer(scheme, m), torch.randn(3, 4096).half() + 1
+    reference, found = q(x.float()), q.cuda()(x.cuda())
+    assert found.dtype == torch.float16 and error(found.float().cpu(), reference) < 0.01
 
 
 # ---------------------------------------------------------------------------------------- files
