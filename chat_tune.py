@@ -67,7 +67,7 @@ class Config:
     log_every: Count = 10            # steps between log lines
     seed: Whole = 0                  # every random number follows from it
     device: cli.Device = "auto"      # where to compute
-    amp: bool = True                 # half precision on a GPU
+    precision: cli.Precision = "auto"   # auto: fp32 on a CPU, bf16 on a GPU that has it
 
 
 if __name__ == "__main__":
@@ -148,14 +148,15 @@ def complete(cfg):
     return cfg
 
 
-def exact_answers(cfg, chat, questions, device):
+def exact_answers(cfg, chat, questions, device, dtype):
     """Prints and returns the share of questions that are answered exactly, {kind: percent}."""
     answers = collections.defaultdict(list)   # {kind: [right or not]}
     chat.eval()
     loader = DataLoader(questions, 32, collate_fn=data.collate_skip, num_workers=cfg.workers,
                         worker_init_fn=training.leave_signals_to_the_parent)
     for batch in tqdm(loader, desc="ask", leave=False):
-        right = chat.exact(batch["pixels"].to(device), batch["text"], cfg.template)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            right = chat.exact(batch["pixels"].to(device), batch["text"], cfg.template)
         for i, found in zip(batch["index"], right):
             answers[questions.talks[i].kind].append(found)
     shares = {kind: 100 * sum(right) / len(right) for kind, right in sorted(answers.items())}
@@ -175,8 +176,17 @@ def adapter_of(cfg):
     return ADAPTERS[there - cfg.reuse]
 
 
-def build(cfg):
-    """-> the model of a stage, in fp32."""
+def in_precision(cfg, chat, dtype):
+    """Freezes what a stage does not teach, in `dtype`; the rest learns, in fp32. -> chat"""
+    learned = STAGES[cfg.stage]["learned"] + f"|{PROJECTOR}" * cfg.tune_projector
+    for name, p in chat.named_parameters():
+        p.requires_grad_(bool(re.match(learned, name)))
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+    return chat
+
+
+def build(cfg, dtype):
+    """-> the model of a stage, its frozen part in `dtype`: a 7B is never in fp32."""
     kind, branch = VIDEO_TOKENS[cfg.tokens], None
     if cfg.weights:
         lora = "lora_" in STAGES[cfg.stage]["learned"]
@@ -186,10 +196,10 @@ def build(cfg):
                            new_linvt=None if lora or cfg.eval_only else
                            {"top_k": cfg.top_k or None, "content": cfg.content})
         reused = opened.adapters.pop() if cfg.reuse else None
-        chat = opened.load()   # the others are merged
+        chat = opened.load(dtype)   # the others are merged
         if lora:
             add_lora(chat.llm, cfg.rank, cfg.alpha, cfg.lora_dropout, reused)
-        return chat
+        return in_precision(cfg, chat, dtype)
     clip, _ = load_clip(cfg.clip)
     llm, tokenizer, extra = load_llama(cfg.llm)
     words = llm.model.embed_tokens.weight.shape[0]
@@ -206,7 +216,7 @@ def build(cfg):
         if branch.balance2 is None:   # the layout of a tuned file cannot say so; it would come back with some
             raise UserError(f"{cfg.branch}: a branch without gates cannot be tuned; pretrain with --gated")
     marked = cfg.stage != "video" or is_marked(cfg.llm)   # the others make a LLaVA with the two rows
-    chat = VideoChat(clip, kind(mm_projector, branch), llm, tokenizer, marked).float()
+    chat = in_precision(cfg, VideoChat(clip, kind(mm_projector, branch), llm, tokenizer, marked), dtype)
     if cfg.stage == "align":   # as loud as words: in louder rows the LLaMA does not hear what its layers add
         size = clip.config.image_size
         row = chat.embed_video(torch.full((1, 1, 3, size, size), 128, dtype=torch.uint8))
@@ -285,11 +295,9 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     # ----------------------------------------------------------------------------------------------- model
     tuned_from = cfg.branch and digest_of(cfg.branch)   # before it is read
-    chat = build(cfg).to(device)
+    dtype = training.pick_precision(cfg.precision, device)
+    chat = build(cfg, dtype).to(device)
     memory.choose_threads(chat)
-    learned = STAGES[cfg.stage]["learned"] + f"|{PROJECTOR}" * cfg.tune_projector
-    for name, p in chat.named_parameters():
-        p.requires_grad_(bool(re.match(learned, name)))
     chat.llm.checkpointed = cfg.checkpointed
     trained = {name: p for name, p in chat.named_parameters() if p.requires_grad}
     # ------------------------------------------------------------------------------------------------ data
@@ -301,7 +309,7 @@ def main(cfg):
         questions.features = make_features(cfg, chat, questions, here)
     if cfg.eval_only:
         if first:
-            exact_answers(cfg, chat, questions, device)
+            exact_answers(cfg, chat, questions, device, dtype)
         return
     dataset = data.ConversationDataset(cfg.annotations, cfg.root, **frames, skip=True)
     if cfg.features:
@@ -315,8 +323,7 @@ def main(cfg):
         groups[0.1 if re.match(STAGES[cfg.stage]["slow"], name) else 1].append(p)
     optimizer = torch.optim.AdamW([{"params": part, "share": share} for share, part in groups.items()],
                                   lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0)
-    half = cfg.amp and device.type == "cuda"
-    scaler = torch.amp.GradScaler(enabled=half)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, skipped = training.resume(cfg, here, trained, optimizer, scaler)
     if first:
         log = training.Log(cfg.out, step)
@@ -346,7 +353,7 @@ def main(cfg):
                 part = slice(i, i + at_once)
                 training.seed_step(cfg.seed, step, here.rank, i)
                 ddp.require_backward_grad_sync = i + at_once >= count   # the last part's gradient is averaged
-                with torch.autocast(device.type, torch.float16, enabled=half):
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     total, answered = ddp(batch["pixels"][part].to(device), prompts[part], asked[part])
                 loss = total * here.size / max(1, labels)   # DDP averages, and the step is a mean over tokens
                 scaler.scale(loss).backward()
@@ -383,7 +390,7 @@ def main(cfg):
     if first:
         save_result(cfg, chat, tuned_from)
         if questions:
-            log.add(step=step, **exact_answers(cfg, chat, questions, device))
+            log.add(step=step, **exact_answers(cfg, chat, questions, device, dtype))
         if cfg.stage == "video":
             path = os.path.join(cfg.out, "chat.bin")
             print(f"{path}: `python chat.py --chat {path}` talks with it")

@@ -19,7 +19,6 @@ from plumbing import cli
 from plumbing.cli import Amount, Count, Rate, Share, Whole
 
 Recipe = Annotated[str, "released", "paper", "toy"]
-Precision = Annotated[str, "auto", "fp32", "bf16", "fp16"]
 Pairs = Annotated[int, 2, 10 ** 9]   # of clip and caption: one alone has nothing to be contrasted with
 
 
@@ -58,7 +57,7 @@ class Config:
     log_every: Count = 10            # steps between log lines
     seed: Whole = 0                  # every random number follows from it
     device: cli.Device = "auto"      # where to compute
-    precision: Precision = "auto"    # auto: fp32 on a CPU, bf16 on a GPU that has it
+    precision: cli.Precision = "auto"   # auto: fp32 on a CPU, bf16 on a GPU that has it
     checkpointed: bool = False       # keep less of the branch for the gradient, and compute it twice
 
 
@@ -97,7 +96,6 @@ RECIPES = {
                        "batch_size": 64, "lr": 1e-5, "steps": 400, "anneal": True, "eval_every": 400,
                        "eval_annotations": "out/shapes/test_captions.jsonl"}}
 NAMES = ("mean-pooled CLIP", "branch")   # what is compared
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def complete(cfg):
@@ -145,8 +143,7 @@ def main(cfg):
     cfg = complete(cfg)
     here = training.start_distributed(cfg.device)
     device, first = here.device, here.rank == 0
-    auto = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    dtype = PRECISIONS[auto if cfg.precision == "auto" else cfg.precision]
+    dtype = training.pick_precision(cfg.precision, device)
     multiple = math.lcm(here.size, cfg.together)
     if cfg.batch_size % multiple:
         raise UserError(f"--batch_size {cfg.batch_size}: not a multiple of {here.size} processes and of "

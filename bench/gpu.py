@@ -1,12 +1,16 @@
-"""What a GPU computes, and how fast: errors of precisions and schemes, training in half precision, speed.
+"""What a GPU computes, and how fast: errors of precisions and schemes, training in half precision, a chat and
+training at full size, beside what the machine can, and beside transformers where it is installed.
 
 Seven minutes at most. Nothing is decoded.
 """
 import copy
+import functools
 import importlib.util
+import itertools
 import os
 import sys
 import time
+from statistics import median
 from unittest import mock
 
 import torch
@@ -18,9 +22,9 @@ if importlib.util.find_spec("av") is None:   # nothing here decodes, and a machi
 
 from bench.measure import TINY, best, filled, multiplying, reading, table
 from clip import CLIP, CLIPConfig, load_clip
-from llm import KVCache, LLaMA, LLaMAConfig
-from model import (Branch, BranchTokens, Pretraining, VideoEncoder, mbca_loss, open_chat, prompt_ids,
-                   tube_mask, vtc_loss)
+from llm import KVCache, LLaMA, LLaMAConfig, add_lora, generate
+from model import (VIDEO_INDEX, Branch, BranchTokens, FrameCLS, Pretraining, STPool, VideoChat, VideoEncoder,
+                   mbca_loss, open_chat, prompt_ids, tube_mask, vtc_loss)
 from plumbing import cli, quant, training
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -125,39 +129,183 @@ def steps(device, count=20):
     table([f"{count} steps", "autocast", "first loss", "last loss", "resumed, apart", "ms a step"], rows)
 
 
-# -------------------------------------------------------------------------------- speed
-@torch.inference_mode()
-def speed(device, c, config, frames=100, prompt=300):
-    """CLIP with the branch and a LLaMA of random numbers, beside what the machine can."""
-    dtype = torch.bfloat16
+# -------------------------------------------------------------------------------- a chat
+def clip_of_numbers(c, device):
     with torch.device("meta"):
-        clip, branch, llama = CLIP(c), Branch(c.vision_width, c.vision_heads, c.vision_mlp), LLaMA(config)
-    tokens, cache = BranchTokens(nn.Identity(), branch), KVCache(config, 1, prompt + 1, device, dtype)
-    clip, tokens, llama = (filled(module, device, dtype) for module in (clip, tokens, llama))
-    pixels = random_pixels(device, 1, frames, 3, c.image_size, c.image_size)
-    ids = torch.ones(1, prompt, dtype=torch.long, device=device)
+        clip = CLIP(c)
+    return filled(clip, device)
 
-    def read(start, n):
-        cache.truncate(start)
-        llama(ids[:, :n], kv_cache=cache, last_only=True)
-    seeing = best(lambda: tokens.see(clip, pixels), device)
-    prefill, decode = best(lambda: read(0, prompt), device), best(lambda: read(prompt, 1), device, 20)
-    matrices = quant.nbytes(llama, None, dtype) - llama.model.embed_tokens.weight.nbytes   # 2 bytes a number
-    work = matrices * prompt / prefill   # a multiplication and an addition for each number
-    product, bandwidth = multiplying(8192, config.width, config.mlp, dtype, device), reading(device)
-    table(["in bf16", "measured", "the machine", "share"], [
-        [f"CLIP and branch, {frames} frames", f"{frames / seeing:.1f} frames/s", "", ""],
-        [f"a prompt of {prompt} tokens, LLaMA of {config.layers} layers",
-         f"{prefill:.3f} s, {work / 1e12:.1f} TFLOP/s", f"{product / 1e12:.1f} TFLOP/s", work / product],
-        ["a token", f"{1 / decode:.1f} tokens/s, {matrices / decode / 1e9:.0f} GB/s",
-         f"{bandwidth / 1e9:.0f} GB/s", matrices / decode / bandwidth]])
+
+def llama_of_numbers(config, device, scheme=None):
+    """A LLaMA of random numbers in bf16; of a scheme, random bytes, since no error is measured here."""
+    with torch.device("meta"):
+        llama = LLaMA(config)
+    for name, linear, kind in quant.linears(llama, scheme) if scheme else ():
+        tensors = {part: torch.randint(127, t.shape, dtype=t.dtype, device=device).cpu() if part == "weight"
+                   else torch.full(t.shape, 1e-4, dtype=t.dtype)
+                   for part, t in kind.empty(*linear.weight.shape).items()}
+        llama.set_submodule(name, kind(tensors).to(device))
+    return filled(llama, device)
+
+
+@torch.inference_mode()
+def seeing(device, c, frames):
+    """Who looks at so many frames -> {who: s}."""
+    clip, pixels = clip_of_numbers(c, device), random_pixels(device, 1, frames, 3, c.image_size, c.image_size)
+    with torch.device("meta"):
+        branch = Branch(c.vision_width, c.vision_heads, c.vision_mlp)
+    tokens = BranchTokens(nn.Identity(), filled(branch, device))
+    found = {"CLIP and branch": best(lambda: tokens.see(clip, pixels), device),
+             "CLIP alone": best(lambda: STPool(nn.Identity()).frozen(clip, pixels), device)}
+    if importlib.util.find_spec("transformers"):
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+        theirs = CLIPVisionModel(CLIPVisionConfig(
+            hidden_size=c.vision_width, intermediate_size=c.vision_mlp, num_hidden_layers=c.vision_layers - 1,
+            num_attention_heads=c.vision_heads, image_size=c.image_size, patch_size=c.patch_size))
+        theirs, floats = theirs.to(device, torch.bfloat16).eval(), pixels[0].to(torch.bfloat16)
+        found["CLIP alone, transformers"] = best(lambda: theirs(pixel_values=floats), device)
+    return found
+
+
+@torch.inference_mode()
+def ours(device, config, prompt, answer, scheme=None):
+    """-> s for a prompt, s for a token of an answer, bytes of the matrices that a token reads."""
+    llama = llama_of_numbers(config, device, scheme)
+    ids, times = torch.ones(1, prompt, dtype=torch.long, device=device), []
+    cache = KVCache(config, 1, 2 * prompt + answer, device, torch.bfloat16)
+
+    def read():
+        cache.truncate(0)
+        llama(ids, kv_cache=cache, last_only=True)
+    prefill = best(read, device)
+    cache.truncate(0)
+    for _ in generate(llama, ids, kv_cache=cache, max_new_tokens=answer):
+        times.append(time.perf_counter())
+    matrices = quant.nbytes(llama, None, torch.bfloat16) - llama.model.embed_tokens.weight.nbytes
+    return prefill, median(b - a for a, b in zip(times[2:], times[3:])), matrices   # behind the graph's start
+
+
+@torch.inference_mode()
+def theirs(device, config, prompt, answer):
+    """The same of transformers, in bf16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.mlp,
+            num_hidden_layers=config.layers, num_attention_heads=config.heads))
+    llama = filled(llama, device)
+    llama.model.rotary_emb = type(llama.model.rotary_emb)(llama.config).to(device)   # no parameters
+    ids, times, cache = torch.ones(1, prompt, dtype=torch.long, device=device), [], None
+    prefill = best(lambda: llama(ids, use_cache=True, logits_to_keep=1), device)
+    for _ in range(answer):
+        out = llama(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+        ids.tolist()   # as ours waits for each token
+        times.append(time.perf_counter())
+    matrices = sum(p.nbytes for p in llama.parameters()) - llama.model.embed_tokens.weight.nbytes
+    return prefill, median(b - a for a, b in zip(times[2:], times[3:])), matrices
+
+
+def speed(device, c, config, frames=100, prompt=300, answer=100):
+    """What a chat does, with CLIP, branch and a LLaMA of random numbers, beside what the machine can."""
+    product, bandwidth = multiplying(8192, config.width, config.mlp, torch.bfloat16, device), reading(device)
+    print(f"in bf16 {product / 1e12:.0f} TFLOP/s; from memory {bandwidth / 1e9:.0f} GB/s\n")
+    L, D = 1 + c.patch_tokens, c.vision_width   # operations of a frame, up to the last layer but one:
+    work = (c.vision_layers - 1) * (4 * L * D * (2 * D + c.vision_mlp) + 4 * L * L * D)
+    seen = seeing(device, c, frames)
+    table([f"{frames} frames, bf16", "s", "frames/s", "share of the product, CLIP"],
+          [[who, s, frames / s, work * frames / s / product] for who, s in seen.items()])
+    who = {f"ours, {scheme or 'bf16'}": functools.partial(ours, scheme=scheme)
+           for scheme in (None, "int8", "int4")}
+    if importlib.util.find_spec("transformers"):
+        who["transformers, bf16"] = theirs
+    rows = []
+    for name, measure in who.items():
+        prefill, token, matrices = measure(device, config, prompt, answer)
+        first = seen["CLIP and branch"] + prefill
+        rows.append([name, prefill, first, 1 / token, matrices / token / bandwidth])
+    table([f"LLaMA of {config.layers} layers", f"s for a prompt of {prompt}", f"after {frames} frames",
+           "tokens/s", "share of reading memory"], rows)
+
+
+# -------------------------------------------------------------------------------- training at full size
+def peak_of(step, device):
+    """A training step -> s, GB at most."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return best(step, device, 3), torch.cuda.max_memory_allocated() / 1e9
+
+
+def batches(device, c, sizes=(2, 8, 32, 52), frames=8):
+    """Steps of pretrain.py in bf16: the share of the frozen trunk, what hiding saves, memory."""
+    rows, fits = [], []
+    for checkpointed in ("no", "yes"):
+        clip = clip_of_numbers(c, device)
+        clip.vision_model.post_layernorm.float()
+        clip.visual_projection.float()
+        branch = Branch.beside(clip, drop_path=0.1, checkpointed=checkpointed == "yes")
+        model = Pretraining(VideoEncoder(clip, branch)).to(device).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-6)
+
+        def step():
+            states, text = model.see(video, ids, kept)
+            with torch.autocast(device.type, torch.bfloat16):
+                feature, patches, mbta = model(states, kept)
+            optimizer.zero_grad()
+            (vtc_loss(feature, text) + 0.1 * mbca_loss(patches, text) + 0.8 * mbta).backward()
+            nn.utils.clip_grad_norm_(trained, 5.0)
+            optimizer.step()
+        for B, hidden in [(sizes[-1], 0.0), *((B, 0.7) for B in sizes)]:
+            video = random_pixels(device, B, frames, 3, c.image_size, c.image_size)
+            ids = torch.ones(B, 64, dtype=torch.long, device=device)
+            kept = tube_mask(B, c.patch_tokens, hidden).to(device)
+            seconds, memory = peak_of(step, device)
+            trunk = best(lambda: model.see(video, ids, kept), device, 3)
+            rows.append([checkpointed, f"{hidden:.0%}", B, B / seconds, trunk / seconds, memory])
+        (few, *_, less), (many, *_, more) = (row[2:] for row in rows[-2:])   # a line through the largest two
+        each = (more - less) / (many - few)
+        fits.append([checkpointed, 1000 * each,
+                     *(int(many + (0.95 * size - more) / each) for size in (24, 40, 80))])
+    table(["--checkpointed", "hidden", "clips", "clips/s", "share of the trunk", "GB"], rows)
+    table(["--checkpointed", "MB a clip", "clips in 24 GB", "in 40 GB", "in 80 GB"], fits)
+
+
+def tuning(device, c, config, lora, checkpointed, frames=100, words=300):
+    """A step of chat_tune.py in bf16 about one conversation: LoRA learns, or the video tokens -> s, GB."""
+    clip, llama = clip_of_numbers(c, device), llama_of_numbers(config, device)
+    if lora:
+        llama, projector = add_lora(llama), nn.Linear(c.projection_dim, config.width, dtype=torch.bfloat16)
+        kind = FrameCLS(projector)
+    else:
+        kind = BranchTokens(nn.Linear(c.vision_width, config.width), Branch.beside(clip))
+    chat = VideoChat(clip, kind, llama, open_chat(TINY).chat.tokenizer).to(device).train()
+    llama.checkpointed = checkpointed
+    for p in chat.parameters():
+        p.requires_grad_(p.dtype == torch.float32)   # what is frozen is in bf16
+    optimizer = torch.optim.AdamW([p for p in chat.parameters() if p.requires_grad], lr=1e-6)
+    ids = [1, VIDEO_INDEX, *range(3, 3 + words)]
+    pixels = random_pixels(device, 1, frames, 3, c.image_size, c.image_size)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16):
+            total, count = chat(pixels, [(ids, ids)])
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    return peak_of(step, device)
 
 
 def gpu(cfg):
     if not torch.cuda.is_available():
         raise cli.UserError("gpu: this machine, or this build of torch, has none")
-    device = torch.device("cuda")
+    device, c, config = torch.device("cuda"), CLIPConfig(), LLaMAConfig(layers=cfg.layers)
     print(f"torch {torch.__version__}; {torch.cuda.get_device_name()}\n")
     errors(device)
     steps(device)
-    speed(device, CLIPConfig(), LLaMAConfig(layers=cfg.layers))
+    speed(device, c, config)
+    batches(device, c)
+    table(["a conversation about 100 frames", "--checkpointed", "s a step", "GB"],
+          [["LoRA" if lora else "projector and branch", "yes" if checkpointed else "no",
+            *tuning(device, c, config, lora, checkpointed)]
+           for lora, checkpointed in itertools.product((False, True), repeat=2)])

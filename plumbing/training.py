@@ -49,6 +49,15 @@ def start_distributed(device="auto"):
     return World(rank, size, device)
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_precision(precision, device):
+    """--precision -> torch.dtype; auto: fp32 on a CPU, bf16 on a GPU that computes in it, else fp16."""
+    auto = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    return PRECISIONS[auto if precision == "auto" else precision]
+
+
 def gather_numbers(here, *numbers):
     """Numbers of this process, all whole or none -> those of all processes (size, numbers), on the CPU."""
     given = torch.tensor(numbers, device=here.device)
@@ -152,7 +161,7 @@ def take_folder(folder):
         raise UserError(f"{folder}: another run is at work in it; choose another --out")
 
 
-FREE = {"out", "root", "features", "steps", "epochs", "workers", "device", "amp", "precision", "checkpointed",
+FREE = {"out", "root", "features", "steps", "epochs", "workers", "device", "precision", "checkpointed",
         "micro_batch", "eval_annotations", "eval_every", "save_every", "log_every"}   # may change on the way
 
 

@@ -98,8 +98,8 @@ def test_each_stage_trains_its_own_parts_and_nothing_else(world, llava, tmp_path
     cfg = tuning(world, tmp_path, stage, steps=2, **({} if stage == "projector" else {"llm": llava}))
     built, build = [], chat_tune.build
 
-    def keep(cfg):
-        chat = build(cfg)
+    def keep(*given):
+        chat = build(*given)
         built.append((chat, {name: p.clone() for name, p in chat.state_dict().items()}))
         return chat
     monkeypatch.setattr(chat_tune, "build", keep)
@@ -109,6 +109,20 @@ def test_each_stage_trains_its_own_parts_and_nothing_else(world, llava, tmp_path
     moved = {name for name, p in chat.state_dict().items() if not torch.equal(p, before[name])}
     assert all(any(name.startswith(part) for part in parts) for name in moved)
     assert all(any(name.startswith(part) for name in moved) for part in parts)
+
+
+def test_in_half_precision_what_is_frozen_is_never_in_fp32(world, llava, tmp_path):
+    """And learns as much: on a GPU that is the default, with which a 7B fits."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        cfg = tuning(world, tmp_path / precision, steps=3, llm=llava, precision=precision, drop_path=0.0,
+                     eval_annotations=str(world / "talks.jsonl"))
+        chat = chat_tune.build(chat_tune.complete(cfg), training.PRECISIONS[precision])
+        kinds = {p.requires_grad: p.dtype for p in chat.parameters()}
+        assert kinds == {True: torch.float32, False: training.PRECISIONS[precision]}
+        chat_tune.main(cfg)
+        losses[precision] = [row["loss"] for row in log_of(cfg.out) if "loss" in row]
+    assert losses["bf16"] != losses["fp32"] and np.allclose(losses["bf16"], losses["fp32"], rtol=0.02)
 
 
 def test_video_tuning_saves_the_gates_it_found_beside_what_it_learned(world, llava, tmp_path):
@@ -192,7 +206,7 @@ def test_exact_answers_are_what_greedy_decoding_says(world):
             said = "".join(stream_text(chat.tokenizer, ids)).strip()
             dataset.talks[i].turns = [("Where is it?", said if said_so else said + " It is.")]
         cfg = chat_tune.Config("video", template="vicuna_v1", workers=0)
-        found = chat_tune.exact_answers(cfg, chat, dataset, CPU)
+        found = chat_tune.exact_answers(cfg, chat, dataset, CPU, torch.float32)
         assert found == {"temporal": 100 * said_so}
 
 
@@ -209,9 +223,9 @@ def test_an_answer_beyond_the_context_is_wrong_and_a_batch_of_these_stops_traini
     with pytest.raises(UserError, match="step 0: no answer of its 4 conversations .* context of 512 tokens"):
         chat_tune.main(cfg)
     assert not (tmp_path / "none" / "chat.bin").exists()
-    chat = chat_tune.build(cfg)
+    chat = chat_tune.build(cfg, torch.float32)
     dataset = ConversationDataset(cfg.annotations, str(world), 4, 32)
-    assert chat_tune.exact_answers(cfg, chat, dataset, CPU) == {"temporal": 0}
+    assert chat_tune.exact_answers(cfg, chat, dataset, CPU, torch.float32) == {"temporal": 0}
 
 
 # ------------------------------------------------------------------------------------------- VTimeLLM's stages
@@ -249,7 +263,8 @@ def timing(timed, out, stage="boundaries", weights="align", **options):
 
 
 def test_a_projector_begins_as_loud_as_words(world, tmp_path):
-    chat = chat_tune.build(chat_tune.complete(tuning(world, tmp_path, "align", num_frames=None)))
+    cfg = chat_tune.complete(tuning(world, tmp_path, "align", num_frames=None))
+    chat = chat_tune.build(cfg, torch.float32)
     size, words = chat.clip.config.image_size, chat.llm.model.embed_tokens.weight
     rows = chat.embed_video(torch.randint(0, 256, (8, 1, 3, size, size), dtype=torch.uint8))
     assert 0.7 < rows.norm(dim=-1).mean() / words.norm(dim=-1).mean() < 1.4
@@ -279,7 +294,7 @@ def test_each_stage_of_vtimellm_leaves_a_folder_that_a_chat_and_the_next_stage_o
 def test_what_was_trained_is_what_the_folder_answers_with(timed, tmp_path, monkeypatch):
     """Up to fp16, in which this LLaMA lies in its folder and is merged."""
     built, build = [], chat_tune.build
-    monkeypatch.setattr(chat_tune, "build", lambda cfg: built.append(build(cfg)) or built[0])
+    monkeypatch.setattr(chat_tune, "build", lambda *given: built.append(build(*given)) or built[0])
     with torch.enable_grad():
         chat_tune.main(timing(timed, tmp_path, "moments", "boundaries"))
     video = torch.from_numpy(np.load(timed / "features" / "0.npy"))[None]

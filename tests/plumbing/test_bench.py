@@ -1,5 +1,6 @@
 """bench: clips are what they are called, a process is charged for what it does, other frames are noticed."""
 import dataclasses
+import itertools
 import os
 import signal
 import time
@@ -180,8 +181,20 @@ def test_training_in_every_precision_learns_and_resumes_exactly_on_a_cpu(capsys)
 def test_speed_stands_beside_what_the_machine_can(capsys, monkeypatch):
     monkeypatch.setattr(gpu, "reading", lambda *_: 1e10)
     monkeypatch.setattr(gpu, "multiplying", lambda *_: 1e11)
-    gpu.speed(CPU, CLIP, LLAMA, frames=4, prompt=20)
-    assert len(cells(capsys)) == 5
+    gpu.speed(CPU, CLIP, LLAMA, frames=4, prompt=20, answer=5)
+    found = {row[0]: row[1:] for row in cells(capsys)}
+    assert {"CLIP and branch", "CLIP alone", "ours, bf16", "ours, int8", "ours, int4"} <= found.keys()
+    assert all(0 < float(number) for name in found if "ours" in name for number in found[name])
+
+
+def test_training_at_full_size_is_that_of_the_scripts(capsys, monkeypatch):
+    memory = itertools.count(1)
+    monkeypatch.setattr(gpu, "peak_of", lambda step, device: (measure.best(step, device, 1), next(memory)))
+    gpu.batches(CPU, CLIP, sizes=(2, 4), frames=2)
+    assert all(gpu.tuning(CPU, CLIP, LLAMA, lora, True, frames=3, words=10)[1] for lora in (False, True))
+    _, _, *rows = cells(capsys)
+    assert [row[:3] for row in rows[:3]] == [["no", "0%", "4"], ["no", "70%", "2"], ["no", "70%", "4"]]
+    assert len(rows) == 6 + 4
 
 
 def test_bad_input_is_one_line():
