@@ -203,7 +203,7 @@ class Int4Linear(FrozenLinear):
         was_here = self.weight.device.type == "cpu"
         super()._apply(fn, recurse)
         if was_here and self.weight.is_cuda:
-            q = unpack(self.weight, *packing())
+            q = unpack(self.weight, *packing()).contiguous()
             self.weight = torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 4)
         return self
 
