@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""   # to the bit, and in fp32: `python -m bench gpu` is a GPU's test
 sys.path.insert(0, ROOT)
 torch.set_num_threads(1)   # small models: threads would only wait for each other
 

@@ -1,5 +1,6 @@
 """llm.py: against transformers, against itself, and against bad folders. CPU, offline."""
 import base64
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -13,8 +14,8 @@ import sentencepiece
 import torch
 
 import llm
-from llm import (KVCache, LLaMA, LLaMAConfig, generate, load_llama, load_tokenizer, sample, save_llama,
-                 stream_text)
+from llm import (KVCache, LLaMA, LLaMAConfig, generate, load_llama,
+                 load_tokenizer, sample, save_llama, stream_text)
 from plumbing.cli import UserError
 from plumbing.weightfile import read_tensors, write_safetensors
 
@@ -267,6 +268,31 @@ def test_an_untrained_model_finds_all_tokens_about_equally_likely():
 def test_more_tokens_than_the_context_are_refused_with_both_numbers():
     with pytest.raises(UserError, match="65 tokens.* 64"):
         tiny()(torch.zeros(1, 65, dtype=torch.int64))
+
+
+def test_the_step_of_a_gpu_is_the_step_of_the_model(monkeypatch):
+    """Its shapes are fixed, for a CUDA graph: here what would be recorded is called. What lies behind a
+    token's place in the cache counts nothing."""
+    model, ids = tiny(context_length=1100), torch.randint(64, (1, 510))
+    caches = [cache_of(model, 1100) for _ in range(2)]
+    step = llm.GraphedStep(model, caches[1])
+    for t in (*caches[1].k, *caches[1].v):
+        t.fill_(1e3)
+
+    class Graph:
+        def replay(self):
+            step.logits = step.run()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    with torch.no_grad():
+        for cache in caches:
+            model(ids, kv_cache=cache)
+        for token in range(5):   # over the end of the first 512 places
+            expected = model(torch.tensor([[token]]), kv_cache=caches[0])
+            assert torch.allclose(step(token), expected, atol=1e-5) and caches[1].length == caches[0].length
+        caches[1].truncate(100)
+        caches[0].truncate(100)
+        assert torch.allclose(step(7), model(torch.tensor([[7]]), kv_cache=caches[0]), atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
