@@ -3,6 +3,7 @@
     python -m bench frames    # frames of a video, beside decord   -> a table
     python -m bench line      # a chat about 5 seconds, a minute, ten minutes, an hour   -> a table, a picture
     python -m bench chat      # prompts and answers of a 7B, beside transformers   -> a table
+    python -m bench linvt     # a question about more and more frames of a 7B: LinVT, or all tokens   -> a table
     python -m bench gpu       # what a GPU computes and how fast: 7 minutes at most   -> tables
 
 Each measurement but those of gpu is a process of its own, on Linux. Those of a table take turns, after a
@@ -20,7 +21,7 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: str                # what to measure: frames, line, chat or gpu
+    stage: str                # what to measure: frames, line, chat, linvt or gpu
     data: str = "out/bench"   # where the clips and weights are, or will be
     pictures: str = "docs"    # folder for the picture
     runs: cli.Count = 5       # measurements of each; the medians are shown
@@ -28,7 +29,7 @@ class Config:
     layers: cli.Count = 32    # of the 7B; fewer for a quick look, the work of a layer stays the same
 
 
-STAGES = {"frames": "frames", "line": "chat", "chat": "chat", "gpu": "gpu"}   # stage: file
+STAGES = {"frames": "frames", "line": "chat", "chat": "chat", "linvt": "chat", "gpu": "gpu"}   # stage: file
 
 
 def main(cfg):

@@ -18,13 +18,18 @@ $PYTHON -m toy.scenes write --data $D --steps 1200
 folders=""
 for seed in ${SEEDS:-0 1 2}; do
     $PYTHON chat_tune.py --stage linvt --weights "$W" --content --num_frames 8 --features $R/features \
-        --annotations $D/train_scenes.jsonl --eval_annotations $D/test_scenes.jsonl --root $D \
+        --annotations $D/train_scenes.jsonl --root $D \
         --out $R/seed$seed --seed $seed --batch_size 16 --lr 2e-3
     folders=$folders,$R/seed$seed
 done
 
-# Beside other rows; second questions; what is known of colours that no training asked about.
+# Beside other rows; second questions, also of a LLaMA that learned to be asked about another scene; what is
+# known of colours that no training asked about.
 $PYTHON -m toy.scenes table --data $D --weights "${folders#,}" --out $R/clips --steps 1200
-$PYTHON -m toy.scenes turns --data $D --weights "${folders#,}" --out $R/clips
-$PYTHON -m toy.scenes principle --data $D --weights "$W" --out $R/clips --steps 600
+$PYTHON chat_tune.py --stage linvt_lora --weights $R/seed0 --num_frames 8 --features $R/features \
+    --annotations $D/train_turns.jsonl --root $D --out $R/lora --batch_size 16 --lr 1e-3
+for weights in "${folders#,}" $R/lora; do
+    $PYTHON -m toy.scenes turns --data $D --weights "$weights" --out $R/clips
+done
+$PYTHON -m toy.scenes principle --data $D --weights "$W" --out $R/clips --steps 400
 cp $R/seed0/linvt.bin "$W/linvt.bin"

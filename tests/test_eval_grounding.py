@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from test_metrics import VTIMELLM, double, java_counts
 
 import eval_grounding
 from eval_grounding import Config, read_annotations
@@ -16,7 +17,6 @@ from model import FrameCLS
 from plumbing import cli
 from plumbing.cli import UserError
 from small import write_clip, write_llava
-from test_metrics import VTIMELLM, double, java_counts
 
 
 def write_rows(path, rows):

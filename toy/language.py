@@ -106,12 +106,13 @@ def choice(rng, options):
 
 def put(topic, clip, answer, rng, kept=False, named=()):
     """One thing, asked in one of its ways -> (question, answer). kept: in a way that training does not have.
-    named: there are other shapes, and the question says by "shape" or "colour" which one is meant."""
+    named: there are other shapes, and the question says by "shape", "colour" or "both" which one is meant."""
     names = [] if named else ["it", "it", "it", "the shape", "the thing", "the object"]
     for look in named or ("shape", "colour"):
         if look != topic:
             names += {"shape": [f"the {clip.shape}"],
-                      "colour": [f"the {clip.colour} {noun}" for noun in ("shape", "one")]}[look]
+                      "colour": [f"the {clip.colour} {noun}" for noun in ("shape", "one")],
+                      "both": [f"the {clip.colour} {clip.shape}"]}[look]
     text = choice(rng, [way for way in ways()[topic][kept] if "{it}" in way or not named])
     both = MOTIONS[TURNS[clip.motion][0]][:2]   # the clip's motion and its twin's
     x = choice(rng, {"colour": list(COLOURS), "shape": SHAPES, "motion": both}.get(topic, [""]))

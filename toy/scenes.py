@@ -6,8 +6,8 @@
     python -m toy.scenes turns       # of second questions about another scene    -> a table
     python -m toy.scenes principle   # of answers that no training had            -> a table
 
-The scene that is asked about has a shape, or a colour, that no other scene has; all else may repeat. A long
-video is a list of clips. A file of their packets, one clip after the other, shows the same frames.
+The scene that is asked about has a look that no other scene has: shape, colour, or both together. All else
+may repeat. A long video is a list of clips. A file of their packets, one clip after the other, shows the same frames.
 `runs/linvt.sh` has the commands in order.
 """
 import dataclasses
@@ -33,6 +33,7 @@ if __name__ == "__main__":
 
 import collections
 import copy
+import functools
 import itertools
 import json
 import os
@@ -54,7 +55,7 @@ from toy.score import spread
 
 KINDS = {   # of questions: the topic, and by which look the scene is named
     "colour by shape": ("colour", "shape"), "motion by shape": ("motion", "shape"),
-    "motion by colour": ("motion", "colour")}
+    "motion by colour": ("motion", "colour"), "motion by both": ("motion", "both")}
 COUNTS, BATCH, TOGETHER = (1, 4, 16, 64), 16, 32   # scenes in tests; videos a step; videos tested at once
 
 
@@ -62,21 +63,23 @@ COUNTS, BATCH, TOGETHER = (1, 4, 16, 64), 16, 32   # scenes in tests; videos a s
 class Scenes:
     """Clips of the training or the test world, from which long videos are drawn."""
     def __init__(self, folder, split):
+        self.folder = folder
         self.clips = world.read_clips(os.path.join(folder, f"{split}_captions.jsonl"))
         self.files = [f"{split}/{i // 2:05d}{'ab'[i % 2]}.mp4" for i in range(len(self.clips))]
         self.looks = {look: np.array([getattr(clip, look) for clip in self.clips])
                       for look in ("shape", "colour")}
+        self.looks["both"] = np.array([f"{clip.colour} {clip.shape}" for clip in self.clips])
 
     def draw(self, kind, count, rng, colours=world.COLOURS):
-        """A video of `count` scenes -> numbers of its clips, question, answer. colours: of scenes that are
-        asked about."""
+        """A video of `count` scenes -> numbers of its clips, a turn (question, answer). colours: of scenes
+        that are asked about."""
         look = self.looks[KINDS[kind][1]]
         while self.looks["colour"][asked := rng.integers(len(self.clips))] not in colours:
             pass
         others = np.flatnonzero(look != look[asked])
         chosen = rng.choice(others, count)
         chosen[rng.integers(count)] = asked
-        return chosen, *self.ask(asked, kind, rng)
+        return chosen, self.ask(asked, kind, rng)
 
     def ask(self, i, kind, rng):
         """About a clip, by its number -> question, answer."""
@@ -101,22 +104,24 @@ def lesson(share, rng):
 
 
 def write(cfg):
-    """Rows for chat_tune.py: each step of training has videos of one length, and so has each 32 of a test."""
+    """Rows for chat_tune.py: each step of training has videos of one length, and so has each 32 of a test.
+    In train_turns a second question is about another scene than the first."""
     train, test = (Scenes(cfg.data, split) for split in ("train", "test"))
-    rng, files = np.random.default_rng([cfg.seed, 20]), {"train_scenes": [], "test_scenes": []}
+    rng, files = np.random.default_rng([cfg.seed, 20]), collections.defaultdict(list)
 
-    def add(file, scenes, count, kind, rng):
-        chosen, *turn = scenes.draw(kind, count, rng)
-        files[file].append(conversation(len(files[file]), [turn], kind=f"{kind}, {count:2} scenes",
-                                        videos=[scenes.files[i] for i in chosen]))
+    def add(file, scenes, chosen, *turns, **kind):
+        videos = [scenes.files[i] for i in chosen]
+        files[file].append(conversation(len(files[file]), turns, videos=videos, **kind))
     for step in tqdm(range(cfg.steps), "write"):
         count = lesson(step / cfg.steps, rng)
         for _ in range(BATCH):
-            add("train_scenes", train, count, rng.choice(list(KINDS)), rng)
+            add("train_scenes", train, *train.draw(rng.choice(list(KINDS)), count, rng))
+    for _ in range(cfg.steps // 4 * BATCH):
+        add("train_turns", train, *train.draw_two(8, rng))
     for count, kind in itertools.product(COUNTS, KINDS):
         rng = np.random.default_rng([cfg.seed, 21, count])
         for _ in range(cfg.questions):
-            add("test_scenes", test, count, kind, rng)
+            add("test_scenes", test, *test.draw(kind, count, rng), kind=f"{kind}, {count:2} scenes")
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         cli.write_atomic(os.path.join(cfg.data, f"{name}.jsonl"), lambda f: f.write(text.encode()))
@@ -170,7 +175,7 @@ def evenly_spaced(x):
 
 
 POOLS = {"mean of the windows": lambda x: x.mean(1), "the middle window": lambda x: x[:, x.shape[1] // 2],
-         "evenly spaced tokens": evenly_spaced,
+         "evenly spaced tokens": evenly_spaced, "all tokens": lambda x: x.flatten(1, 2),
          "`st_pool` of windows": lambda x: torch.cat([x.mean(2), x.mean(1)], 1)}
 
 
@@ -184,16 +189,16 @@ class World:
         key = [split, *(state_of(os.path.join(folder, name)) for name in names), len(self.scenes.clips)]
         if not store.get(key):
             kind = WindowTokens(self.projector, self.branch.branch)
-            seen = [kind.frozen(self.chat.clip, self.pixels(cfg, [i])[None])[0]
+            seen = [kind.frozen(self.chat.clip, self.pixels(i)[None])[0]
                     for i in tqdm(range(len(self.scenes.clips)), f"see {split}")]
             store.put(key, {"seen": torch.cat(seen).half()})
         self.seen = store.get(key)[0]["seen"]   # (clips, N, D)
 
-    def pixels(self, cfg, chosen):
-        """Numbers of clips -> (8 * clips, 3, H, W) uint8."""
-        paths = (os.path.join(cfg.data, self.scenes.files[i]) for i in chosen)
-        found = (data.sample_frames(path, 8, "uniform") for path in paths)
-        return torch.cat([data.squash(picture[None], world.SIZE) for _, picture in itertools.chain(*found)])
+    @functools.lru_cache(2000)   # 200 MB: a test asks about its clips again and again
+    def pixels(self, i):
+        """The number of a clip -> (8, 3, H, W) uint8."""
+        found = data.sample_frames(os.path.join(self.scenes.folder, self.scenes.files[i]), 8, "uniform")
+        return torch.cat([data.squash(picture[None], world.SIZE) for _, picture in found])
 
     def right(self, cfg, tokens, count, kind, pixels=False, colours=world.COLOURS):
         """Per cent of questions that are answered exactly. tokens: the kind of video tokens. pixels: it sees
@@ -202,9 +207,9 @@ class World:
         rng = np.random.default_rng([cfg.seed, 21, count])
         for _ in range(0, cfg.questions, TOGETHER):
             drawn = [self.scenes.draw(kind, count, rng, colours) for _ in range(TOGETHER)]
-            video = torch.stack([self.pixels(cfg, chosen) if pixels else self.seen[chosen]
-                                 for chosen, *_ in drawn])
-            right += self.chat.exact(video, [[turn] for _, *turn in drawn], "vicuna_v1")
+            video = torch.stack([torch.cat([*map(self.pixels, chosen)]) if pixels else self.seen[chosen]
+                                 for chosen, _ in drawn])
+            right += self.chat.exact(video, [[turn] for _, turn in drawn], "vicuna_v1")
         return 100 * sum(right) / len(right)
 
     def train(self, cfg, tokens, learned, seed, kinds=tuple(KINDS), colours=world.COLOURS):
@@ -220,8 +225,8 @@ class World:
                 group["lr"] = 2e-3 * training.warmup_cosine(step, cfg.steps, max(1, round(0.03 * cfg.steps)))
             count = lesson(step / cfg.steps, rng)
             drawn = [self.scenes.draw(rng.choice(kinds), count, rng, colours) for _ in range(BATCH)]
-            prompts, asked = self.chat.prompts([[turn] for _, *turn in drawn], "vicuna_v1")
-            seen = torch.stack([self.seen[chosen] for chosen, *_ in drawn])
+            prompts, asked = self.chat.prompts([[turn] for _, turn in drawn], "vicuna_v1")
+            seen = torch.stack([self.seen[chosen] for chosen, _ in drawn])
             total, answered = self.chat(seen, prompts, asked)
             optimizer.zero_grad()
             (total / answered).backward()
@@ -235,15 +240,15 @@ def table(cfg):
     folders = cfg.weights.split(",")
     test, train = (World(cfg, split, folders[0]) for split in ("test", "train"))
 
-    def add(name, kinds, counts=COUNTS, **options):
+    def add(name, kinds, **options):
         for kind in KINDS:
             cells = [spread([test.right(cfg, tokens, count, kind, **options) for tokens in kinds])
-                     for count in counts]
+                     for count in COUNTS]
             print(f"| {name} | {kind} | {' | '.join(cells)} |", flush=True)
     print(f"| rows | question | {' | '.join(f'{count} scenes' for count in COUNTS)} |\n{'|---' * 6}|")
     for name, pool in POOLS.items():
         add(name, [Pooled(test.projector, pool)])
-    add("`branch` over all frames", [test.branch], COUNTS[:3], pixels=True)   # 512 frames: minutes a cell
+    add("`branch` over all frames", [test.branch], pixels=True)
     means = [Pooled(copy.deepcopy(test.projector), POOLS["mean of the windows"]) for _ in range(cfg.seeds)]
     means = [train.train(cfg, tokens, tokens.mm_projector, seed) for seed, tokens in enumerate(means)]
     add("mean, its projector trained", means)

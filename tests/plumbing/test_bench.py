@@ -137,6 +137,15 @@ def test_chat_measures_every_scheme(cfg, capsys, monkeypatch, here):
     assert all(float(row[columns.index("tokens/s")]) > 0 for row in rows)
 
 
+def test_linvt_reads_as_many_rows_whatever_the_video_has(cfg, capsys, here):
+    chat.linvt(cfg, LLAMA, CLIP, counts=(2, 5))
+    columns, _, *rows = cells(capsys)
+    assert [row[:3] for row in rows] == [["all tokens", "2", "8"], ["LinVT", "2", "4"], ["all tokens", "5", "20"],
+                                         ["LinVT", "5", "4"]]
+    made = [float(row[columns.index("s to make them")]) for row in rows]
+    assert made[0] == made[2] == 0 < made[1] and rows[1][-1] == rows[3][-1] < rows[0][-1] < rows[2][-1]
+
+
 def test_line_asks_about_longer_and_longer_videos(cfg, capsys, monkeypatch):
     made = []
 
