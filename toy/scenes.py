@@ -105,7 +105,7 @@ def lesson(share, rng):
 
 def write(cfg):
     """Rows for chat_tune.py: each step of training has videos of one length, and so has each 32 of a test.
-    In train_turns a second question is about another scene than the first."""
+    In every other row of train_turns a second question is about another scene than the first."""
     train, test = (Scenes(cfg.data, split) for split in ("train", "test"))
     rng, files = np.random.default_rng([cfg.seed, 20]), collections.defaultdict(list)
 
@@ -116,8 +116,9 @@ def write(cfg):
         count = lesson(step / cfg.steps, rng)
         for _ in range(BATCH):
             add("train_scenes", train, *train.draw(rng.choice(list(KINDS)), count, rng))
-    for _ in range(cfg.steps // 4 * BATCH):
-        add("train_turns", train, *train.draw_two(8, rng))
+    for i in range(cfg.steps // 4 * BATCH):
+        chosen, *turns = train.draw_two(8, rng)
+        add("train_turns", train, chosen, *turns[i % 2:])
     for count, kind in itertools.product(COUNTS, KINDS):
         rng = np.random.default_rng([cfg.seed, 21, count])
         for _ in range(cfg.questions):
