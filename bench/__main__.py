@@ -3,7 +3,7 @@
     python -m bench frames    # frames of a video, beside decord   -> a table
     python -m bench line      # a chat about 5 seconds, a minute, ten minutes, an hour   -> a table, a picture
     python -m bench chat      # prompts and answers of a 7B, beside transformers   -> a table
-    python -m bench linvt     # a question about more and more frames of a 7B: LinVT, or all tokens   -> a table
+    python -m bench linvt     # LinVT of a 7B's size, beside all tokens of its frames   -> a table
     python -m bench gpu       # what a GPU computes and how fast: 7 minutes at most   -> tables
 
 Each measurement but those of gpu is a process of its own, on Linux. Those of a table take turns, after a
