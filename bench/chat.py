@@ -182,7 +182,7 @@ def linvt(cfg, config=LLaMAConfig(), clip_config=CLIPConfig(), counts=(8, 30, 12
         making, _, memory = map(statistics.median, zip(*runs))
         read = statistics.median(call(prefill, config, tokens + 50)[0] for _ in range(cfg.runs))
         cache = 4 * config.layers * config.width * (tokens + 50)   # bytes: keys and values in bf16
-        rows.append([name, str(frames), tokens, making, memory, read, making / read, cache / 1e9])
+        rows.append([name, str(frames), str(tokens), making, memory, read, making / read, cache / 1e9])
     table(["rows", "frames", "tokens", "s to make them", "MB for it", "s for the prompt", "share of it",
            "GB of KV cache"], rows)
 
