@@ -6,8 +6,8 @@
     python -m toy.scenes turns       # of second questions about another scene    -> a table
     python -m toy.scenes principle   # of answers that no training had            -> a table
 
-The scene that is asked about has a look that no other scene has: shape, colour, or both together. All else
-may repeat. A long video is a list of clips. A file of their packets, one clip after the other, shows the same frames.
+The scene that is asked about has a look that no other scene has: shape, colour, or both together. A long
+video is a list of clips. A file of their packets, one clip after the other, shows the same frames.
 `runs/linvt.sh` has the commands in order.
 """
 import dataclasses
@@ -105,7 +105,7 @@ def lesson(share, rng):
 
 def write(cfg):
     """Rows for chat_tune.py: each step of training has videos of one length, and so has each 32 of a test.
-    In every other row of train_turns a second question is about another scene than the first."""
+    In train_turns every other row has a second question, about another scene than the first."""
     train, test = (Scenes(cfg.data, split) for split in ("train", "test"))
     rng, files = np.random.default_rng([cfg.seed, 20]), collections.defaultdict(list)
 
