@@ -3,6 +3,8 @@
     projector   still pictures: the projector learns the language of a frozen LLaMA      -> a LLaVA
     language    still pictures: projector and LLaMA                                      -> a better LLaVA
     video       videos: projector and branch; the LLaMA is frozen, as in the paper       -> chat.bin
+    video_paper the same with the optimizer of the paper's Table 8                       -> chat.bin
+    video_lora  the same with LoRA, for answers that the LLaMA could not give before     -> chat.bin, stage2
     align       VTimeLLM's first, still pictures: a projector of one vector a frame      -> mm_projector.bin
     boundaries  its second, events in videos: LoRA learns when they begin and end        -> stage2
     moments     its third, dialogues about them: a new LoRA on the merged one            -> stage3
@@ -13,6 +15,7 @@
     torchrun --nproc_per_node 8 chat_tune.py --stage video --clip weights/released/clip \\
         --llm weights/released/llava --branch out/branch/branch.pth \\
         --annotations video_chatgpt_training.json --root videos
+    python chat_tune.py --stage video_lora --weights weights/released --annotations mine.jsonl --root videos
     python chat_tune.py --stage boundaries --weights out/align --annotations stage2.json --features features
     python chat_tune.py --stage linvt --weights weights/tiny --num_frames 8 --features out/features \\
         --annotations out/shapes/train_scenes.jsonl --root out/shapes
@@ -31,8 +34,8 @@ from plumbing.cli import Amount, Count, Whole
 
 @dataclasses.dataclass
 class Config:
-    stage: Annotated[str, "projector", "language", "video", "align", "boundaries", "moments", "linvt",
-                     "linvt_lora"]   # see --help
+    stage: Annotated[str, "projector", "language", "video", "video_paper", "video_lora", "align",
+                     "boundaries", "moments", "linvt", "linvt_lora"]   # see --help
     clip: str | None = None          # CLIP: a Hugging Face folder or OpenAI's ViT-L-14.pt
     llm: str | None = None           # LLaVA folder (LLaMA is enough for the stage projector)
     weights: str | None = None       # for LoRA and LinVT, in the place of these two: chat.py opens it
@@ -44,7 +47,7 @@ class Config:
     tokens: str | None = None        # what the LLaMA sees of a video: a key of model.VIDEO_TOKENS
     template: str | None = None      # how prompts are put together: a key of model.TEMPLATES
     num_frames: Count | None = None  # frames of a video
-    features: str = ""               # folder for what frozen weights say of videos; made where it lacks
+    features: str = ""               # folder for what training sees of videos; made where it lacks
     rank: Count | None = None        # of LoRA
     alpha: Count | None = None       # of LoRA, which counts alpha / rank
     lora_dropout: cli.Rate = 0.05    # of what LoRA reads
@@ -101,7 +104,8 @@ VERSION = 1   # of features: whoever changes how they are made, counts up
 PROJECTOR = r"video_tokens\.mm_projector|start_end"   # learned: what names begin with
 RELEASED = {"tokens": "branch", "template": "vicuna_v1", "branch": "", "weights": "", "num_frames": 100,
             "batch_size": 8, "lr": 2e-5, "epochs": 3, "steps": 0, "eval_annotations": "",
-            "checkpointed": False, "in_order": False, "rank": 64, "alpha": 128, "slow": "$"}
+            "checkpointed": False, "in_order": False, "rank": 64, "alpha": 128, "slow": "$",
+            "betas": (0.9, 0.999), "weight_decay": 0}
 PICTURES = RELEASED | {"tokens": "mean", "num_frames": 1}
 VTIMELLM = RELEASED | {"tokens": "frame_cls", "template": "vtimellm", "root": "", "batch_size": 128,
                        "checkpointed": True}
@@ -111,10 +115,14 @@ LINVT = RELEASED | {"learned": r"video_tokens\.linvt", "tokens": "branch+linvt",
                     "weights": None, "root": "", "num_frames": 512, "batch_size": 128, "lr": 2e-4,
                     "epochs": 1, "in_order": True, "rank": 16, "alpha": 32,
                     "slow": r"video_tokens\.linvt\.w_token"}
+VIDEO = RELEASED | {"learned": PROJECTOR + r"|video_tokens\.branch\.btadapter"}
 STAGES = {   # the gates stay as pretraining left them, as in the released run
     "projector": PICTURES | {"learned": PROJECTOR},
     "language": PICTURES | {"learned": PROJECTOR + "|llm"},
-    "video": RELEASED | {"learned": PROJECTOR + r"|video_tokens\.branch\.btadapter"},
+    "video": VIDEO, "video_paper": VIDEO | {"batch_size": 4, "betas": (0.9, 0.998), "weight_decay": 0.1},
+    "video_lora": VIDEO | {"learned": VIDEO["learned"] + r"|llm\..*\.lora_", "slow": "video_tokens|start_end",
+                           "clip": "", "llm": "", "weights": None, "root": "", "num_frames": 0, "lr": 2e-4,
+                           "batch_size": 4, "checkpointed": True, "rank": 16, "alpha": 32},
     "align": VTIMELLM | {"learned": PROJECTOR, "template": "plain", "lr": 1e-3, "epochs": 1},
     "boundaries": LORA, "moments": LORA,   # they differ in data, and in what --weights has
     "linvt": LINVT, "linvt_lora": LINVT | {"learned": r"video_tokens\.linvt|llm\..*\.lora_",
@@ -192,7 +200,7 @@ def build(cfg, dtype):
         lora = "lora_" in STAGES[cfg.stage]["learned"]
         if lora:
             adapter_of(cfg)
-        opened = open_chat(cfg.weights, cfg.tokens, chat_file=None if kind.reads_linvt else False,
+        opened = open_chat(cfg.weights, cfg.tokens, chat_file=False if kind.has_clock else None,
                            new_linvt=None if lora or cfg.eval_only else
                            {"top_k": cfg.top_k or None, "content": cfg.content})
         reused = opened.adapters.pop() if cfg.reuse else None
@@ -228,7 +236,7 @@ def build(cfg, dtype):
 def save_result(cfg, chat, tuned_from):
     projector = {f"model.mm_projector.{name}": t.detach().cpu().half()
                  for name, t in chat.video_tokens.mm_projector.state_dict().items()}
-    if cfg.stage == "video":
+    if cfg.stage in ("video", "video_paper"):
         save_chat(os.path.join(cfg.out, "chat.bin"), chat, tuned_from)
     elif cfg.stage in ("projector", "language"):
         chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)
@@ -248,6 +256,8 @@ def save_result(cfg, chat, tuned_from):
         if chat.video_tokens.reads_linvt:
             save_linvt(os.path.join(cfg.out, "linvt.bin"), chat.video_tokens.linvt)
             parts |= {name: os.path.join(cfg.weights, name) for name in LEARNED_BEFORE}
+        elif cfg.stage == "video_lora":
+            save_chat(os.path.join(cfg.out, "chat.bin"), chat)
         else:
             training.save_checkpoint(os.path.join(cfg.out, "mm_projector.bin"), projector)
         for name, path in parts.items():
@@ -259,11 +269,13 @@ def save_result(cfg, chat, tuned_from):
 def make_features(cfg, chat, dataset, here):
     """-> Features of a data set, of which those that --features lacks are made: each process its share."""
     kind, num_frames = chat.video_tokens, dataset.num_frames
-    if type(kind).see is not VideoTokens.see:
-        raise UserError(f"--features: not for --tokens {cfg.tokens}, which shows more than what is frozen")
-    files = [os.path.join(cfg.weights, name) for name in ("clip", *LEARNED_BEFORE)]
-    files = list(filter(os.path.exists, files)) if cfg.weights else [cfg.clip]
-    made = [VERSION, *map(state_of, files), cfg.tokens, num_frames]
+    frozen = type(kind).see is VideoTokens.see   # else the branch learns, and what stays are pixels
+    if frozen:
+        files = [os.path.join(cfg.weights, name) for name in ("clip", *LEARNED_BEFORE)]
+        files = list(filter(os.path.exists, files)) if cfg.weights else [cfg.clip]
+        made = [VERSION, *map(state_of, files), cfg.tokens, num_frames]
+    else:
+        made = [VERSION, "pixels", kind.rule, kind.pixels.__name__, num_frames, dataset.image_size]
     features, lacking = data.Features(cfg.features, made, (num_frames, kind.width(chat.clip.config))), {}
     single = {(file, *(talk.window or ())): dataclasses.replace(talk, files=[file])
               for talk in dataset.talks for file in talk.files}
@@ -275,9 +287,12 @@ def make_features(cfg, chat, dataset, here):
     mine.talks = list(lacking.values())[here.rank::here.size]
     loader = DataLoader(mine, None, num_workers=cfg.workers,
                         worker_init_fn=training.leave_signals_to_the_parent)
-    for talk, item in zip(tqdm(mine.talks, "features", disable=here.rank > 0 or not mine.talks), loader):
+    for i, (talk, item) in enumerate(zip(tqdm(mine.talks, "features", disable=here.rank > 0), loader)):
         if not isinstance(item, data.VideoError):   # training says which is broken
-            seen = kind.frozen(chat.clip, item[0][None].to(here.device))[0]
+            seen = kind.frozen(chat.clip, item[0][None].to(here.device))[0].half() if frozen else item[0]
+            if i == here.rank == 0:
+                cli.say(f"{cfg.features}: {len(lacking)} videos of {seen.nbytes / 1e6:.1f} MB, "
+                        f"{len(lacking) * seen.nbytes / 1e9:.1f} GB in all")
             features.put(talk, talk.paths(cfg.root)[0], seen)
     training.gather_numbers(here, 0)   # all wait for all
     return features
@@ -299,6 +314,8 @@ def main(cfg):
     chat = build(cfg, dtype).to(device)
     memory.choose_threads(chat)
     chat.llm.checkpointed = cfg.checkpointed
+    if chat.video_tokens.branch:
+        chat.video_tokens.branch.checkpointed = cfg.checkpointed
     trained = {name: p for name, p in chat.named_parameters() if p.requires_grad}
     # ------------------------------------------------------------------------------------------------ data
     kind, size = chat.video_tokens, chat.clip.config.image_size
@@ -314,15 +331,19 @@ def main(cfg):
     dataset = data.ConversationDataset(cfg.annotations, cfg.root, **frames, skip=True)
     if cfg.features:
         dataset.features = make_features(cfg, chat, dataset, here)
+    paths = [path for talk in dataset.talks for path in talk.paths(cfg.root)]
+    gone = [path for path in dict.fromkeys(paths) if not os.path.exists(path)]
+    if first and gone and not cfg.features:   # which may hold what is left of them
+        cli.say(f"{len(gone)} of {len(set(paths))} videos are not there, the first is {gone[0]}: passed by")
     if len(dataset) < cfg.batch_size:
         raise UserError(f"--batch_size {cfg.batch_size}: {cfg.annotations} has only {len(dataset)} rows")
     steps = cfg.steps or cfg.epochs * (len(dataset) // cfg.batch_size)
     # ------------------------------------------------------------------------------------------- optimizer
-    groups = {1: [], 0.1: []}   # {share of the learning rate: parameters}
+    stage, groups = STAGES[cfg.stage], {1: [], 0.1: []}   # {share of the learning rate: parameters}
     for name, p in trained.items():
-        groups[0.1 if re.match(STAGES[cfg.stage]["slow"], name) else 1].append(p)
+        groups[0.1 if re.match(stage["slow"], name) else 1].append(p)
     optimizer = torch.optim.AdamW([{"params": part, "share": share} for share, part in groups.items()],
-                                  lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0)
+                                  lr=cfg.lr, betas=stage["betas"], weight_decay=stage["weight_decay"])
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, skipped = training.resume(cfg, here, trained, optimizer, scaler)
     if first:
@@ -391,7 +412,7 @@ def main(cfg):
         save_result(cfg, chat, tuned_from)
         if questions:
             log.add(step=step, **exact_answers(cfg, chat, questions, device, dtype))
-        if cfg.stage == "video":
+        if cfg.stage in ("video", "video_paper"):
             path = os.path.join(cfg.out, "chat.bin")
             print(f"{path}: `python chat.py --chat {path}` talks with it")
         elif cfg.stage == "align":

@@ -446,6 +446,9 @@ def talk_of(row, where, number=0):
         Video-ChatGPT's. The marker "<video>" or "<image>" leaves a question, unless it stands amid words.
     the same with "id", the video's name, and "meta": {"split": [start, end], "duration", "token": {"<s0>":
         seconds, ...}}: VTimeLLM's; duration and token count from the start of the split.
+    {"video", "question", "answer"}: your own, maybe with "window": [start, end] of a part, in seconds; or
+        {"video_id", "q", "a"}: VideoInstruct's as released.
+    {"video", "messages": [{"role": "user", "content"}, {"role": "assistant", "content"}, ...]}: OpenAI's.
     {"videos": [path, ...], "conversations"}: videos that follow each other, each with its own frames.
     {"video", "events"}: see timed. Its questions are drawn by the row's number: see dialogue."""
     if isinstance(row, dict) and "events" in row:
@@ -453,12 +456,13 @@ def talk_of(row, where, number=0):
         duration = duration and clip_length(f"{where}: {file}", window, duration)
         said, times = dialogue(events, number)
     else:
-        names = [name for name in ("videos", "image", "video", "id") if isinstance(row, dict) and name in row]
+        known = "videos", "image", "video", "video_id", "id"
+        names = [name for name in known if isinstance(row, dict) and name in row]
         name = [*names, "video"][0]
         file = field(row, where, name, list if name == "videos" else str)
-        said = turns(field(row, where, "conversations", list), where)
+        said = turns(row, where)
         meta = field(row, where, "meta", dict) if row.get("meta") else {}
-        window, duration = shown(meta, where, "split")
+        window, duration = shown(meta, where, "split") if meta else shown(row, where, "window")
         times = field(meta, where, "token", dict) if meta.get("token") else {}
     for word, t in times.items():
         if seconds([0, t], where)[1] < 0:
@@ -495,11 +499,21 @@ def dialogue(events, seed):
     return turns, times
 
 
-def turns(conversation, where):
-    """Video-ChatGPT's list of messages -> [(question, answer), ...]. Raises UserError."""
-    who, texts = zip(*((field(m, where, "from"), field(m, where, "value").strip()) for m in conversation))
-    if who != ("human", "gpt") * (len(who) // 2):
-        raise UserError(f"{where}: messages must go human, gpt, human, gpt, ...")
+def turns(row, where):
+    """A row as talk_of describes it -> [(question, answer), ...]. Raises UserError."""
+    who = "human", "gpt"
+    for names in (("question", "answer"), ("q", "a")):
+        if names[0] in row:
+            said = [(speaker, field(row, where, name)) for speaker, name in zip(who, names)]
+            break
+    else:
+        messages, keys = "conversations", ("from", "value")
+        if "messages" in row:
+            messages, keys, who = "messages", ("role", "content"), ("user", "assistant")
+        said = [[field(m, where, key) for key in keys] for m in field(row, where, messages, list)]
+    speakers, texts = zip(*((speaker, text.strip()) for speaker, text in said))
+    if speakers != who * (len(said) // 2):
+        raise UserError(f"{where}: messages must go {who[0]}, {who[1]}, {who[0]}, {who[1]}, ...")
     if not all(answers := texts[1::2]):
         raise UserError(f"{where}: an answer without words")
     first, *later = (text.replace("<image>", "<video>") for text in texts[::2])
@@ -563,11 +577,12 @@ class Features:
         return self.store.path(self.key(talk, path))
 
     def put(self, talk, path, seen):
-        self.store.put(self.key(talk, path), {"seen": seen.half().cpu()})
+        seen = seen.half() if seen.is_floating_point() else seen   # or pixels
+        self.store.put(self.key(talk, path), {"seen": seen.cpu()})
 
     def get(self, talk, path):
-        """-> tensor in fp16. Raises VideoError where there is none, UserError for a NAME.npy that is damaged
-        or of another shape."""
+        """-> tensor in fp16, or pixels. Raises VideoError where there is none, UserError for a NAME.npy that
+        is damaged or of another shape."""
         file = self.file(talk, path)
         if not os.path.exists(file):
             raise VideoError(path, f"has no features in {self.folder}")
