@@ -291,8 +291,8 @@ def make_features(cfg, chat, dataset, here):
         if not isinstance(item, data.VideoError):   # training says which is broken
             seen = kind.frozen(chat.clip, item[0][None].to(here.device))[0].half() if frozen else item[0]
             if i == here.rank == 0:
-                cli.say(f"{cfg.features}: {len(lacking)} videos of {seen.nbytes / 1e6:.1f} MB, "
-                        f"{len(lacking) * seen.nbytes / 1e9:.1f} GB in all")
+                cli.say(f"{cfg.features}: {len(lacking)} videos of {seen.nbytes / 1e6:.3g} MB, "
+                        f"{len(lacking) * seen.nbytes / 1e9:.3g} GB in all")
             features.put(talk, talk.paths(cfg.root)[0], seen)
     training.gather_numbers(here, 0)   # all wait for all
     return features

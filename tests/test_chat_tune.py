@@ -145,6 +145,41 @@ def test_video_tuning_of_the_shipped_weights_learns_eight_clips_by_heart(world, 
     assert "temporal questions" in capsys.readouterr().out
 
 
+def test_own_videos_are_learned_in_sentences_that_the_llama_never_said(world, tmp_path):
+    """Four clips, each with a sentence: the folder answers with them, and its first weights with none."""
+    said = ["I know that shape.", "There is an empty square.", "Only a ring blinks.", "The bar is on top."]
+    rows = [json.dumps({"video": f"{i}.mp4", "question": "What happens?", "answer": text})
+            for i, text in enumerate(said)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    options = {"annotations": str(tmp_path / "mine.jsonl"), "clip": None, "llm": None, "branch": None}
+    cfg = tuning(world, tmp_path / "out", "video_lora", **options, weights=TINY, steps=60, lr=5e-3,
+                 num_frames=None, eval_annotations=options["annotations"], log_every=100)
+    cfg.checkpointed = False
+    chat_tune.main(cfg)
+    assert log_of(cfg.out)[-1] == {"step": 60, "all": 100.0}
+    opened = open_chat(cfg.out)
+    assert opened.tokens == "branch" and opened.description == "tuned for branch, with stage2"
+    dataset = ConversationDataset(options["annotations"], str(world), 8, 64)
+    for chat, right in ((opened.load(), [True] * 4), (open_chat(TINY).load(), [False] * 4)):
+        pixels, talks, _ = zip(*(dataset[i] for i in range(4)))
+        assert chat.exact(torch.stack(pixels), talks, "vicuna_v1") == right
+
+
+def test_what_is_kept_for_a_branch_that_learns_are_pixels(world, llava, tmp_path, capfd):
+    losses = []
+    for features in ("", str(tmp_path / "features")):
+        cfg = tuning(world, tmp_path / f"out{features[:1]}", steps=2, llm=llava, features=features)
+        chat_tune.main(cfg)
+        losses.append([row["loss"] for row in log_of(cfg.out)])
+    assert losses[0] == losses[1] and "features: 8 videos of 0.0123 MB" in capfd.readouterr().err
+
+
+def test_videos_that_are_not_there_are_counted_before_the_first_step(world, llava, tmp_path, capfd):
+    cfg = tuning(world, tmp_path / "out", steps=1, llm=llava, annotations=one_broken(world, tmp_path))
+    chat_tune.main(cfg)
+    assert "1 of 8 videos are not there, the first is" in capfd.readouterr().err
+
+
 def test_interrupted_tuning_goes_on_as_if_nothing_had_happened(world, llava, tmp_path, monkeypatch):
     chat_tune.main(tuning(world, tmp_path / "straight", llm=llava))
     save = training.save_checkpoint
@@ -459,7 +494,7 @@ def test_features_that_are_none_or_of_another_length_are_one_line(timed, tmp_pat
     ({"stage": "boundaries"}, "--weights: needed"), ({"stage": "align", "num_frames": 8}, "in 100 frames"),
     ({"stage": "boundaries", "weights": "w"}, "--clip: not for the stage boundaries"),
     ({"weights": "w"}, "--weights: not for the stage video"),
-    ({"reuse": True}, "--reuse: not for the stage video"), ({"features": "f"}, "--features: not for --tokens branch"),
+    ({"reuse": True}, "--reuse: not for the stage video"), ({"stage": "video_lora"}, "--weights: needed"),
     ({"stage": "song"}, "--stage song"), ({"tokens": "all"}, "--tokens all"), ({"llm": "nowhere"}, "nowhere"),
     ({"branch": ""}, "--branch"), ({"eval_only": True}, "--eval_annotations"), ({"clip": None}, "--clip"),
     ({"batch_size": 9}, "has only 8 rows"),

@@ -488,6 +488,24 @@ def test_conversations_lose_the_marker_and_keep_their_turns(world):
         assert torch.equal(pixels, data.squash(frames, 28))
 
 
+@pytest.mark.parametrize("row", [
+    {"video": "good.mp4", "question": "What? ", "answer": "A dog."}, {"video_id": "good", "q": "What?", "a": "A dog."},
+    {"video": "good.mp4", "messages": [{"role": "user", "content": "What?"},
+                                       {"role": "assistant", "content": "A dog."}]}])
+def test_rows_of_others_are_conversations_too(row, world):
+    found = data.talk_of(row | {"window": [1, 2]}, "here")
+    assert found.turns == [("What?", "A dog.")] and found.window == [1, 2]
+    assert found.paths(world) == [str(world / "good.mp4")]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"question": "What?"}, "needs 'answer'"), ({"messages": [{"role": "user", "content": "What?"}]}, "user, assistant"),
+    ({"messages": [{"role": "user"}]}, "needs 'content'"), ({}, "needs 'conversations'")])
+def test_rows_without_an_answer_are_one_line(row, message):
+    with pytest.raises(UserError, match=f"here: .*{message}"):
+        data.talk_of(row | {"video": "good.mp4"}, "here")
+
+
 EVENTS = [{"start": 4, "end": 6.5, "text": "A dog Barks."}, {"start": 9, "end": 12, "text": "it sleeps"}]
 
 
