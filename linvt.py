@@ -192,7 +192,7 @@ def load_linvt(path, tokens, dim):
     return weightfile.load_into(linvt, tensors, path)
 
 
-def save_linvt(path, linvt, dtype=torch.float16):
-    """Writes a linvt.bin."""
-    tensors = {name: t.detach().cpu().to(dtype) for name, t in linvt.state_dict().items()}
+def save_linvt(path, linvt):
+    """Writes a linvt.bin, in fp16."""
+    tensors = {name: t.detach().cpu().half() for name, t in linvt.state_dict().items()}
     weightfile.write_safetensors(path, tensors, {"heads": str(linvt.heads), "top_k": str(linvt.top_k or 0)})

@@ -6,7 +6,6 @@ first token is what chat.py -v names after its imports: weights, video (decoding
 """
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from bench.frames import SHORT_GOP, make
-from bench.measure import HERE, TINY, call, filled, heading, multiplying, reading, table
+from bench.measure import HERE, TINY, best, call, filled, heading, multiplying, reading, table
 from clip import CLIP, CLIPConfig, load_clip, read_clip, save_clip
 from linvt import LinVT
 from llm import KVCache, LLaMA, LLaMAConfig, add_lora, load_llama, save_adapter, save_llama
@@ -152,10 +151,7 @@ def condensing(config, clip_config, frames):
         kind = LinVTTokens(nn.Linear(D, config.width), None, linvt)
     kind, mask = filled(kind), torch.ones(1, 20, dtype=torch.bool)
     seen, words = torch.randn(1, frames, N, D).bfloat16(), torch.randn(1, 20, config.width).bfloat16()
-    kind(seen[:, :2], words, mask)   # touches all weights once
-    began = time.perf_counter()
-    kind(seen, words, mask)
-    return time.perf_counter() - began
+    return best(lambda: kind(seen, words, mask), count=1)
 
 
 @torch.inference_mode()
@@ -164,25 +160,20 @@ def prefill(config, rows):
     with torch.device("meta"):
         layer = LLaMA(dataclasses.replace(config, layers=1, context_length=rows))
     layer, embeds = filled(layer), torch.randn(1, rows, config.width, dtype=torch.bfloat16)
-    layer(embeds=embeds[:, :2])   # touches all weights once
-    began = time.perf_counter()
-    layer(embeds=embeds, last_only=True)
-    return config.layers * (time.perf_counter() - began)
+    return config.layers * best(lambda: layer(embeds=embeds, last_only=True), count=1)
 
 
 def linvt(cfg, config=LLaMAConfig(), clip_config=CLIPConfig(), counts=(8, 30, 120)):
     """What a question of 50 tokens costs beside all tokens of a video, or beside LinVT's rows of it."""
     heading(cfg)
-    config, rows = dataclasses.replace(config, layers=cfg.layers), []
-    for frames, name in itertools.product(counts, ("all tokens", "LinVT")):
-        tokens, runs = clip_config.patch_tokens * frames, [(0, 0, 0)]
-        if name == "LinVT":
-            tokens = clip_config.patch_tokens
-            runs = [call(condensing, config, clip_config, frames) for _ in range(cfg.runs)]
-        making, _, memory = map(statistics.median, zip(*runs))
-        read = statistics.median(call(prefill, config, tokens + 50)[0] for _ in range(cfg.runs))
-        cache = 4 * config.layers * config.width * (tokens + 50)   # bytes: keys and values in bf16
-        rows.append([name, str(frames), str(tokens), making, memory, read, making / read, cache / 1e9])
+    config, N, rows = dataclasses.replace(config, layers=cfg.layers), clip_config.patch_tokens, []
+    for frames in counts:
+        made = [call(condensing, config, clip_config, frames) for _ in range(cfg.runs)]
+        for name, tokens, runs in (("all tokens", N * frames, [(0, 0, 0)]), ("LinVT", N, made)):
+            making, _, memory = map(statistics.median, zip(*runs))
+            read = statistics.median(call(prefill, config, tokens + 50)[0] for _ in range(cfg.runs))
+            cache = 4 * config.layers * config.width * (tokens + 50)   # bytes: keys and values in bf16
+            rows.append([name, str(frames), str(tokens), making, memory, read, making / read, cache / 1e9])
     table(["rows", "frames", "tokens", "s to make them", "MB for it", "s for the prompt", "share of it",
            "GB of KV cache"], rows)
 

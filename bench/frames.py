@@ -17,6 +17,7 @@ from av.video.reformatter import Colorspace
 import data
 from bench.measure import call, heading, table
 from plumbing import cli
+from toy.world import join
 
 if importlib.util.find_spec("decord"):   # here: to import it is not its work
     import decord
@@ -47,7 +48,7 @@ def make(folder, clip):
         cli.make_folder(folder)
         source = make(folder, dataclasses.replace(clip, copies=1)) if clip.copies > 1 else None
         cli.say(f"making {path}")
-        cli.write_atomic(path, lambda f: repeat(f, source, clip) if source else encode(f, clip))
+        cli.write_atomic(path, lambda f: join([source] * clip.copies, f) if source else encode(f, clip))
     return path
 
 
@@ -66,20 +67,6 @@ def encode(file, clip):
             frame.pict_type = PictureType.NONE   # the encoder decides
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
-
-
-def repeat(file, source, clip):
-    """The packets of `source`, clip.copies times, each time later by its length."""
-    with av.open(file, "w", format="mp4") as out:
-        stream = None
-        for copy in range(clip.copies):
-            with av.open(source) as container:
-                stream = stream or out.add_stream_from_template(container.streams.video[0])
-                for packet in container.demux(video=0):
-                    if packet.size:
-                        later = round(copy * clip.seconds / packet.time_base)
-                        packet.pts, packet.dts, packet.stream = packet.pts + later, packet.dts + later, stream
-                        out.mux(packet)
 
 
 # -------------------------------------------------------------------------------- who takes part

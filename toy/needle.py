@@ -21,24 +21,23 @@ class Config:
 if __name__ == "__main__":
     CONFIG = cli.start(Config)   # before the slow imports: an error shows at once
 
-import collections
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from linvt import LinVT
-from plumbing import training
 from toy.scenes import WithMatrices
 from toy.score import spread
+from toy.tiny_models import fit
 
 D, N, TYPES, COLOURS, SEEN = 48, 9, 20, 20, 14   # a token's numbers, a frame's tokens; 14 colours are seen
+LEARNING = 1.5e-3, 0.01, 1.0   # learning rate, weight decay, norm of the gradient
 
 
-class Needles:
+class Needles(nn.Module):
     """A world of random vectors, and a reader that knows it."""
     def __init__(self):
+        super().__init__()
         self.types, self.colours, self.grounds = (F.normalize(torch.randn(n, D), dim=-1)
                                                   for n in (TYPES, COLOURS, 3))
         self.words = self.types @ torch.linalg.qr(torch.randn(D, D)).Q
@@ -73,19 +72,6 @@ class Needles:
         return self.head(self.reader(torch.cat([rows, self.words[asked][:, None]], 1))[:, -1])
 
 
-def learn(parameters, steps, loss_of):
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
-    for step in tqdm(range(steps), leave=False):
-        for group in optimizer.param_groups:
-            group["lr"] = 1.5e-3 * training.warmup_cosine(step, steps, 100)
-        loss = loss_of()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-
-
 @torch.no_grad()
 def right(world, rows_of, T, colours):
     found = []
@@ -95,41 +81,43 @@ def right(world, rows_of, T, colours):
     return 100 * sum(found) / len(found)
 
 
+def teach(cfg, seed):
+    """-> a world, {name: rows_of(tokens, types asked for)}."""
+    torch.manual_seed(seed)
+    world = Needles()
+
+    def reading(_):
+        x, asked, colour = world.frame(64)
+        return F.cross_entropy(world.answer(x[:, 0], asked), colour), ""
+    fit("read", world.parameters(), reading, cfg.reading, 100, seed, *LEARNING)
+    world.requires_grad_(False)
+    kinds = {"mean of the frames": lambda x, _: x.mean(1),
+             "the middle frame": lambda x, _: x[:, x.shape[1] // 2]}
+    for name, module in (("LinVT", LinVT), ("value and output matrices", WithMatrices)):
+        linvt = module(D, N, width=48, heads=2, top_k=None, content=True)
+
+        def rows_of(x, asked, linvt=linvt):
+            return linvt(x, world.words[asked][:, None], torch.ones(len(x), 1, dtype=torch.bool))
+
+        def condensing(_):
+            T = (2, 4, 8, 16)[torch.randint(4, ())]
+            x, asked, colour = world.video(32, T, (0, SEEN))
+            return F.cross_entropy(world.answer(rows_of(x, asked), asked), colour), ""
+        fit(name, linvt.parameters(), condensing, cfg.steps, 100, seed, *LEARNING)
+        linvt.eval()
+        kinds[name] = rows_of
+    return world, kinds
+
+
 def main(cfg):
     torch.set_num_threads(1)
-    table = collections.defaultdict(list)   # {(rows, colours, T): [per cent right]}
-    for seed in range(cfg.seeds):
-        torch.manual_seed(seed)
-        world = Needles()
-
-        def reading():
-            x, asked, colour = world.frame(64)
-            return F.cross_entropy(world.answer(x[:, 0], asked), colour)
-        learn([*world.reader.parameters(), *world.head.parameters()], cfg.reading, reading)
-        world.reader.requires_grad_(False), world.head.requires_grad_(False)
-        kinds = {"mean of the frames": lambda x, _: x.mean(1),
-                 "the middle frame": lambda x, _: x[:, x.shape[1] // 2]}
-        for name, module in (("LinVT", LinVT), ("value and output matrices", WithMatrices)):
-            linvt = module(D, N, width=48, heads=2, top_k=None, content=True)
-
-            def rows_of(x, asked, linvt=linvt):
-                return linvt(x, world.words[asked][:, None], torch.ones(len(x), 1, dtype=torch.bool))
-
-            def condensing():
-                T = (2, 4, 8, 16)[torch.randint(4, ())]
-                x, asked, colour = world.video(32, T, (0, SEEN))
-                return F.cross_entropy(world.answer(rows_of(x, asked), asked), colour)
-            learn(linvt.parameters(), cfg.steps, condensing)
-            linvt.eval()
-            kinds[name] = rows_of
-        for name, rows_of in kinds.items():
-            for colours in ((0, SEEN), (SEEN, COLOURS)):
-                for T in (1, 4, 16, 64):
-                    table[name, colours, T].append(right(world, rows_of, T, colours))
+    taught = [teach(cfg, seed) for seed in range(cfg.seeds)]
     print(f"| rows | colours | 1 frame | 4 | 16 | 64 |\n{'|---' * 6}|")
-    for name, colours, _ in list(table)[::4]:
-        cells = [spread(table[name, colours, T]) for T in (1, 4, 16, 64)]
-        print(f"| {name} | {'seen' if colours[0] == 0 else 'never seen'} | {' | '.join(cells)} |")
+    for name in taught[0][1]:
+        for column, colours in (("seen", (0, SEEN)), ("never seen", (SEEN, COLOURS))):
+            cells = [spread([right(world, kinds[name], T, colours) for world, kinds in taught])
+                     for T in (1, 4, 16, 64)]
+            print(f"| {name} | {column} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -38,24 +38,22 @@ import itertools
 import json
 import os
 
-import av
 import numpy as np
 import torch
-import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 from linvt import LinVT, diagonal
 from model import IGNORE_INDEX, VIDEO_INDEX, VideoTokens, WindowTokens, open_chat
-from plumbing import training
 from plumbing.store import Store, state_of
 from toy import world
 from toy.language import conversation, looks, moves, put
 from toy.score import spread
+from toy.tiny_models import fit
 
-KINDS = {   # of questions: the topic, and by which look the scene is named
-    "colour by shape": ("colour", "shape"), "motion by shape": ("motion", "shape"),
-    "motion by colour": ("motion", "colour"), "motion by both": ("motion", "both")}
+# kinds of questions: the topic, and by which look the scene is named
+KINDS = "colour by shape", "motion by shape", "motion by colour", "motion by both"
 COUNTS, BATCH, TOGETHER = (1, 4, 16, 64), 16, 32   # scenes in tests; videos a step; videos tested at once
 
 
@@ -63,7 +61,6 @@ COUNTS, BATCH, TOGETHER = (1, 4, 16, 64), 16, 32   # scenes in tests; videos a s
 class Scenes:
     """Clips of the training or the test world, from which long videos are drawn."""
     def __init__(self, folder, split):
-        self.folder = folder
         self.clips = world.read_clips(os.path.join(folder, f"{split}_captions.jsonl"))
         self.files = [f"{split}/{i // 2:05d}{'ab'[i % 2]}.mp4" for i in range(len(self.clips))]
         self.looks = {look: np.array([getattr(clip, look) for clip in self.clips])
@@ -73,7 +70,7 @@ class Scenes:
     def draw(self, kind, count, rng, colours=world.COLOURS):
         """A video of `count` scenes -> numbers of its clips, a turn (question, answer). colours: of scenes
         that are asked about."""
-        look = self.looks[KINDS[kind][1]]
+        look = self.looks[kind.split(" by ")[1]]
         while self.looks["colour"][asked := rng.integers(len(self.clips))] not in colours:
             pass
         others = np.flatnonzero(look != look[asked])
@@ -83,7 +80,7 @@ class Scenes:
 
     def ask(self, i, kind, rng):
         """About a clip, by its number -> question, answer."""
-        (topic, named), clip = KINDS[kind], self.clips[i]
+        (topic, named), clip = kind.split(" by "), self.clips[i]
         return put(topic, clip, (looks(clip) | moves(clip))[topic], rng, named=[named])
 
     def draw_two(self, count, rng):
@@ -91,8 +88,8 @@ class Scenes:
         about the one, a turn about the other."""
         chosen, asked = rng.integers(len(self.clips), size=count), []
         for i in rng.permutation(chosen):
-            kind = rng.choice(list(KINDS))
-            look = self.looks[KINDS[kind][1]]
+            kind = rng.choice(KINDS)
+            look = self.looks[kind.split(" by ")[1]]
             if (look[chosen] == look[i]).sum() == 1:
                 asked.append(self.ask(i, kind, rng))
         return (chosen, *asked[:2]) if len(asked) > 1 else self.draw_two(count, rng)
@@ -115,7 +112,7 @@ def write(cfg):
     for step in tqdm(range(cfg.steps), "write"):
         count = lesson(step / cfg.steps, rng)
         for _ in range(BATCH):
-            add("train_scenes", train, *train.draw(rng.choice(list(KINDS)), count, rng))
+            add("train_scenes", train, *train.draw(rng.choice(KINDS), count, rng))
     for i in range(cfg.steps // 4 * BATCH):
         chosen, *turns = train.draw_two(8, rng)
         add("train_turns", train, chosen, *turns[i % 2:])
@@ -126,21 +123,6 @@ def write(cfg):
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         cli.write_atomic(os.path.join(cfg.data, f"{name}.jsonl"), lambda f: f.write(text.encode()))
-
-
-def join(paths, out):
-    """Videos of one kind -> a file of their packets, one video after the other. Nothing is coded again."""
-    with av.open(out, "w") as container:
-        target, end = None, 0
-        for path in paths:
-            with av.open(path) as source:
-                stream = source.streams.video[0]
-                target = target or container.add_stream_from_template(stream)
-                for packet in source.demux(stream):
-                    if packet.dts is not None:
-                        packet.dts, packet.pts, packet.stream = packet.dts + end, packet.pts + end, target
-                        container.mux(packet)
-                end += stream.duration
 
 
 def sample(cfg):
@@ -154,36 +136,23 @@ def sample(cfg):
             found.setdefault((clip.colour, clip.shape), i)
     others = [i for what, i in found.items() if what not in alone][:30]
     chosen = rng.permutation([*(found[what] for what in alone), *others])
-    join([os.path.join(cfg.data, scenes.files[i]) for i in chosen], os.path.join(world.ASSETS, "scenes.mp4"))
+    paths = [os.path.join(cfg.data, scenes.files[i]) for i in chosen]
+    world.join(paths, os.path.join(world.ASSETS, "scenes.mp4"))
     return chosen
 
 
 # -------------------------------------------------------------------------------- what rows are worth
-class Pooled(VideoTokens):
-    """Rows that no question changes: of windows that the branch saw (B, T, N, D), or of what `see` says."""
-    def __init__(self, mm_projector, pool):
-        super().__init__(mm_projector)
-        self.pool = pool
-
-    def forward(self, seen, question=None, mask=None):
-        return super().forward(self.pool(seen))
-
-
-def evenly_spaced(x):
-    """(B, T, N, D) -> 16 of its T * N tokens (B, 16, D)."""
-    tokens = x.flatten(1, 2)
-    return tokens[:, [int((i + 0.5) * tokens.shape[1] / 16) for i in range(16)]]
-
-
-POOLS = {"mean of the windows": lambda x: x.mean(1), "the middle window": lambda x: x[:, x.shape[1] // 2],
-         "evenly spaced tokens": evenly_spaced, "all tokens": lambda x: x.flatten(1, 2),
-         "`st_pool` of windows": lambda x: torch.cat([x.mean(2), x.mean(1)], 1)}
+POOLS = {
+    "mean of the windows": lambda x: x.mean(1), "the middle window": lambda x: x[:, x.shape[1] // 2],
+    "evenly spaced tokens": lambda x: F.interpolate(x.flatten(1, 2).float().mT, 16, mode="nearest-exact").mT,
+    "`st_pool` of windows": lambda x: torch.cat([x.mean(2), x.mean(1)], 1),
+    "all tokens": lambda x: x.flatten(1, 2)}   # of (B, T, N, D)
 
 
 class World:
     """The clips of a split, what the branch of a folder of weights says of each, and a chat about them."""
     def __init__(self, cfg, split, folder):
-        self.scenes, self.chat = Scenes(cfg.data, split), open_chat(folder, "branch").load()
+        self.cfg, self.scenes, self.chat = cfg, Scenes(cfg.data, split), open_chat(folder, "branch").load()
         self.branch = self.chat.video_tokens
         self.projector = self.branch.mm_projector
         names, store = ("clip", "chat.bin"), Store(cfg.out)
@@ -198,41 +167,41 @@ class World:
     @functools.lru_cache(2000)   # 200 MB: a test asks about its clips again and again
     def pixels(self, i):
         """The number of a clip -> (8, 3, H, W) uint8."""
-        found = data.sample_frames(os.path.join(self.scenes.folder, self.scenes.files[i]), 8, "uniform")
+        found = data.sample_frames(os.path.join(self.cfg.data, self.scenes.files[i]), 8, "uniform")
         return torch.cat([data.squash(picture[None], world.SIZE) for _, picture in found])
 
-    def right(self, cfg, tokens, count, kind, pixels=False, colours=world.COLOURS):
-        """Per cent of questions that are answered exactly. tokens: the kind of video tokens. pixels: it sees
-        frames; else it gets windows."""
+    def right(self, tokens, count, kind, pool=lambda x: x, pixels=False, colours=world.COLOURS):
+        """Per cent of questions that are answered exactly. tokens: the kind of video tokens. It gets windows
+        of the branch, or what `pool` makes of these, or `pixels`."""
         self.chat.video_tokens, right = tokens.eval(), []
-        rng = np.random.default_rng([cfg.seed, 21, count])
-        for _ in range(0, cfg.questions, TOGETHER):
+        rng = np.random.default_rng([self.cfg.seed, 21, count])
+        for _ in range(0, self.cfg.questions, TOGETHER):
             drawn = [self.scenes.draw(kind, count, rng, colours) for _ in range(TOGETHER)]
             video = torch.stack([torch.cat([*map(self.pixels, chosen)]) if pixels else self.seen[chosen]
                                  for chosen, _ in drawn])
-            right += self.chat.exact(video, [[turn] for _, turn in drawn], "vicuna_v1")
+            right += self.chat.exact(pool(video), [[turn] for _, turn in drawn], "vicuna_v1")
         return 100 * sum(right) / len(right)
 
-    def train(self, cfg, tokens, learned, seed, kinds=tuple(KINDS), colours=world.COLOURS):
+    def row(self, name, column, trained, kind, **options):
+        """Prints a line of a table about trained kinds of video tokens, one a seed."""
+        cells = [spread([self.right(tokens, count, kind, **options) for tokens in trained])
+                 for count in COUNTS]
+        print(f"| {name} | {column} | {' | '.join(cells)} |", flush=True)
+
+    def train(self, tokens, learned, seed, pool=lambda x: x, kinds=KINDS, colours=world.COLOURS):
         """Trains modules of a kind of video tokens as the stage linvt of chat_tune.py does."""
         self.chat.video_tokens, rng = tokens.train(), np.random.default_rng([seed, 22])
-        learned = list(learned.parameters())
-        for p in learned:
-            p.requires_grad_(True)
-        optimizer = torch.optim.AdamW(learned, weight_decay=0)
-        for step in tqdm(range(cfg.steps), "train"):
-            training.seed_step(seed, step)
-            for group in optimizer.param_groups:
-                group["lr"] = 2e-3 * training.warmup_cosine(step, cfg.steps, max(1, round(0.03 * cfg.steps)))
-            count = lesson(step / cfg.steps, rng)
+        learned.requires_grad_(True)
+
+        def loss_of(step):
+            count = lesson(step / self.cfg.steps, rng)
             drawn = [self.scenes.draw(rng.choice(kinds), count, rng, colours) for _ in range(BATCH)]
             prompts, asked = self.chat.prompts([[turn] for _, turn in drawn], "vicuna_v1")
             seen = torch.stack([self.seen[chosen] for chosen, _ in drawn])
-            total, answered = self.chat(seen, prompts, asked)
-            optimizer.zero_grad()
-            (total / answered).backward()
-            nn.utils.clip_grad_norm_(learned, 1.0)
-            optimizer.step()
+            total, answered = self.chat(pool(seen), prompts, asked)
+            return total / answered, ""
+        fit("train", learned.parameters(), loss_of, self.cfg.steps, round(0.03 * self.cfg.steps), seed, 2e-3,
+            0, 1, betas=(0.9, 0.999))
         return tokens
 
 
@@ -241,18 +210,16 @@ def table(cfg):
     folders = cfg.weights.split(",")
     test, train = (World(cfg, split, folders[0]) for split in ("test", "train"))
 
-    def add(name, kinds, **options):
+    def add(name, trained, **options):
         for kind in KINDS:
-            cells = [spread([test.right(cfg, tokens, count, kind, **options) for tokens in kinds])
-                     for count in COUNTS]
-            print(f"| {name} | {kind} | {' | '.join(cells)} |", flush=True)
+            test.row(name, kind, trained, kind, **options)
     print(f"| rows | question | {' | '.join(f'{count} scenes' for count in COUNTS)} |\n{'|---' * 6}|")
     for name, pool in POOLS.items():
-        add(name, [Pooled(test.projector, pool)])
+        add(name, [VideoTokens(test.projector)], pool=pool)
     add("`branch` over all frames", [test.branch], pixels=True)
-    means = [Pooled(copy.deepcopy(test.projector), POOLS["mean of the windows"]) for _ in range(cfg.seeds)]
-    means = [train.train(cfg, tokens, tokens.mm_projector, seed) for seed, tokens in enumerate(means)]
-    add("mean, its projector trained", means)
+    means, pool = [VideoTokens(copy.deepcopy(test.projector)) for _ in range(cfg.seeds)], lambda x: x.mean(1)
+    means = [train.train(tokens, tokens.mm_projector, seed, pool) for seed, tokens in enumerate(means)]
+    add("mean, its projector trained", means, pool=pool)
     add("LinVT", [open_chat(folder, "branch+linvt").load().video_tokens for folder in folders])
 
 
@@ -311,17 +278,14 @@ def principle(cfg):
     print(f"| rows | colours | {' | '.join(f'{count} scenes' for count in COUNTS)} |\n{'|---' * 6}|")
     for terms, options in (("a + b", {"top_k": None}), ("a + b + c + d", {"content": True, "top_k": 64})):
         for name, module in (("averages", LinVT), ("value and output matrices", WithMatrices)):
-            kinds = []
+            trained = []
             for seed in range(cfg.seeds):
                 torch.manual_seed(seed)
                 linvt = module(128, 17, **options)
                 tokens = WindowTokens(test.projector, test.branch.branch, linvt)
-                kinds.append(train.train(cfg, tokens, linvt, seed, ["colour by shape"], known))
-            for colours in (known, held):
-                cells = [spread([test.right(cfg, tokens, count, "colour by shape", colours=colours)
-                                 for tokens in kinds]) for count in COUNTS]
-                print(f"| {name}, {terms} | {'trained' if colours is known else 'never asked about'} | "
-                      f"{' | '.join(cells)} |", flush=True)
+                trained.append(train.train(tokens, linvt, seed, kinds=KINDS[:1], colours=known))
+            for column, colours in (("trained", known), ("never asked about", held)):
+                test.row(f"{name}, {terms}", column, trained, KINDS[0], colours=colours)
 
 
 STAGES = {"write": write, "sample": sample, "table": table, "turns": turns, "principle": principle}

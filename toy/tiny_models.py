@@ -22,10 +22,11 @@ from toy.world import ASSETS, FPS, FRAMES, SIZE, make_clips
 BATCH = 128   # pictures a step
 
 
-def fit(name, parameters, loss_of, steps, warmup, seed, lr=1e-3, weight_decay=0.05, clip_norm=math.inf):
+def fit(name, parameters, loss_of, steps, warmup, seed, lr=1e-3, weight_decay=0.05, clip_norm=math.inf,
+        betas=(0.9, 0.98)):
     """The loop of all: AdamW, warm-up and cosine. loss_of(step) -> (loss, a note for the progress bar).
     parameters: or {"params": [parameter], "factor": of the learning rate} each."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     bar = tqdm(range(steps), name)
     for step in bar:

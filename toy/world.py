@@ -176,6 +176,21 @@ def write_video(path, frames, qp=18, rate=FPS, group=1):
         container.mux(stream.encode())
 
 
+def join(paths, out):
+    """Videos of one kind -> a file, or its path, of their packets: nothing is coded again."""
+    with av.open(out, "w", format="mp4") as container:
+        target, end = None, 0
+        for path in paths:
+            with av.open(path) as source:
+                stream = source.streams.video[0]
+                target = target or container.add_stream_from_template(stream)
+                for packet in source.demux(stream):
+                    if packet.dts is not None:
+                        packet.dts, packet.pts, packet.stream = packet.dts + end, packet.pts + end, target
+                        container.mux(packet)
+                end += stream.duration
+
+
 # -------------------------------------------------------------------------------- files
 def splits(pairs, seed):
     """Yields "train" or "test", its clips, at which share of each pair's first clip the still is taken."""

@@ -288,11 +288,10 @@ def long_world(tmp_path_factory):
 def test_the_scene_that_is_asked_about_is_the_only_one_with_its_look_and_the_answer_is_true(long_world):
     drawn = scenes.Scenes(long_world, "train")
     for i in range(60):
-        kind, rng = list(scenes.KINDS)[i % 4], np.random.default_rng(i)
+        kind, rng = scenes.KINDS[i % 4], np.random.default_rng(i)
         chosen, (question, answer) = drawn.draw(kind, 8, rng, ["red", "green", "blue", "white"])
         clips = [drawn.clips[j] for j in chosen]
-        topic, look = scenes.KINDS[kind]
-        of = drawn.looks[look][chosen]
+        of = drawn.looks[kind.split(" by ")[1]][chosen]
         words = {*re.findall(r"\w+", question.lower())}
         named = [clip for clip, said in zip(clips, of) if {*said.split()} <= words]
         assert len(clips) == 8 and len(named) >= 1
@@ -316,7 +315,7 @@ def test_questions_for_a_training_come_with_videos_of_one_length_a_step_and_shor
 def test_a_file_of_copied_packets_shows_what_its_clips_show(long_world):
     """So LinVT sees the same units in it as in a list of clips."""
     files = [str(long_world / file) for file in scenes.Scenes(long_world, "test").files[:5]]
-    scenes.join(files, str(long_world / "long.mp4"))
+    world.join(files, str(long_world / "long.mp4"))
     assert data.probe(str(long_world / "long.mp4")).duration == pytest.approx(10)
     whole, _ = stacked(data.sample_frames(str(long_world / "long.mp4"), 40, "uniform"))
     parts = [stacked(data.sample_frames(file, 8, "uniform"))[0] for file in files]
