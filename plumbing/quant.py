@@ -90,7 +90,7 @@ class FrozenLinear(nn.Module):
             raise RuntimeError("quantised layers are for inference: rounding has no gradient; use no_grad()")
         y = self.product(x.reshape(-1, x.shape[-1]))   # (M, K) -> (M, N)
         if self.bias is not None:
-            y = y + self.bias
+            y += self.bias   # in place: beyond some megabytes new memory costs more than the sum
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def _apply(self, fn, recurse=True):
