@@ -8,7 +8,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 W=weights/tiny D=out/shapes S=out/stories T=out/time PYTHON=${PYTHON:-python} ROWS=${ROWS:-some}
-AIDS="--clock 0.4 --look 0.5 --point 1 --end 0.5 --tell 1"
 export OMP_NUM_THREADS=1
 
 # Pictures, 1 minute; long clips with events, 1 minute.
@@ -37,7 +36,7 @@ for seed in ${SEEDS:-0}; do
         --batch_size 32 --steps 700 --lr 3e-4 --no-checkpointed --seed $seed
     # Stage 2, 15 minutes; beside it row 8, the third stage without the second.
     { moments $R/align row8 && when row8 --ask "$THIRD"; } & beside=$!
-    boundaries $R/align row1 $AIDS
+    boundaries $R/align row1 --aids
     when row1
     wait $beside
     # Stage 3, 5 minutes: a new LoRA on the merged one, and the same one tuned on.
@@ -46,7 +45,7 @@ for seed in ${SEEDS:-0}; do
     when row10 --ask "$THIRD"
     wait $beside
     if [ $ROWS = all ]; then
-        boundaries $R/align row7 --fresh $AIDS
+        boundaries $R/align row7 --fresh --aids
         when row7
         boundaries $R/align row1_no_aids
         when row1_no_aids

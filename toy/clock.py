@@ -1,25 +1,23 @@
 """VTimeLLM's second stage for a tiny LLaMA: LoRA learns when events begin and end, with aids for a beginner.
 
-    python -m toy.clock --weights out/time/align --out out/time/boundaries \\
-        --clock 0.4 --look 0.5 --point 1 --end 0.5 --tell 1
+    python -m toy.clock --weights out/time/align --out out/time/boundaries --aids
 
 A LLaMA that has read the world needs no aids, and `chat_tune.py --stage boundaries` has none. This one has
 only read about shapes. The loss of a few digits does not tell it that rotary positions are a clock, nor that
-what is asked and what is shown have to meet; alone, it names the first event whatever is asked. Each aid is a
-weight in the loss, 0 by default. It follows from the spans and words of the training data. Its heads are
+what is asked and what is shown have to meet; alone, it names the first event whatever is asked. With --aids
+the loss has five more parts. They follow from the spans and words of the training data. Their heads are
 thrown away:
 
-    --clock   after layer 2, linear heads read from each frame its place, 00 to 99; after layer 3, where the
-              event or gap began in which it lies
-    --look    after layer 2, linear heads read colour, shape and motion: where a start is to be written, of
-              the event that is asked about; from each frame, of what it shows. After layer 3 that motion
-              once more
-    --point   no head: where a start is to be written, half of the attention heads of the last two layers look
-              at the frames of the event that is asked about
-    --end     no head: where an end is to be written, the other half, in the last layer, look at the gap
-              behind that event
-    --tell    no head: where an event is told in words, half of the attention heads of the last two layers
-              look at its frames; in the second half of the run, as at first it is in the way of the others
+    clock   after layer 2, linear heads read from each frame its place, 00 to 99; after layer 3, where the
+            event or gap began in which it lies
+    look    after layer 2, linear heads read colour, shape and motion: where a start is to be written, of the
+            event that is asked about; from each frame, of what it shows. After layer 3 that motion once more
+    point   no head: where a start is to be written, half of the attention heads of the last two layers look
+            at the frames of the event that is asked about
+    end     no head: where an end is to be written, the other half, in the last layer, look at the gap behind
+            that event
+    tell    no head: where an event is told in words, half of the attention heads of the last two layers look
+            at its frames; in the second half of the run, as at first it is in the way of the others
 
 Two more things are of this world. Each step shows stories that never were: the events of a rendered story, in
 another order and at other times, from what CLIP said of its frames. And all questions about a story stand in
@@ -37,11 +35,7 @@ class Config:
     stories: str = "out/stories"     # where the long clips are
     features: str = "out/stories/features"   # what CLIP says of their frames; made where it lacks
     out: str = "out/time/boundaries"   # folder for the result, which chat.py opens
-    clock: cli.Amount = 0            # weight of an aid in the loss; see above
-    look: cli.Amount = 0             # likewise
-    point: cli.Amount = 0            # likewise
-    end: cli.Amount = 0              # likewise
-    tell: cli.Amount = 0             # likewise
+    aids: bool = False               # help a beginner; see above
     steps: cli.Count = 1300          # of training
     batch_size: cli.Count = 16       # stories a step
     lr: cli.Amount = 2.5e-3          # peak; linear up over 3 % of the run, then half a cosine
@@ -200,50 +194,46 @@ def states_of(llm, batch):
 
 class Aids(nn.Module):
     """The heads, and what all aids add to the loss."""
-    def __init__(self, cfg, llm):
+    def __init__(self, llm):
         super().__init__()
-        self.cfg, self.heads, width = cfg, llm.config.heads, llm.config.width
-        words = sum(map(len, WORDS.values()))
+        self.heads, width, words = llm.config.heads, llm.config.width, sum(map(len, WORDS.values()))
         self.place, self.began = nn.Linear(width, 20), nn.Linear(width, 20)   # tens and units
         self.asked, self.shown = nn.Linear(width, words), nn.Linear(width, words)
         self.motion = nn.Linear(width, len(WORDS["motion"]))
 
     def forward(self, layers, batch, states, cos, sin, late):
         """layers: of the LLaMA. late: whether the second half of the run has begun -> added to the loss."""
-        cfg, loss = self.cfg, 0
         h2, h3 = (F.layer_norm(states[n], states[n].shape[-1:]) for n in (2, 3))   # after layers 2 and 3
-        if cfg.clock:
-            edges = [torch.tensor([0, *np.ravel(spans)]) for _, spans, _ in batch.stories]
-            began = [edge[torch.searchsorted(edge, SHARE.double(), right=True) - 1] for edge in edges]
-            began = (100 * torch.stack(began)).round().long()                                      # (B, T)
-            place = torch.arange(T).expand_as(began)
-            loss = loss + cfg.clock * (number_loss(self.place(h2[:, batch.video]), place)
-                                       + number_loss(self.began(h3[:, batch.video]), began))
-        if cfg.look:
-            shown = torch.full((len(batch.stories), T, len(WORDS)), IGNORE_INDEX)
-            for row, (said, spans, _) in enumerate(batch.stories):
-                for text, span in zip(said, spans):
-                    shown[row, within(span)] = classes(text)
-            found = words_loss(self.shown(h2[:, batch.video]), shown)
-            if batch.asked:
-                asked = torch.stack([classes(batch.stories[row][0][event]) for row, event, _ in batch.asked])
-                rows, _, places = torch.tensor(batch.asked).T
-                found = found + words_loss(self.asked(h2[rows, places]), asked)
-            motion = F.cross_entropy(self.motion(h3[:, batch.video]).flatten(0, 1), shown[..., 2].flatten(),
-                                     ignore_index=IGNORE_INDEX)
-            loss = loss + cfg.look * found + motion
-        half = self.heads // 2
-        for weight, marks in ((cfg.point, batch.starts), (cfg.tell * late, batch.words)):
-            frames = [within(batch.stories[row][1][event]) for row, event, _ in marks]
-            for n in (-2, -1) if weight and marks else ():
-                share = attention_on(layers[n], states[n - 1], cos, sin, batch, marks, torch.stack(frames))
-                loss = loss - weight * share[:, :half].mean()
-        gaps = [within(behind(batch.stories[row][1], event)) for row, event, _ in batch.ends]
-        seen = [i for i, gap in enumerate(gaps) if gap.any()]   # some are shorter than a frame
-        if cfg.end and seen:
-            marks, gaps = [batch.ends[i] for i in seen], torch.stack([gaps[i] for i in seen])
-            share = attention_on(layers[-1], states[-2], cos, sin, batch, marks, gaps)
-            loss = loss - cfg.end * share[:, half:].mean()
+        edges = [torch.tensor([0, *np.ravel(spans)]) for _, spans, _ in batch.stories]
+        began = [edge[torch.searchsorted(edge, SHARE.double(), right=True) - 1] for edge in edges]
+        began = (100 * torch.stack(began)).round().long()                                      # (B, T)
+        place = torch.arange(T).expand_as(began)
+        clock = number_loss(self.place(h2[:, batch.video]), place)
+        clock = clock + number_loss(self.began(h3[:, batch.video]), began)
+
+        shown = torch.full((len(batch.stories), T, len(WORDS)), IGNORE_INDEX)
+        for row, (said, spans, _) in enumerate(batch.stories):
+            for text, span in zip(said, spans):
+                shown[row, within(span)] = classes(text)
+        look = words_loss(self.shown(h2[:, batch.video]), shown)
+        if batch.asked:
+            asked = torch.stack([classes(batch.stories[row][0][event]) for row, event, _ in batch.asked])
+            rows, _, places = torch.tensor(batch.asked).T
+            look = look + words_loss(self.asked(h2[rows, places]), asked)
+        motion = F.cross_entropy(self.motion(h3[:, batch.video]).flatten(0, 1), shown[..., 2].flatten(),
+                                 ignore_index=IGNORE_INDEX)
+
+        half, loss = self.heads // 2, 0.4 * clock + 0.5 * look + motion
+        for marks in filter(None, (batch.starts, late and batch.words)):   # point, tell
+            frames = torch.stack([within(batch.stories[row][1][event]) for row, event, _ in marks])
+            for n in (-2, -1):
+                share = attention_on(layers[n], states[n - 1], cos, sin, batch, marks, frames)
+                loss = loss - share[:, :half].mean()
+        gaps = [(mark, within(behind(batch.stories[mark[0]][1], mark[1]))) for mark in batch.ends]
+        if gaps := [(mark, gap) for mark, gap in gaps if gap.any()]:   # some are shorter than a frame
+            marks, frames = zip(*gaps)
+            share = attention_on(layers[-1], states[-2], cos, sin, batch, marks, torch.stack(frames))
+            loss = loss - 0.5 * share[:, half:].mean()
         return loss
 
 
@@ -315,7 +305,7 @@ def main(cfg):
         for p in projector.parameters():
             p.data *= loudness / projector.weight.norm()
             p.requires_grad_(True)
-    aids = Aids(cfg, chat.llm)
+    aids = Aids(chat.llm)
     trained = [p for p in (*chat.parameters(), *aids.parameters()) if p.requires_grad]
 
     def loss_of(step):
@@ -330,8 +320,11 @@ def main(cfg):
         learned = batch.target != IGNORE_INDEX
         logits = chat.llm.lm_head(chat.llm.model.norm(states[-1][:, :-1][learned]))
         loss = F.cross_entropy(logits, batch.target[learned])
-        more = aids(chat.llm.model.layers, batch, states, cos, sin, late=step >= cfg.steps // 2)
-        return loss + more, f"answers {loss.item():.3f}"
+        note = f"answers {loss.item():.3f}"
+        if cfg.aids:
+            late = step >= cfg.steps // 2
+            loss = loss + aids(chat.llm.model.layers, batch, states, cos, sin, late)
+        return loss, note
     fit("clock", trained, loss_of, cfg.steps, round(0.03 * cfg.steps), cfg.seed, cfg.lr, 0, 1)
     cli.make_folder(cfg.out)
     save_adapter(os.path.join(cfg.out, "stage2"), chat.llm)
