@@ -6,6 +6,7 @@
     python -m toy stories   # long clips with events and their times     -> out/stories
     python -m toy llama     # a tiny LLaMA from the world's language     -> weights/tiny/llama
     python -m toy score     # can the branch tell a clip from its twin?  -> a table
+    python -m toy answers   # what three kinds of tokens answer, side by side -> a table
     python -m toy times     # who says when it happens?  Of runs/vtimellm.sh -> a table
     python -m toy picture   # the same for one clip, to look at          -> docs/twins.png
 
@@ -20,11 +21,12 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: Annotated[str, "render", "sample", "stories", "clip", "llama", "score", "times",
-                     "picture"]        # what to do, see above
+    stage: Annotated[str, "render", "sample", "stories", "clip", "llama", "score", "answers",
+                     "times", "picture"]        # what to do, see above
     data: str = "out/shapes"           # where the clips, captions and questions are
     stories: str = "out/stories"       # where the long clips are
     out: str = "weights/tiny"          # where the trained models go
+    chats: str = "out/tiny"            # where runs/tiny.sh has tuned chats
     branches: str = "weights/tiny/branch.pth"   # branch files to score, one a seed, with commas between
     pairs: cli.Count = 4000            # training clips and their twins
     seed: cli.Whole = 0                # everything random follows from it
@@ -52,8 +54,8 @@ def sample(cfg):
 
 
 STAGES = {"render": render, "sample": sample, "stories": stories.render, "clip": tiny_models.train_clip,
-          "llama": tiny_models.train_llama, "score": score.score, "times": score.times,
-          "picture": score.picture}
+          "llama": tiny_models.train_llama, "score": score.score, "answers": score.answers,
+          "times": score.times, "picture": score.picture}
 
 
 def main(cfg):

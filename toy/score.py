@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+from llm import generate, stream_text
 from metrics import GROUNDING, grounding_scores, read_spans, retrieval_metrics, twin_accuracy
-from model import encode_pairs, encode_texts, load_encoder
+from model import encode_pairs, encode_texts, load_encoder, open_chat, prompt_ids
 from plumbing import cli, memory
 from toy.world import COLOURS, MOTIONS, SAMPLE, SHAPES, SIZE, TURNS, draw, read_clips
 
@@ -100,6 +101,32 @@ def picture(cfg):
                 colour = "#666666" if near[j] < max(near) else "#1a7f37" if j == row else "#d62728"
                 pen.text((556, y + 22 + 18 * j), f"{near[j]:.3f}  {caption}", colour, small)
     cli.write_atomic(os.path.join("docs", "twins.png"), lambda f: sheet.save(f, "PNG"))
+
+
+# -------------------------------------------------------------------------------- answers, side by side
+@torch.no_grad()
+def answers(cfg):
+    """What chats say that runs/tiny.sh has tuned for three kinds of tokens, of every 29th held-out question
+    about time: the first six that the branch answers rightly, and the first two that it does not."""
+    dataset = data.ConversationDataset(os.path.join(cfg.data, "test_talks.jsonl"), cfg.data, 8, SIZE)
+    chats = {}
+    for kind in ("branch", "mean", "st_pool"):
+        file = os.path.join(cfg.chats, f"chat_{kind}", "chat.bin")
+        chats[kind] = open_chat(cfg.out, kind, chat_file=file).load()
+    places, left = [i for i, talk in enumerate(dataset.talks) if talk.kind == "temporal"], {True: 6, False: 2}
+    print("| clip | question | " + " | ".join(chats) + " | right |\n" + "|---" * (3 + len(chats)) + "|")
+    for i in places[::29]:
+        pixels, [(question, right), *_], _ = dataset[i]
+        said = []
+        for chat in chats.values():
+            ids, _ = prompt_ids(chat.tokenizer, [(question, None)])
+            embeds = chat.splice(ids, chat.embed_video(pixels[None])[0])[None]
+            new = generate(chat.llm, embeds=embeds, max_new_tokens=40, stop_ids=chat.tokenizer.stop_ids)
+            said.append("".join(stream_text(chat.tokenizer, new)).strip())
+        left[said[0] == right] -= 1
+        if left[said[0] == right] >= 0:
+            shown = (answer if answer == right else f"*{answer}*" for answer in said)   # wrong: in italics
+            print("|", " | ".join([dataset.talks[i].files[0], question, *shown, right]), "|", flush=True)
 
 
 # -------------------------------------------------------------------------------- when does it happen?

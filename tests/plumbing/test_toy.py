@@ -18,6 +18,8 @@ from plumbing import cli
 from toy import __main__ as toy
 from toy import clock, language, scenes, score, stories, world
 
+TINY = os.path.join(os.path.dirname(model.__file__), "weights", "tiny")
+
 
 def test_twins_are_the_same_pictures_backwards_to_the_bit(tmp_path):
     for motion in list(world.TURNS)[::2]:
@@ -163,6 +165,21 @@ def test_the_picture_shows_a_clip_and_its_twin(tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------- stories
+def test_answers_of_three_kinds_of_tokens_stand_side_by_side(world, tmp_path, capsys):
+    """`world` here is the fixture: eight clips and their talks. The chat of all three is the shipped one."""
+    for kind in ("branch", "mean", "st_pool"):
+        (tmp_path / f"chat_{kind}").mkdir()
+        os.symlink(os.path.join(TINY, "chat.bin"), tmp_path / f"chat_{kind}" / "chat.bin")
+    (world / "test_talks.jsonl").write_text((world / "talks.jsonl").read_text())
+    score.answers(toy.Config("answers", data=str(world), out=TINY, chats=str(tmp_path)))
+    head, _, row = capsys.readouterr().out.splitlines()
+    _, file, question, *said, right, _ = row.split("|")
+    assert head == "| clip | question | branch | mean | st_pool | right |" and file == " 0.mp4 "
+    talk = json.loads((world / "talks.jsonl").read_text().splitlines()[0])["conversations"]
+    assert right.strip() == talk[1]["value"] and len(said) == 3
+    assert all((answer.strip() == right.strip()) != answer.startswith(" *") for answer in said)
+
+
 def test_a_story_of_the_test_world_has_only_what_never_occurs_in_training():
     train, test = ({(c.colour, c.shape, c.motion) for story in stories.make_stories(split, 0)
                     for c in story.events} for split in ("train", "test"))
