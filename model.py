@@ -848,9 +848,6 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None, new_linvt=N
     tokens = tokens or learned_for or ("frame_cls" if stages else "branch")
     if tokens not in VIDEO_TOKENS:
         raise UserError(f"{chat_file}: tuned for {weightfile.shown(tokens)}, no kind of video tokens here")
-    if learned_for and learned_for not in (tokens, tokens.removesuffix("+linvt")):
-        warnings.warn(f"{chat_file}: tuned for {weightfile.shown(learned_for)}, not for {tokens}: answers "
-                      "may be wrong; --no-tuned passes it by")
     kind, needed = VIDEO_TOKENS[tokens], {"clip": clip_path, "llava": llava}
     if kind.reads_branch and not branch_file:
         branch_file = needed["branch"] = chat_file if with_branch else pretrained
@@ -863,6 +860,9 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None, new_linvt=N
     require(folder, needed)
     if kind.reads_linvt and new_linvt is None and not os.path.exists(linvt_file):
         raise UserError(f"{folder}: lacks linvt.bin, which --tokens {tokens} needs")
+    if learned_for and learned_for not in (tokens, tokens.removesuffix("+linvt")):
+        warnings.warn(f"{chat_file}: tuned for {weightfile.shown(learned_for)}, not for {tokens}: answers "
+                      "may be wrong; --no-tuned passes it by")
     tuned_in = [os.path.join(folder, name) for name in stages]
     state, clip = sum(map(state_of, (llava, *tuned_in)), []), read_clip(clip_path).image_only()
     language_model, tokenizer, extra = llm.load_llama(llava)

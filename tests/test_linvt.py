@@ -569,9 +569,13 @@ def test_the_shipped_one_finds_scenes_among_the_32_of_a_minute():
 
 
 @pytest.mark.parametrize("tokens", ["linvt", "branch+linvt"])
-def test_without_a_file_no_random_numbers_answer(tokens, weights):
+def test_without_a_file_no_random_numbers_answer_and_nothing_else_is_said(tokens, saved, recwarn):
+    folder, _ = saved()
+    save_chat(folder / "chat.bin", open_chat(folder, tokens="branch").load())
+    os.remove(folder / "linvt.bin")
     with pytest.raises(UserError, match=f"lacks linvt.bin, which --tokens {re.escape(tokens)} needs$"):
-        open_chat(weights, tokens=tokens)
+        open_chat(folder, tokens=tokens)
+    assert not recwarn.list
 
 
 def edited(path, change):
