@@ -86,43 +86,38 @@ def read_annotations(path):
     """-> clips, one each, as data.timed gives them; how many events ended before they started. Those of
     released files are turned round; in your own that is an error. Raises UserError with the line."""
     clips, turned = {}, 0
-    for where, row, backwards in annotation_rows(path):
+    for where, row, released in annotation_rows(path):
+        for event in row["events"] if released else ():
+            turned += event["start"] > event["end"]
+            event["start"], event["end"] = sorted((event["start"], event["end"]))
         clip = data.timed(row, where)
-        turned += backwards
         clips.setdefault(key(clip), {**clip, "events": []})["events"] += clip["events"]
     return list(clips.values()), turned
 
 
-def event_of(text, span, where):
-    """An event like those in our own rows, turned round where it ends before it starts."""
-    return {"text": text, **dict(zip(("start", "end"), sorted(data.seconds(span, where))))}
-
-
 def annotation_rows(path):
-    """Yields (where, row, how many of its events are turned round): rows like our own, from any of the three
-    formats."""
+    """Yields (where, row like our own, whether it is of a released file), from any of the three formats."""
     text = data.read_text(path)
     if "##" in text.partition("\n")[0]:   # Charades-STA: `id start end##sentence`
         for number, line in enumerate(text.rstrip().split("\n"), 1):
             found = re.fullmatch(r"(\S+) (\d+\.?\d*) (\d+\.?\d*) ?##(.*)", line.strip())
             if not found:
                 raise UserError(f"{path}, line {number}: not `id start end##sentence`")
-            where, (start, end) = f"{path}, line {number}", map(float, found.group(2, 3))
-            event = event_of(found[4], [start, end], where)
-            yield where, {"video": found[1], "events": [event]}, start > end
+            event = {"start": float(found[2]), "end": float(found[3]), "text": found[4]}
+            yield f"{path}, line {number}", {"video": found[1], "events": [event]}, True
         return
     rows = data.read_rows(path)
     if len(rows) > 1 or not isinstance(rows[0][1], dict) or "video" in rows[0][1]:
-        yield from ((where, row, 0) for where, row in rows)
+        yield from ((where, row, False) for where, row in rows)
         return
     for name, about in rows[0][1].items():   # ActivityNet Captions: {id: {duration, timestamps, sentences}}
         where = f"{path}, {name}"
         spans, texts = (data.field(about, where, what, list) for what in ("timestamps", "sentences"))
         if len(spans) != len(texts):
             raise UserError(f"{where}: {len(spans)} timestamps for {len(texts)} sentences")
-        events = [event_of(text, span, where) for text, span in zip(texts, spans)]
-        yield (where, {"video": name, "duration": about.get("duration"), "events": events},
-               sum(start > end for start, end in spans))
+        spans = [zip(("start", "end"), data.seconds(span, where)) for span in spans]
+        events = [dict(span, text=text) for text, span in zip(texts, spans)]
+        yield where, {"video": name, "duration": about.get("duration"), "events": events}, True
 
 
 def read_answers(path):
