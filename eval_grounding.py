@@ -56,7 +56,7 @@ import data
 from llm import generate, stream_text
 from metrics import (CAPTIONS, GROUNDING, caption_scores, grounding_scores, interval, rarity, read_events,
                      read_spans, temporal_iou, words)
-from model import ALL_EVENTS, VIDEO_TOKENS, WHEN, open_chat, prompt_ids
+from model import ALL_EVENTS, VIDEO_TOKENS, WHEN, open_chat
 from plumbing import memory, training
 from plumbing.cli import UserError, say
 from plumbing.store import state_of
@@ -157,11 +157,7 @@ def ask(cfg, clips):
     memory.choose_threads(opened.chat.llm)
     for row in new_answers(cfg, opened.load(dtype, scheme, device), device, clips, answers):
         answers[key(row, row["event"])] = row
-        try:
-            with open(cfg.save, "a") as f:
-                f.write(json.dumps(row) + "\n")
-        except OSError as e:
-            raise UserError(f"{cfg.save}: cannot write: {e.strerror}")
+        cli.append_lines(cfg.save, [json.dumps(row)])
     return answers
 
 
@@ -177,10 +173,7 @@ def new_answers(cfg, chat, device, clips, answers):
             continue
         path = data.locate(cfg.root, clip["video"])
         try:
-            duration = data.clip_length(path, clip["window"], clip["duration"])
-            num_frames = kind.frames_of(cfg.num_frames, size, duration)
-            found = data.sample_frames(path, num_frames, kind.rule, window=clip["window"])
-            pixels = torch.cat([kind.pixels(picture[None], size) for _, picture in found])
+            pixels, duration = kind.watch(path, size, cfg.num_frames, clip["window"], clip["duration"])
         except data.VideoError as e:
             if not cfg.skip_broken:
                 raise
@@ -188,11 +181,8 @@ def new_answers(cfg, chat, device, clips, answers):
             continue
         seen = kind.see(chat.clip, pixels[None].to(device))
         for event, question in questions.items():
-            ids, _ = prompt_ids(chat.tokenizer, [(question, None)], kind.template)
-            tokens = kind(seen, *chat.embed_questions([question]))[0]   # (K, D_llm)
-            prompt = chat.splice(ids, tokens)[None]
-            new = generate(chat.llm, embeds=prompt, max_new_tokens=cfg.max_new_tokens,
-                           stop_ids=chat.tokenizer.stop_ids)
+            new = generate(chat.llm, embeds=chat.prompt(seen, [(question, None)]),
+                           max_new_tokens=cfg.max_new_tokens, stop_ids=chat.tokenizer.stop_ids)
             yield {"video": clip["video"], "window": clip["window"], "duration": duration, "event": event,
                    "question": question, "answer": "".join(stream_text(chat.tokenizer, new)).strip()}
 

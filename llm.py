@@ -12,6 +12,7 @@ import collections
 import contextlib
 import functools
 import glob
+import heapq
 import json
 import os
 import re
@@ -327,6 +328,83 @@ def generate(model, ids=None, embeds=None, *, max_new_tokens, temperature=0.0, t
         yield token
         if left:
             logits = step(token) if step else model(torch.tensor([[token]]), kv_cache=kv_cache)
+
+
+@torch.inference_mode()
+def generate_batch(model, embeds, *, max_new_tokens, stop_ids):
+    """Greedy answers to B prompts of one length, embeds (B, S, D) -> [(ids, cut)], B of them: the ids that
+    `generate` yields of each alone, and by what an answer was cut: "max_new_tokens", "context" or None.
+    Without padding no row can touch another. Raises UserError for prompts too long."""
+    (B, S, _), weight = embeds.shape, model.model.embed_tokens.weight
+    room = model.config.context_length - S
+    if room <= 0:
+        raise UserError(f"the prompt has {S} tokens, which leaves no room for an answer in {S + room}")
+    limit = min(max_new_tokens, room)
+    kv_cache = KVCache(model.config, B, S + limit, weight.device, weight.dtype)
+    logits = model(embeds=embeds, kv_cache=kv_cache, last_only=True)   # (B, 1, V)
+    answers, going = [[] for _ in range(B)], [True] * B
+    for left in reversed(range(limit)):
+        tokens = [sample(row, 0, 1, None) for row in logits[:, 0]]
+        going = [on and token not in stop_ids for on, token in zip(going, tokens)]
+        for i in range(B):
+            answers[i] += tokens[i:i + 1] * going[i]
+        if not any(going) or not left:   # what has ended goes on unread until all have
+            break
+        logits = model(torch.tensor(tokens, device=weight.device)[:, None], kv_cache=kv_cache)
+    cut = "max_new_tokens" if limit == max_new_tokens else "context"
+    return [(ids, cut if on else None) for ids, on in zip(answers, going)]
+
+
+def after_prompt(model, embeds, longest):
+    """Reads a prompt, embeds (1, S, D) -> after(ids), for at most `longest` ids, maybe none: log P of what
+    stands in the place of each and of what comes after them, (1 + ids, V)."""
+    S, weight = embeds.shape[1], model.model.embed_tokens.weight
+    kv_cache = KVCache(model.config, 1, S + longest, weight.device, weight.dtype)
+    first = model(embeds=embeds, kv_cache=kv_cache, last_only=True)[0].log_softmax(-1)   # (1, V)
+
+    def after(ids):
+        if not ids:
+            return first
+        kv_cache.truncate(S)
+        rest = model(torch.tensor([ids], device=weight.device), kv_cache=kv_cache)[0]
+        return torch.cat([first, rest.log_softmax(-1)])
+    return after
+
+
+@torch.inference_mode()
+def log_likelihoods(model, embeds, answers):
+    """log P that the model continues a prompt, embeds (1, S, D), with each of some answers, tuples of ids."""
+    after = after_prompt(model, embeds, max(map(len, answers)))
+    picked = (after(ids[:-1]).gather(1, torch.tensor(ids, device=embeds.device)[:, None]) for ids in answers)
+    return [log_probs.double().sum().item() for log_probs in picked]
+
+
+@torch.inference_mode()
+def closed_answer(model, embeds, answers):
+    """The likeliest of some answers, tuples of ids with an end token, to a prompt, embeds (1, S, D) -> its
+    place, and log P that the model says this and stops."""
+    after = after_prompt(model, embeds, max(map(len, answers)))
+    return likeliest(answers, lambda ids: after(ids)[-1].tolist())
+
+
+def likeliest(answers, log_probs):
+    """Which of some answers, tuples of ids with an end token, has the largest sum of log P -> its place, of
+    equal ones the first; the sum. log_probs(path) -> of the token after these ids, for each by its id.
+
+    A sum only falls. So the likeliest open path is always the next one to follow, and the first answer that
+    comes up is the best of all: exact, with a few passes for thousands of answers."""
+    tree = {}   # {path: {token after it: the first answer that goes on so}}
+    for i, answer in enumerate(answers):
+        for n, token in enumerate(answer):
+            tree.setdefault(answer[:n], {}).setdefault(token, i)
+    heap = [(0.0, 0, ())]   # (-sum, first answer, path)
+    while True:
+        cost, first, path = heapq.heappop(heap)
+        if path not in tree:
+            return first, -cost
+        after = log_probs(path)
+        for token, i in tree[path].items():
+            heapq.heappush(heap, (cost - after[token], i, (*path, token)))
 
 
 @torch.inference_mode()

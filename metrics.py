@@ -6,6 +6,7 @@ import heapq
 import json
 import math
 import re
+import unicodedata
 
 import torch
 
@@ -263,3 +264,127 @@ def caption_scores(gold, found, rare, counts=meteor_exact_stem, exchanged=False)
         rows.append([meteor(torch.stack([counts(*pair) for pair in pairs])), cider(pairs).mean(),
                      cider(pairs, rare).mean()])
     return torch.cat([g.new_tensor([soda_c(iou, g.new_tensor(alike))]), g.new_tensor(rows).mean(0)])
+
+
+# ------------------------------------------------------------------------------------ is an answer right?
+NUMBERS = {word: n for n, word in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen".split())}
+TENS = {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+BEFORE, BEHIND = r"[\[(\"']?", r"(?=[).:,\]\"'”’]|\s*$"   # what a letter that names an option stands between
+
+
+def answer_words(text):
+    """An answer, a question or an option -> list of words that can be compared: small letters, digits for
+    number words, no signs, no article unless nothing else is there. Plurals and synonyms are other words."""
+    text = re.sub(r"['’]|(?<=\d),(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", text).casefold())
+    found = []
+    for word in re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w.]|_", " ", text).split():
+        if 0 < NUMBERS.get(word, 0) < 10 and found and found[-1] in TENS:
+            found[-1] = str(TENS[found[-1]] + NUMBERS[word])   # twenty one
+        else:
+            found.append(str(NUMBERS[word]) if word in NUMBERS else word)
+    found = [str(TENS.get(word, word)) for word in found]
+    return [word for word in found if word not in ("a", "an", "the")] or found
+
+
+def inside(part, whole):
+    """Whether the words of `part`, one or more, stand side by side in `whole`."""
+    return any(whole[i:i + len(part)] == part for i in range(len(whole) - len(part) + 1)) and part != []
+
+
+def exact(prediction, answers):
+    """Whether a prediction says what one of the right answers says, and no more. A right yes or no only has
+    to come first."""
+    said = answer_words(prediction)
+    return any(said[:1] == right if right in (["yes"], ["no"]) else said == right != []
+               for right in map(answer_words, answers))
+
+
+def within(prediction, answers):
+    """Whether a right answer stands in a prediction: an upper bracket of `exact`, for "not red" names red."""
+    said = answer_words(prediction)
+    return any(said[:1] == right if right in (["yes"], ["no"]) else inside(right, said)
+               for right in map(answer_words, answers))
+
+
+def token_f1(prediction, answers):
+    """Words that a prediction shares with a right answer, twice, as a part of those of both; of the best."""
+    said = collections.Counter(answer_words(prediction))
+    rights = (collections.Counter(answer_words(answer)) for answer in answers)
+    return max(2 * (said & right).total() / (said.total() + right.total() or 1) for right in rights)
+
+
+def chosen(prediction, options):
+    """Which of the options (A), (B), ... an answer names -> its place from 0, or None. Options of equal words
+    are one, the first. The first of these rules that finds exactly one decides."""
+    texts, said = [answer_words(option) for option in options], answer_words(prediction)
+
+    def only(places):
+        places = {texts.index(texts[i]) for i in places}
+        return places.pop() if len(places) == 1 else None
+
+    def letters(pattern):
+        return [i for i in (ord(x.upper()) - ord("A") for x in re.findall(pattern, prediction))
+                if i < len(options)]
+
+    def named(sentence):
+        there = [text for text in texts if inside(text, sentence)]
+        return [texts.index(a) for a in there if not any(a != b and inside(a, b) for b in there)]
+    rules = (
+        # a letter with its own text: "B. running"
+        [i for i, option in enumerate(options) if option.strip() and re.search(
+            rf"(?<!\w){chr(65 + i)}[).:,]\s*(?i:{re.escape(option.strip())})(?!\w)", prediction)],
+        [i for i, text in enumerate(texts) if text == said != []],
+        letters(r"^\s*[\[(]?([A-Za-z])[\])]?\.?\s*$"),
+        # at the start, alone: of "A man runs" it is a word
+        letters(r"^\s*(?i:(?:the )?(?:(?:best|correct|final|right) )?(?:answer|option|choice) is:? )?"
+                rf"{BEFORE}([A-Z]){BEHIND}|\s(?!\s*[a-z]))"),
+        letters(rf"\b(?i:is|answer|option|choice):? {BEFORE}([A-Z]){BEHIND})"),
+        named(answer_words(re.split(r"[.!?]\s", prediction.strip())[0])),
+        named(said))
+    return next((place for place in map(only, rules) if place is not None), None)
+
+
+def share_interval(values, groups):
+    """Scores (Q,) from 0 to 1, groups (Q,) -> (low, high), the 95 % interval of their mean: see interval.
+    Where that has no width, Wilson's (1927), as if each group were one trial."""
+    p, half = values.mean().item(), interval(values[:, None], groups).item()
+    if half > 0:
+        return max(0, p - half), min(1, p + half)
+    z, n = 1.96 ** 2, len(groups.unique())
+    half = (z * p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return tuple((p + z / (2 * n) + sign * half) / (1 + z / n) for sign in (-1, 1))
+
+
+def commonest(answers):
+    """The most frequent of some texts; of several the first in the alphabet."""
+    counts = collections.Counter(answers)
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+class Beginnings:
+    """Guesses from a question alone: the commonest answer to the longest beginning of it, in words, that was
+    asked at least 5 times. rows: [(question, answer)], from training."""
+    def __init__(self, rows):
+        self.answers = collections.defaultdict(list)   # {the first words of questions: answers}
+        for question, answer in rows:
+            asked = answer_words(question)
+            for n in range(len(asked) + 1):
+                self.answers[tuple(asked[:n])].append(answer)
+
+    def guess(self, question):
+        asked = answer_words(question)
+        known = (self.answers.get(tuple(asked[:n]), ()) for n in range(len(asked), 0, -1))
+        return commonest(next((found for found in known if len(found) >= 5), self.answers[()]))
+
+
+def verdict_scores(verdicts, questions):
+    """[(what a judge says, its score 0 to 5)] -> {name: value}. As the official scripts count, what is neither
+    yes nor no leaves the denominator, and 4.8 is 4."""
+    said = ["yes" if "yes" in text.lower() else "no" if "no" in text.lower() else "" for text, _ in verdicts]
+    yes, scores = said.count("yes"), [score for _, score in verdicts]
+    return {"yes, of yes and no": 100 * yes / ((yes + said.count("no")) or math.nan),
+            "yes, of all questions": 100 * yes / questions,
+            "score, cut to whole numbers": sum(map(int, scores)) / (len(scores) or math.nan),
+            "score": sum(scores) / (len(scores) or math.nan)}

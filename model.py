@@ -394,6 +394,15 @@ class VideoTokens(nn.Module):
         as long as can be. Raises UserError."""
         return asked or (self.num_frames if image_size >= 224 else 8)   # smaller pictures: the toy world's
 
+    def watch(self, path, image_size, asked=None, window=None, duration=None):
+        """A video file, or its part within `window` seconds -> pixels (T, 3, H, W) uint8 as this kind takes
+        them; seconds of what is shown. asked: see frames_of. duration: of the file, where that is known.
+        Raises UserError and VideoError."""
+        seconds = data.clip_length(path, window, duration)
+        num_frames = self.frames_of(asked, image_size, seconds)
+        found = data.sample_frames(path, num_frames, self.rule, window=window)
+        return torch.cat([self.pixels(picture[None], image_size) for _, picture in found]), seconds
+
     def frozen(self, clip, video):
         """video (B, T, 3, H, W) uint8 -> patches of CLIP's last layer but one (B, T, N, D), no gradient."""
         return backbone_states(clip, video, 1, skip_last=1)[0][:, :, 1:]
@@ -605,6 +614,15 @@ class VideoChat(nn.Module):
         words = torch.tensor(ids[:at] + ids[at + 1:], device=video_tokens.device)
         before, after = self.llm.model.embed_tokens(words).tensor_split([at])
         return torch.cat([before, self.start_end[:1], video_tokens, self.start_end[1:], after])
+
+    def prompt(self, seen, turns):
+        """What was seen of a video (1, ...), or None for a prompt without one; turns as prompt_ids has them,
+        the last without an answer -> rows of a prompt (1, S, D_llm)."""
+        ids, _ = prompt_ids(self.tokenizer, turns, self.video_tokens.template)
+        if seen is None:
+            ids.remove(VIDEO_INDEX)
+            return self.llm.model.embed_tokens(torch.tensor([ids], device=self.start_end.device))
+        return self.splice(ids, self.video_tokens(seen, *self.embed_questions([turns[-1][0]]))[0])[None]
 
     def prompts(self, talks, template):
         """B conversations, turns as prompt_ids has them -> (B pairs (ids, labels), B questions). Rows that

@@ -240,3 +240,14 @@ def write_atomic(path, write):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def append_lines(path, lines):
+    """Adds lines to a file; they are on the disk when it returns. Raises UserError."""
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write("".join(f"{line}\n" for line in lines))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise UserError(f"{path}: cannot write: {e.strerror}")

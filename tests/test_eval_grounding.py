@@ -10,6 +10,7 @@ import torch
 from test_metrics import VTIMELLM, double, java_counts
 
 import eval_grounding
+import model
 from eval_grounding import Config, read_annotations
 from linvt import LinVT, save_linvt
 from metrics import caption_scores, grounding_scores, rarity, read_events, read_spans, words
@@ -246,7 +247,7 @@ def test_frames_pixels_and_prompt_are_those_of_the_kind_of_video_tokens(
     write_clip(tmp_path / "w" / "clip")
     write_llava(tmp_path / "w" / "llava", tokenizer_model, visual=16)
     asked.weights, asked.tokens, asked.num_frames, calls = str(tmp_path / "w"), "frame_cls", None, []
-    for owner, name in ((eval_grounding, "prompt_ids"), (FrameCLS, "pixels")):
+    for owner, name in ((model, "prompt_ids"), (FrameCLS, "pixels")):
         done = getattr(owner, name)
         monkeypatch.setattr(owner, name, staticmethod(
             lambda *given, done=done, name=name: calls.append((name, given)) or done(*given)))

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 
+import numpy as np
 import pytest
 import regex
 import sentencepiece
@@ -868,3 +869,25 @@ def test_a_relative_that_computes_otherwise_is_refused(folder, key, value):
     edit(path / "config.json", **{key: value})   # as a Granite's, a SmolLM3's, a Mistral's
     with pytest.raises(UserError, match=f"its {key} is .*, that of a LLaMA"):
         load_llama(path)
+
+
+# ------------------------------------------------------------------------------------- a closed set of answers
+def test_the_search_follows_what_is_likeliest_until_an_answer_is_whole():
+    after = {(): {0: -0.5, 1: -1.0}, (0,): {9: -2.0, 2: -1.5}, (0, 2): {9: -0.2}, (1,): {9: -0.1}}
+    asked = []
+    found = llm.likeliest([(0, 9), (0, 2, 9), (1, 9)], lambda path: asked.append(path) or after[path])
+    assert found == (2, pytest.approx(-1.1)) and asked == [(), (0,), (1,)]
+    assert llm.likeliest([(0, 9), (1, 9)], lambda path: {0: -1.0, 1: -1.0, 9: 0.0})[0] == 0   # a tie: the first
+
+
+def test_the_search_finds_what_scoring_all_finds():
+    torch.manual_seed(0)
+    for seed in range(5):
+        model = llm.LLaMA(llm.LLaMAConfig(12, 16, 2, 2, mlp=16)).eval()
+        torch.nn.init.normal_(model.lm_head.weight)
+        rng = np.random.default_rng(seed)
+        answers = [(*map(int, rng.integers(0, 11, rng.integers(1, 5))), 11) for _ in range(30)]
+        embeds = torch.randn(1, 4, 16)
+        scores = llm.log_likelihoods(model, embeds, answers)
+        place, score = llm.closed_answer(model, embeds, answers)
+        assert score == pytest.approx(max(scores), abs=1e-5) and scores[place] == pytest.approx(score, abs=1e-5)

@@ -153,3 +153,66 @@ def test_soda_keeps_the_order_of_events():
     assert metrics.soda_c(iou.flip(0), alike) == 0.5            # only one of two crossing pairs
     assert metrics.soda_c(iou[:, :1], alike[:, :1]) == 2 / 3    # precision 1, recall 1/2
     assert metrics.soda_c(torch.ones(1000, 1000).double(), torch.ones(1000, 1000).double()) == 1
+
+
+# ------------------------------------------------------------------------------------ is an answer right?
+@pytest.mark.parametrize("text, expected", [
+    ("It's the man's T-shirt.", "its mans t shirt"), ("1,000 people", "1000 people"), ("9.75", "9.75"),
+    ("3.", "3"), ("twenty-one", "21"), ("Twenty One dogs", "21 dogs"), ("forty two three", "42 3"),
+    ("one hundred", "1 hundred"), ("two-thirds", "2 thirds"), ("Ten, twenty", "10 20"), ("a", "a"),
+    ("The A", "the a"), ("red_car", "red car"), ("\uff42\uff4c\uff41\uff43\uff4b", "black"), ("?!", ""),
+    ("twenty zero", "20 0"), ("the man\u2019s", "mans"), ("1,0000", "1 0000")])
+def test_words_of_an_answer(text, expected):
+    assert metrics.answer_words(text) == expected.split()
+
+
+@pytest.mark.parametrize("prediction, answers, exact, within", [
+    ("Black.", ["black"], 1, 1), ("It is black.", ["black"], 0, 1), ("Yes, he wears trousers.", ["yes"], 1, 1),
+    ("yesterday", ["yes"], 0, 0), ("There are two people", ["2"], 0, 1), ("two", ["2"], 1, 1),
+    ("", ["no"], 0, 0), ("The", ["the"], 1, 1), ("dogs", ["dog"], 0, 0), ("frisbee", ["ball", "frisbee"], 1, 1),
+    ("a black and white dog", ["white and black"], 0, 0), ("a black and white dog", ["black and white"], 0, 1),
+    ("not red", ["red"], 0, 1), ("", ["?"], 0, 0), ("He says yes", ["yes"], 0, 0)])
+def test_exact_and_within(prediction, answers, exact, within):
+    assert (metrics.exact(prediction, answers), metrics.within(prediction, answers)) == (exact, within)
+
+
+def test_f1_counts_words_that_are_shared():
+    assert metrics.token_f1("a man is riding a white horse", ["man riding horse"]) == 0.75
+    assert metrics.token_f1("black and white", ["white", "black"]) == 0.5
+    assert metrics.token_f1("dog", ["cat"]) == metrics.token_f1("", ["x"]) == 0
+
+
+@pytest.mark.parametrize("prediction, options, place", [
+    ("B. running", "walking running", 1), ("(b)", "walking running", 1), ("Running", "walking running", 1),
+    ("A man is running", "walking running", 1), ("The best answer is A.", "up down", 0),
+    ("A or B", "up down", None), ("neither", "up down", None), ("b", "up down", 1), ("C.", "up down", None),
+    ("The video is a time-lapse. In a normal speed video people would walk.", "time-lapse/normal speed", 0),
+    ("It is zooming in slowly", "zooming in/zooming in slowly", 1),
+    ("Not A. red but B. blue", "red blue", None), ("I think the answer is (B)", "up down", 1),
+    ("Answer: B", "up down", 1), ("B", "same/other/same", 1), ("C", "same/other/same", 0), ("", "/up", None),
+    ("A", "up down", 0), ("A\nB", "up down", 0), ("it goes up", "up/up", 0)])
+def test_an_answer_names_an_option_or_none(prediction, options, place):
+    options = options.split("/") if "/" in options else options.split()
+    assert metrics.chosen(prediction, options) == place
+
+
+@pytest.mark.parametrize("videos, low, high", [
+    ([[1, 1], [1, 0], [0, 0], [1, 0]], 10.0, 90.0), ([[1, 1]] * 4, 51.0, 100.0), ([[0]] * 3, 0.0, 56.2),
+    ([[1, 0, 1]], 9.4, 97.5)])
+def test_intervals_of_shares_are_clustered_by_video(videos, low, high):
+    groups = torch.tensor([i for i, scores in enumerate(videos) for _ in scores])
+    found = metrics.share_interval(double([score for scores in videos for score in scores]), groups)
+    assert [round(100 * x, 1) for x in found] == [low, high]
+
+
+def test_what_guesses_without_a_look_says():
+    assert metrics.commonest(["yes", "yes", "no", "no", "red"]) == "no"   # ties: the first in the alphabet
+    asked = [("is the man old", "yes")] * 5 + [("is the man tall", "no")] * 3 + [("is it red", "no")] * 4
+    beginnings = metrics.Beginnings(asked)
+    assert beginnings.guess("Is the man thin?") == "yes"
+    assert beginnings.guess("Where?") == "no"   # nothing is known but that no is commonest
+
+
+def test_verdicts_count_as_officially_and_over_all():
+    found = metrics.verdict_scores([("yes", 4.8), ("no", 2), ("Yes", 5), ("unsure", 3)], 4).values()
+    assert list(found) == pytest.approx([200 / 3, 50, 3.5, 3.7])

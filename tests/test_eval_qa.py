@@ -1,0 +1,298 @@
+"""eval_qa.py: questions as files have them, predictions that go on, judges, what official scripts read."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import eval_qa
+from eval_qa import Config, place_of, read_questions
+from llm import generate, generate_batch
+from model import open_chat
+from plumbing import cli, training
+from plumbing.cli import UserError
+from test_eval_grounding import write_rows
+from toy import language, world
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def questions(tmp_path, rows, **fields):
+    return read_questions(Config("ask", annotations=write_rows(tmp_path / "q.jsonl", rows), **fields))
+
+
+QUESTION = {"video": "a", "question": "What is it?", "answer": "red"}
+
+
+# ------------------------------------------------------------------------------------------------ questions
+@pytest.mark.parametrize("answer, place", [("2", 0), (2, 2), ("D", 3), ("3", None), ("(B)", 1), ("C. five", 2),
+                                           ("two", 0), ("E", None)])
+def test_a_right_answer_is_a_place_a_text_or_a_letter(answer, place):
+    assert place_of(answer, ["2", "1", "5", "4"], "row") == place
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"question": " "}, "needs 'question'"), ({"question": None}, "needs 'question'"), ({"answer": ""}, "an answer"),
+    ({"answer": []}, "an answer"), ({"answer": 3}, "an answer"), ({"video": ""}, "needs 'video'"),
+    ({"options": []}, "2 to 26 texts"), ({"options": ["a", 2]}, "2 to 26 texts"),
+    ({"options": ["a", "b"], "answer": 2}, "answer 2, but there are 2 options"),
+    ({"start": 3, "end": 2}, "from 3 to 2 s"), ({"start": 3}, "two times"), ({"id": "0"}, "a second row of the id 0")])
+def test_wrong_questions_are_one_line(tmp_path, row, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        questions(tmp_path, [QUESTION, QUESTION | row])
+    assert "line 2" in str(error.value)
+
+
+def test_what_is_strange_but_may_be_is_counted(tmp_path):
+    rows = [QUESTION | {"options": ["red", "Red."]}, QUESTION | {"options": ["blue", ""]}]
+    with pytest.warns(UserWarning) as warned:
+        found = questions(tmp_path, rows)
+    assert [re.sub(".*: ", "", str(w.message)) for w in warned] == [
+        "1 questions with options of equal words", "1 questions with an empty option",
+        "1 questions with an answer that is no option"]
+    assert found[1]["answer"] == ["red"]
+
+
+def test_a_conversation_asks_its_last_question(tmp_path):
+    said = [{"from": who, "value": text} for who, text in
+            (("human", "One?\n<video>"), ("gpt", "1"), ("human", "Two?"), ("gpt", "2"))]
+    [found] = questions(tmp_path, [{"video": "a", "conversations": said}])
+    assert (found["turns"], found["question"], found["answer"]) == ([("One?", "1")], "Two?", ["2"])
+
+
+# --------------------------------------------------------------------------------------------------- asking
+@pytest.fixture
+def asked(tmp_path, video, weights):
+    """-> Config: six questions about two videos, one of them with options."""
+    rows = [{"id": f"{name}{i}", "video": name, "question": f"Which way does the {what} move?", "kind": what,
+             "answer": ["left", "up"]} for name in ("one", "two") for i, what in enumerate(("circle", "square"))]
+    rows += [{"id": f"{name}2", "video": name, "question": "Which?", "options": ["left", "up then", "red"],
+              "answer": 1} for name in ("one", "two")]
+    for name in ("one", "two"):
+        shutil.copy(video, tmp_path / f"{name}.mp4")
+    (tmp_path / "words.txt").write_text("left\nup\nred circle\n")
+    return Config("ask", annotations=write_rows(tmp_path / "q.jsonl", rows), root=str(tmp_path), weights=weights,
+                  out=str(tmp_path / "out" / "p.jsonl"), max_new_tokens=5, num_frames=2, device="cpu",
+                  how="generate,rank,likelihood,text,letters", vocabulary=str(tmp_path / "words.txt"))
+
+
+def lines(cfg):
+    with open(cfg.out) as f:
+        return f.read().splitlines(keepends=True)
+
+
+def replaced(cfg, **fields):
+    return Config(**{**vars(cfg), **fields})
+
+
+def test_predictions_are_complete_and_a_killed_run_goes_on(asked, capsys, monkeypatch):
+    eval_qa.main(asked)
+    whole = lines(asked)
+    rows = list(map(json.loads, whole))
+    assert [row["id"] for row in rows] == ["one0", "one1", "two0", "two1", "one2", "two2"]
+    assert all(row["prediction"] and row["cut"] == "max_new_tokens" and row["tokens"] == 5 for row in rows)
+    assert rows[0]["answer"] == ["left", "up"] and rows[4]["answer"] == ["up then"]
+    assert set(rows[4]) - set(rows[0]) == {"options", "loglik", "loglik_tokens", "letters", "letters_tokens"}
+    assert rows[0]["ranked"] in ("left", "up", "red circle") and len(rows[4]["loglik"]) == 3
+    assert "6 of 6" in capsys.readouterr().out
+    first = [line for line in whole if '"one' in line]
+    for written in (first[0][:30], "".join(first)[:-9], "".join(first) + "{"):   # killed, here and there
+        with open(f"{asked.out}.part0", "w") as f:
+            f.write(written)
+        os.remove(asked.out)
+        eval_qa.main(asked)
+        assert lines(asked) == whole and len(os.listdir(os.path.dirname(asked.out))) == 2
+    looks, look = [], eval_qa.look
+    monkeypatch.setattr(eval_qa, "look", lambda *given: looks.append(1) or look(*given))
+    eval_qa.main(asked)
+    assert not looks and lines(asked) == whole   # what is done is not asked again
+
+
+def test_several_processes_leave_the_same_file_and_a_trial_goes_on(asked, monkeypatch):
+    eval_qa.main(replaced(asked, limit=1))
+    assert len(lines(asked)) == 3
+    for name, value in (("suffix", "Briefly."), ("blind", "none"), ("top", 5)):
+        with pytest.raises(UserError, match=f"was made with {name} .*, not {value}; choose another --out"):
+            eval_qa.main(replaced(asked, **{name: value}))
+    eval_qa.main(asked)
+    whole = lines(asked)
+    os.remove(asked.out)
+    monkeypatch.setattr(training, "gather_numbers", lambda *_: None)   # one after the other, nobody waits
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    for rank in (1, 0):
+        world = training.World(rank, 2, torch.device("cpu"))
+        monkeypatch.setattr(training, "start_distributed", lambda _, world=world: world)
+        eval_qa.main(asked)
+        assert os.path.exists(asked.out) == (rank == 0) and os.path.exists(f"{asked.out}.part1") == (rank == 1)
+    assert lines(asked) == whole
+
+
+def test_answers_in_batches_are_those_of_one_after_the_other():
+    chat, rng = open_chat(os.path.join(ROOT, "weights", "tiny")).load(), np.random.default_rng(0)
+    pixels, _ = chat.video_tokens.watch(os.path.join(ROOT, "assets", "sample.mp4"), 64)
+    seen, prompts = chat.video_tokens.see(chat.clip, pixels[None]), {}
+    facts = language.looks(world.SAMPLE) | language.moves(world.SAMPLE)
+    with torch.inference_mode():
+        while sum(map(len, prompts.values())) < 200:
+            [(question, _)] = language.ask(facts, world.SAMPLE, 1, rng)
+            embeds = chat.prompt(seen, [(question, None)])
+            prompts.setdefault(embeds.shape[1], []).append(embeds)
+        ends = {"max_new_tokens": 12, "stop_ids": chat.tokenizer.stop_ids}
+        for same in prompts.values():
+            found = generate_batch(chat.llm, torch.cat(same), **ends)
+            alone = [list(generate(chat.llm, embeds=embeds, **ends)) for embeds in same]
+            assert [ids for ids, _ in found] == alone
+            assert [cut for _, cut in found] == ["max_new_tokens" if len(ids) == 12 else None for ids in alone]
+    assert len(prompts) > 5
+
+
+def test_the_blind_see_as_many_tokens_or_none(asked):
+    chat, path = open_chat(asked.weights).load(), os.path.join(asked.root, "one.mp4")
+    seen = {blind: eval_qa.look(replaced(asked, blind=blind), chat, path, None, None, torch.device("cpu"))
+            for blind in ("no", "black", "none")}
+    turns = [("Which?", None)]
+    lengths = {blind: chat.prompt(s, turns).shape[1] for blind, s in seen.items()}
+    assert lengths["no"] == lengths["black"] == lengths["none"] + seen["no"].shape[1] + 2
+    assert not torch.equal(seen["no"], seen["black"])
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"how": "guess"}, "some of generate"), ({"vocabulary": ""}, "rank goes with --vocabulary"),
+    ({"out": ""}, "ask needs --out"), ({"root": "/nowhere"}, "2 of 2 videos are not there"),
+    ({"tokens": "x"}, "choose one of branch"), ({"dataset": "x"}, "choose one of own"),
+    ({"dataset": "activitynet_qa"}, "has 8000 or 18000 or 32000 questions, found 6")])
+def test_what_does_not_fit_is_one_line_and_nothing_is_written(asked, fields, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        eval_qa.main(replaced(asked, **fields))
+    assert not os.path.exists(os.path.dirname(asked.out))
+
+
+def test_predictions_of_another_run_or_damaged_ones_stay(asked):
+    cli.make_folder(os.path.dirname(asked.out))
+    row = json.dumps({"id": "one0", "video": "one", "question": "x", "run": "0"}) + "\n"
+    for text, message in ((row, "of another run"), ("{\n" + row, "line 1: not valid JSON"),
+                          (row + row, "a second prediction for the id one0")):
+        with open(asked.out, "w") as f:
+            f.write(text)
+        with pytest.raises(UserError, match=message):
+            eval_qa.main(asked)
+        assert lines(asked) == text.splitlines(keepends=True)
+
+
+def test_a_broken_video_is_left_out_counted_and_asked_again(asked, tmp_path, capsys):
+    os.rename(tmp_path / "two.mp4", tmp_path / "whole.mp4")
+    (tmp_path / "two.mp4").write_text("no video")
+    with pytest.raises(UserError, match="two.mp4"):
+        eval_qa.main(asked)
+    asked.skip_broken = True
+    eval_qa.main(asked)
+    assert "3 of 6 questions answered" in capsys.readouterr().out
+    eval_qa.main(Config("score", asked.out))
+    assert "answered 2 of 4; the others count as wrong" in capsys.readouterr().out
+    shutil.move(tmp_path / "whole.mp4", tmp_path / "two.mp4")
+    eval_qa.main(asked)
+    assert "6 of 6 questions answered" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------- judging
+def prediction(i, said, answer, video=None, **more):
+    return {"id": str(i), "video": video or f"v{i}", "question": f"What is {i}?", "answer": [answer],
+            "prediction": said, **more}
+
+
+def scored(capsys, tmp_path, rows, **fields):
+    eval_qa.main(Config("score", write_rows(tmp_path / "p.jsonl", rows), **fields))
+    return re.sub(" +", " ", capsys.readouterr().out)
+
+
+def test_a_score_has_its_controls_and_says_what_was_not_run(capsys, tmp_path):
+    rows = [prediction(0, "red", "red", "a", kind="free: colour"), prediction(1, "Red.", "red", "a", kind="free: colour"),
+            prediction(2, "It is 2", "two", "b", kind="motion"), prediction(3, "", "one", "b", kind="free: number")]
+    out = scored(capsys, tmp_path, rows)
+    assert "exact 50.0 (0.0 to 100.0)\nwithin 75.0 (" in out and "rank not run ask --how rank" in out
+    assert "blind: exact not run --control" in out and "most frequent, found here: red 50.0 (" in out
+    assert "exact is far below within" in out
+    assert re.search(r"^free \(3\) 66\.7 ", out, re.M) and re.search(r"^motion \(1\) 0\.0 ", out, re.M)
+    assert re.search(r"^mean over 3 kinds 33\.3 ", out, re.M)
+    blind = write_rows(tmp_path / "blind.jsonl", [row | {"prediction": "red"} for row in rows])
+    train = write_rows(tmp_path / "train.jsonl", [{"question": "What is 2?", "answer": "two", "type": 1}] * 6
+                       + [{"question": "Why?", "answer": "Red", "type": 2}] * 7)
+    out = scored(capsys, tmp_path, rows, control=blind, train=train, judge="exact")
+    assert "blind: exact 50.0 (0.0 to 100.0)" in out and "within" not in out
+    assert "most frequent: red 50.0" in out and "by question 25.0" in out
+
+
+def test_options_stand_beside_chance_the_best_place_and_the_longest(capsys, tmp_path):
+    options = {"options": ["up", "down left", "up"]}
+    rows = [prediction(0, "B", "up", **options, loglik=[-6.0, -5.0, -9.0], loglik_tokens=[4, 2, 9]),
+            prediction(1, "neither", "down left", **options, loglik=[-3.0, -3.0, -4.0], loglik_tokens=[1, 1, 1])]
+    out = scored(capsys, tmp_path, rows)
+    assert re.findall(r"^(mean|sum|generated|chance|longest option|best place, found here: A) (\S+)", out, re.M) == [
+        ("mean", "50.0"), ("sum", "0.0"), ("generated", "0.0"), ("chance", "33.3"),
+        ("best place, found here: A", "50.0"), ("longest option", "50.0")]
+    assert "letters not run" in out and "1 answers name no option" in out
+
+
+def test_long_answers_have_their_likelihood_beside_the_blind_one(capsys, tmp_path):
+    rows = [prediction(i, "x", "y", answer_loglik=[-12.0], answer_loglik_tokens=[8]) for i in range(2)]
+    blind = write_rows(tmp_path / "b.jsonl", [row | {"answer_loglik": [-20.0]} for row in rows])
+    assert "nats a token: -1.500; blind: not run" in scored(capsys, tmp_path, rows)
+    assert "the picture tells 1.000" in scored(capsys, tmp_path, rows, control=blind)
+
+
+def test_two_runs_are_compared_in_pairs(capsys, tmp_path):
+    def run(name, scores):
+        rows = [prediction(i, "red" if right else "blue", "red", f"v{i // 2}") for i, right in enumerate(scores)]
+        return write_rows(tmp_path / name, rows)
+    a, b = run("a.jsonl", [1, 1, 1, 0, 0, 0, 1, 0]), run("b.jsonl", [1, 0, 0, 0, 0, 0, 1, 0])
+    eval_qa.main(Config("compare", a, b))
+    out = capsys.readouterr().out
+    assert "exact      50.0 and 25.0: +25.0 (-3.3 to 53.3); both right 2, the first alone 2, the second alone 0, none 4" in out
+    with pytest.raises(UserError, match="2 are not in .*, 0 not in"):
+        eval_qa.main(Config("compare", run("c.jsonl", [1] * 6), b))
+
+
+def test_the_official_scripts_can_judge_and_their_verdicts_are_counted(capsys, tmp_path):
+    rows = [prediction(0, "red", "red"), prediction(1, "blue", "red"), prediction(2, "x", "y"),
+            prediction("3.1", "one", "1", group="pair 3"), prediction("3.2", "two", "1", group="pair 3")]
+    path, out = write_rows(tmp_path / "p.jsonl", rows), str(tmp_path / "in.json")
+    eval_qa.main(Config("export", path, out))
+    with open(out) as f:
+        given = json.load(f)
+    assert [row.get("pred") for row in given] == ["red", "blue", "x", None] and given[3]["pred2"] == "two"
+    said = {}
+    for i, (row, verdict) in enumerate(zip(given, ({"pred": "yes", "score": 4.8}, {"pred": "no", "score": 2},
+                                                   {"pred": "Yes", "score": 5}, {"pred": "unsure", "score": 3}))):
+        about = {"q": row["Q"], "a": row["A"], "pred": row["pred"]} if "Q" in row else {
+            "q1": row["Q1"], "q2": row["Q2"], "a": row["A"], "pred1": row["pred1"], "pred2": row["pred2"]}
+        said[f"{i}_0.json"] = [verdict, about]
+    said["foreign"] = [{"pred": "yes", "score": 1}, {"q": "?", "a": "x", "pred": "x"}]
+    verdicts = tmp_path / "out.json"
+    verdicts.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="--judge_name"):
+        eval_qa.main(Config("score", path, verdicts=str(verdicts)))
+    eval_qa.main(Config("score", path, verdicts=str(verdicts), judge_name="gpt, of a day"))
+    out = capsys.readouterr().out
+    assert "4 of 4 questions have a verdict, 1 belong to none" in out
+    assert re.findall(r"gpt, of a day: .* (\d+\.\d\d)$", out, re.M) == ["66.67", "50.00", "3.50", "3.70"]
+
+
+def test_one_verdict_counts_for_one_of_two_equal_predictions(capsys, tmp_path):
+    rows = [prediction(0, "red", "red"), prediction(1, "red", "red") | {"question": "What is 0?"}]
+    (tmp_path / "v.json").write_text(json.dumps(
+        {"k": [{"pred": "yes", "score": 4}, {"q": "What is 0?", "a": "red", "pred": "red"}]}))
+    assert "1 of 2 questions have a verdict" in scored(
+        capsys, tmp_path, rows, verdicts=str(tmp_path / "v.json"), judge_name="j")
+
+
+def test_judging_needs_no_model(tmp_path):
+    path = write_rows(tmp_path / "p.jsonl", [prediction(0, "red", "red")])
+    code = (f"import eval_qa, sys\neval_qa.main(eval_qa.Config('score', {path!r}))\n"
+            "print(sorted({'model', 'llm', 'clip'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n") and "100.0" in done.stdout, done.stderr
