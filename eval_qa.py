@@ -1,7 +1,8 @@
 """Is the answer right? A file of predictions, and judges that never drift: the same digits for ever.
 
     python eval_qa.py ask --annotations out/shapes/test_talks.jsonl --root out/shapes --out out/qa.jsonl
-    python eval_qa.py ask --annotations out/shapes/test_talks.jsonl --root out/shapes --blind black --out out/blind.jsonl
+    python eval_qa.py ask --annotations out/shapes/test_talks.jsonl --root out/shapes --out out/blind.jsonl \\
+        --blind black
     python eval_qa.py score out/qa.jsonl --control out/blind.jsonl --train out/shapes/train_talks.jsonl
     python eval_qa.py compare out/qa.jsonl out/mean.jsonl
     torchrun --nproc_per_node 8 eval_qa.py ask --weights weights/released --dataset activitynet_qa \\
@@ -9,7 +10,7 @@
 
 `ask` needs weights and videos, and goes on where it was stopped; what a judge needs of the model, it writes
 down. The other commands read predictions alone. Questions are JSON lines of your own, {"video", "question",
-"answer"} and maybe "options", or a data set in SETS, the table at the end of this file: docs/qa.md.
+"answer"} and maybe "options", or a data set in SETS, the table at the end of this file. docs/qa.md has all.
 
 A number says little alone. Beside each stand the run without a picture (--blind, then --control), answers
 that take no look, and 95 % intervals, clustered by video. What was not run says so. No model is a judge here:
@@ -33,7 +34,7 @@ class Config:
     dataset: str = "own"             # how the questions are read: a key of SETS
     names: str = ""                  # what videos are called: a JSON object, or lines `name file`
     limit: cli.Whole = 0             # ask about the first videos alone, a trial; 0: about all
-    how: str = ""                    # generate,rank,likelihood,text,letters; default: generate, or text for options
+    how: str = ""                    # of generate,rank,likelihood,text,letters; "": one that suits
     vocabulary: str = ""             # for rank: an answer a line, or a training file
     top: cli.Count = 1000            # of a training file: its most frequent answers
     suffix: str = ""                 # goes after every question, as a request for a short answer
@@ -50,9 +51,9 @@ class Config:
     device: cli.Device = "auto"      # where to compute
     dtype: str = "auto"              # fp32, bf16, fp16 for what is not rounded; auto: what is quick
     quantize: str = "auto"           # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
-    judge: str = ""                  # of score and compare: one of JUDGES; default: all, the first that was run
+    judge: str = ""                  # of score and compare: one of JUDGES; default: all
     control: str = ""                # of score: predictions of a blind run
-    train: str = ""                  # of score: where frequent answers are from; default: the questions themselves
+    train: str = ""                  # of score: where frequent answers are from; default: the file itself
     verdicts: str = ""               # of score: what another judge said, see docs/qa.md
     judge_name: str = ""             # which judge, and when: "gpt-3.5-turbo-0125, 2026-11-27"
 
@@ -81,7 +82,7 @@ from plumbing import memory, training
 from plumbing.cli import UserError, say
 from plumbing.store import state_of
 
-HOW = {"generate", "rank", "likelihood", "text", "letters"}
+HOW = "generate", "rank", "likelihood", "text", "letters"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LIST = "{}\n{}\nAnswer with the letter of the right option."   # a question and its options
 
@@ -100,13 +101,25 @@ def read_questions(cfg):
     """-> [question], each {"id", "video", "window": [start, end] or None, "frames_fps", "group", "kind",
     "turns": [(question, answer)] before it, "question", "answer": [right ones] or None, "options": [text] or
     None}. Raises UserError with the row."""
-    table, questions, odd = SETS[cfg.dataset], {}, collections.Counter()
-    for where, row in table.read(cfg.annotations, cfg):
-        question = question_of(where, row, len(questions), odd)
-        if questions.setdefault(question["id"], question) is not question:
-            raise UserError(f"{where}: a second row of the id {question['id']}")
+    table, there, questions, odd = SETS[cfg.dataset], {}, {}, collections.Counter()
+    for _, row in table_rows(cfg.answers) if cfg.answers else ():
+        alone = pick(row, *IDS) is None   # {id: answer} in one object
+        there |= {name: {"answer": x} for name, x in row.items()} if alone else {str(pick(row, *IDS)): row}
+    for where, raw in table.rows(cfg.annotations):
+        try:
+            name = str(pick(raw, *IDS))
+            known = name in there or not there
+            found = table.convert({**there.get(name, {}), **raw}, cfg.root) if known else []
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+            raise UserError(f"{where}: not a question of {cfg.dataset} ({type(e).__name__}: {e})")
+        odd["no answer, or other tasks: left out"] += not found
+        for row in found:
+            row |= {"kind": table.kinds.get(str(row.get("kind")), row.get("kind"))}
+            question = question_of(where, row, len(questions), odd)
+            if questions.setdefault(question["id"], question) is not question:
+                raise UserError(f"{where}: a second row of the id {question['id']}")
     for what, number in (+odd).items():
-        warnings.warn(f"{cfg.annotations}: {number} questions with {what}")
+        warnings.warn(f"{cfg.annotations}: {number} with {what}")
     if table.sizes and len(questions) not in table.sizes:
         sizes = " or ".join(map(str, table.sizes))
         message = f"{cfg.annotations}: {cfg.dataset} has {sizes} questions, found {len(questions)}"
@@ -120,17 +133,18 @@ def read_questions(cfg):
 
 def question_of(where, row, number, odd):
     """A row of a file of questions, see docs/qa.md, checked. odd: counts what is strange but may be."""
-    turns = data.turns(row["conversations"], where) if "conversations" in row else [(row.get("question"), None)]
+    turns = [(row.get("question"), row.get("answer"))]
+    if "conversations" in row or "messages" in row:
+        turns = data.turns(row, where)
     *turns, (question, answer) = turns
-    answer, options = row.get("answer", answer), row.get("options")
+    options, right = row.get("options"), answer if isinstance(answer, list) else [answer]
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: needs 'question', a str that is not empty")
-    right = answer if isinstance(answer, list) else [answer]
     if options is not None:
         if (not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS)
                 or not all(isinstance(option, str) for option in options)):
             raise UserError(f"{where}: options must be 2 to {len(LETTERS)} texts")
-        texts = list(map(tuple, map(answer_words, options)))
+        texts = [tuple(answer_words(option)) for option in options]
         odd["options of equal words"] += len(set(texts)) < len(texts)
         odd["an empty option"] += () in texts
         if answer is not None:
@@ -139,10 +153,11 @@ def question_of(where, row, number, odd):
             right = [a if place is None else options[place] for a, place in zip(right, places)]
     if answer is not None and not (right and all(isinstance(a, str) and a.strip() for a in right)):
         raise UserError(f"{where}: an answer is a text, or several, that are not empty")
-    window = None
+    window = row.get("window")
     if row.get("start") is not None or row.get("end") is not None:
-        window, _ = data.shown({"window": [row.get("start", 0), row.get("end")]}, where, "window")
-    return {"id": str(row.get("id", number)), "video": str(data.field(row, where, "video")), "window": window,
+        window = [row.get("start", 0), row.get("end")]
+    window, _ = data.shown({"window": window}, where, "window")
+    return {"id": str(row.get("id", number)), "video": data.field(row, where, "video"), "window": window,
             "frames_fps": row.get("frames_fps"), "group": row.get("group"), "kind": row.get("kind"),
             "turns": turns, "question": question.strip(), "answer": None if answer is None else right,
             "options": options}
@@ -155,30 +170,28 @@ def place_of(answer, options, where):
         if not 0 <= answer < len(options):
             raise UserError(f"{where}: answer {answer}, but there are {len(options)} options, from 0")
         return answer
-    if answer in options:
-        return options.index(answer)
-    texts, said = list(map(answer_words, options)), answer_words(str(answer))
-    if said in texts:
-        return texts.index(said)
+    texts, said = [answer_words(option) for option in options], answer_words(str(answer))
+    if answer in options or said in texts:
+        return options.index(answer) if answer in options else texts.index(said)
     letter = re.fullmatch(r"\(?([A-Z])(?:[).:]\s*.*)?", str(answer).strip(), re.S)
     place = LETTERS.index(letter[1]) if letter else len(options)
     return place if place < len(options) else None
 
 
 def find_video(cfg, question, names):
-    """-> the path of its file, or of its folder of pictures."""
+    """-> the path of its file, or of its folder of pictures. names: see read_names."""
     called = question["video"], SETS[cfg.dataset].name.format(question["video"])
     paths = [data.locate(cfg.root, name) for name in (*(names[x] for x in called if x in names), *called)]
     return next(filter(os.path.exists, paths), paths[0])
 
 
 def read_names(path):
-    """--names: {what the questions call a video: its file}."""
-    text = data.read_text(path) if path else "{}"
+    """--names -> {what the questions call a video: its file}; lines say it in either order."""
+    text = data.read_text(path)
     if text.lstrip().startswith("{"):
-        return data.read_rows(path)[0][1] if path else {}
-    return {name: file for line in text.splitlines() if line.strip()
-            for pair in [line.split(None, 1)] for name, file in (pair, pair[::-1])}
+        return data.read_rows(path)[0][1]
+    pairs = [line.split(None, 1) for line in map(str.strip, text.splitlines()) if line]
+    return {name: file for pair in pairs for name, file in (pair, pair[::-1])}
 
 
 # -------------------------------------------------------------------------------------------------- asking
@@ -187,7 +200,8 @@ def ask(cfg):
     from model import VIDEO_TOKENS, open_chat  # here and below: a judge needs no model
 
     cli.check(cfg, tokens=VIDEO_TOKENS)
-    here, questions, names = training.start_distributed(cfg.device), read_questions(cfg), read_names(cfg.names)
+    here, questions = training.start_distributed(cfg.device), read_questions(cfg)
+    names = read_names(cfg.names) if cfg.names else {}
     units = collections.defaultdict(list)   # {(path, window, frames_fps): questions}: seen once
     for question in questions:
         path, window = find_video(cfg, question, names), question["window"]
@@ -199,8 +213,8 @@ def ask(cfg):
                         f"is {missing[0]}; --skip_broken goes on without them")
     options = all(question["options"] for question in questions)
     how = (cfg.how or ("text" if options else "generate")).split(",")
-    if not HOW.issuperset(how) or ("rank" in how) != bool(cfg.vocabulary):
-        raise UserError(f"--how {','.join(how)}: some of {', '.join(sorted(HOW))}; rank goes with --vocabulary")
+    if not set(HOW).issuperset(how) or ("rank" in how) != bool(cfg.vocabulary):
+        raise UserError(f"--how {','.join(how)}: some of {', '.join(HOW)}; rank goes with --vocabulary")
     cfg = dataclasses.replace(
         cfg, max_new_tokens=cfg.max_new_tokens or (256 if "videochatgpt" in cfg.dataset else 64),
         batch_size=cfg.batch_size or (16 if here.device.type == "cuda" else 1))
@@ -213,8 +227,8 @@ def ask(cfg):
     memory.choose_threads(opened.chat)
     digests = {name: hashlib.sha256(data.read_text(getattr(cfg, name)).encode()).hexdigest()
                for name in ("annotations", "answers", "vocabulary") if os.path.isfile(getattr(cfg, name))}
-    record = {name: getattr(cfg, name) for name in ("num_frames", "tuned", "suffix", "max_new_tokens", "blind",
-                                                    "dataset", "top")}
+    record = {name: getattr(cfg, name)
+              for name in ("num_frames", "tuned", "suffix", "max_new_tokens", "blind", "dataset", "top")}
     record |= {"weights": state, "tokens": opened.tokens, "precision": precision, "how": how,
                "torch": torch.__version__, **digests}
     done = start_run(cfg, record, here)
@@ -222,10 +236,11 @@ def ask(cfg):
             if (asked := [question for question in found if question["id"] not in done])]
     mine = left[here.rank::here.size]
     chat = opened.load(dtype, scheme, here.device) if mine else None
-    vocabulary = {text: answer_ids(chat, text) for text in frequent(cfg.vocabulary, cfg.top)} if chat and cfg.vocabulary else {}
+    closed = frequent(cfg.vocabulary, cfg.top) if mine and cfg.vocabulary else ()
+    vocabulary = {text: answer_ids(chat, text) for text in closed}
     run, bar = run_of(record), tqdm(total=sum(len(asked) for _, asked in mine), desc="ask", disable=None)
     for i in range(0, len(mine), cfg.batch_size):
-        rows = list(predict(cfg, chat, how, vocabulary, mine[i:i + cfg.batch_size], here.device))
+        rows = predict(cfg, chat, how, vocabulary, mine[i:i + cfg.batch_size], here.device)
         cli.append_lines(f"{cfg.out}.part{here.rank}", [json.dumps(row | {"run": run}) for row in rows])
         bar.update(len(rows))
     training.gather_numbers(here, 0)   # all wait for all
@@ -233,7 +248,8 @@ def ask(cfg):
         done = read_parts(cfg.out)
         order = {question["id"]: i for i, question in enumerate(questions)}
         rows = sorted(done.values(), key=lambda row: order[row["id"]])
-        cli.write_atomic(cfg.out, lambda f: f.write("".join(json.dumps(row) + "\n" for row in rows).encode()))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        cli.write_atomic(cfg.out, lambda f: f.write(text.encode()))
         for path in part_files(cfg.out):
             os.remove(path)
         skipped = sum("skipped" in row for row in rows)
@@ -303,13 +319,28 @@ def answer_ids(chat, text):
     return tuple(said[len(asked):])
 
 
+def picture_numbers(count, fps, window, num_frames):
+    """Which of `count` pictures, from 0, are shown at the middles of equal stretches of `window` seconds."""
+    start, end = window
+    times = (start + (i + 0.5) / num_frames * (end - start) for i in range(num_frames))
+    return [min(count - 1, int(t * fps)) for t in times]
+
+
 def look(cfg, chat, path, window, fps, device):
     """-> what the model sees of a video, whatever the question; None where it is to see nothing. fps: of a
     folder of pictures. Raises VideoError."""
     kind, size = chat.video_tokens, chat.clip.config.image_size
     if cfg.blind == "none":
         return None
-    pixels, _ = kind.watch(path, size, cfg.num_frames, window)
+    if fps:
+        count = len(os.listdir(path))
+        window = window or (0, count / fps)
+        T = kind.frames_of(cfg.num_frames, size, window[1] - window[0])
+        files = [sorted(os.listdir(path))[i] for i in picture_numbers(count, fps, window, T)]
+        found = (data.read_picture(os.path.join(path, file)) for file in files)
+        pixels = torch.cat([kind.pixels(picture[None], size) for picture in found])
+    else:
+        pixels, _ = kind.watch(path, size, cfg.num_frames, window)
     pixels = torch.zeros_like(pixels) if cfg.blind == "black" else pixels
     return kind.see(chat.clip, pixels[None].to(device))
 
@@ -340,11 +371,10 @@ def predict(cfg, chat, how, vocabulary, units, device):
             bare, listed = (chat.prompt(seen, [*question["turns"], (x, None)]) for x in (asked, listed))
             if "generate" in how:
                 waiting[listed.shape[1]].append((row, listed))
-            answers, letters = question["answer"], LETTERS[:len(options)]
-            for name, prompt, said in (
-                    ("loglik", bare, options * ("text" in how)),
-                    ("letters", listed, letters * ("letters" in how)),
-                    ("answer_loglik", bare, answers[:1] if answers and "likelihood" in how else ())):
+            answers, letters = question["answer"] or [], LETTERS[:len(options)]
+            for name, prompt, said in (("loglik", bare, options * ("text" in how)),
+                                       ("letters", listed, letters * ("letters" in how)),
+                                       ("answer_loglik", bare, answers[:1] * ("likelihood" in how))):
                 if ids := [answer_ids(chat, text) for text in said]:
                     ids = [x[:-1] for x in ids] if name == "letters" else ids   # without the end token
                     row[name] = [round(x, 6) for x in log_likelihoods(chat.llm, prompt, ids)]
@@ -378,20 +408,22 @@ def named(row):
     return "" if place is None else row["options"][place]
 
 
-# What a judge needs of a prediction beside what is written of each, and its score, 0 to 1. The first that was
-# run is the headline; a share of right options is decided by words, so that equal options are one
+# Judges: what they need of a prediction, and what they make of it: of open answers a score, 0 to 1; of options
+# the text that was chosen. Words compare it, so that equal options are one. The first that was run is the headline
 OPEN = {"exact": ("prediction", lambda row: exact(row["prediction"], row["answer"])),
         "within": ("prediction", lambda row: within(row["prediction"], row["answer"])),
         "f1": ("prediction", lambda row: token_f1(row["prediction"], row["answer"])),
         "rank": ("ranked", lambda row: exact(row["ranked"], row["answer"]))}
-CHOICE = {"mean": ("loglik", lambda row: same(most_likely(row, "loglik", mean=True), row["answer"])),
-          "sum": ("loglik", lambda row: same(most_likely(row, "loglik"), row["answer"])),
-          "letters": ("letters", lambda row: same(most_likely(row, "letters"), row["answer"])),
-          "generated": ("prediction", lambda row: same(named(row), row["answer"]))}
+CHOICE = {"mean": ("loglik", lambda row: most_likely(row, "loglik", mean=True)),
+          "sum": ("loglik", lambda row: most_likely(row, "loglik")),
+          "letters": ("letters", lambda row: most_likely(row, "letters")),
+          "generated": ("prediction", named)}
 JUDGES = OPEN | CHOICE
+HINTS = {"exact": "generate", "rank": "rank", "mean": "text", "letters": "letters", "generated": "generate"}
 
 
 def same(text, answers):
+    """Whether an option is a right one."""
     return answer_words(text) in [words for words in map(answer_words, answers) if words]
 
 
@@ -409,10 +441,12 @@ def read_predictions(path):
 def scores_of(rows, judge):
     """-> (Q,) float64 by a judge, or None where what it needs was not asked for. Predictions without one are
     wrong."""
-    needs, score = JUDGES[judge]
+    needs, judged = JUDGES[judge]
     if not any(needs in row for row in rows):
         return None
-    return torch.tensor([float(needs in row and score(row)) for row in rows], dtype=torch.float64)
+    found = [judged(row) if needs in row else "" for row in rows]
+    right = [same(text, row["answer"]) for text, row in zip(found, rows)] if judge in CHOICE else found
+    return torch.tensor([float(x or 0) for x in right], dtype=torch.float64)
 
 
 def groups_of(rows):
@@ -432,7 +466,7 @@ def cell(values, groups, where=None):
     return f"{100 * values.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def judged(path, rows=None):
+def answered(path):
     """-> predictions that can be judged. Raises UserError where answers are missing."""
     rows = read_predictions(path)
     if any(not row.get("answer") for row in rows):
@@ -442,10 +476,10 @@ def judged(path, rows=None):
 
 def score(cfg):
     """Prints tables of a file of predictions."""
-    rows = judged(cfg.file)
+    rows = answered(cfg.file)
     if cfg.verdicts:
         return imported(cfg, rows)
-    control = {row["id"]: row for row in judged(cfg.control)} if cfg.control else {}
+    control = {row["id"]: row for row in answered(cfg.control)} if cfg.control else {}
     if control and set(control) != {row["id"] for row in rows}:
         raise UserError(f"{cfg.control}: not predictions for the questions of {cfg.file}")
     known = known_answers(cfg.train) if cfg.train else [
@@ -459,47 +493,45 @@ def score(cfg):
 def report(cfg, rows, judges, control, known):
     """Prints the tables of questions of one sort, open or with options. control: the same, asked blindly;
     known: [(question, answer, kind)], for guesses."""
-    groups, answered = groups_of(rows), torch.tensor(["skipped" not in row for row in rows])
+    groups, seen = groups_of(rows), torch.tensor(["skipped" not in row for row in rows])
     lines = {name: scores_of(rows, name) for name in judges if cfg.judge in ("", name)}
     headline = next((name for name, values in lines.items() if values is not None), next(iter(lines)))
     first = lines[headline]
     lines |= {f"blind: {headline}": control and scores_of(control, headline)}
     lines |= guesses(cfg, rows, known) if judges is OPEN else blind_options(rows)
     print(f"{cfg.file}: {len(rows)} questions about {groups.max() + 1} videos, in percent, 95 % intervals")
-    if not answered.all():
-        print(f"answered {answered.sum()} of {len(rows)}; the others count as wrong below, and without them "
-              f"{headline} is {cell(first, groups, answered)}")
+    if not seen.all():
+        print(f"answered {seen.sum()} of {len(rows)}; the others count as wrong below, and without them "
+              f"{headline} is {cell(first, groups, seen)}")
     for name, values in lines.items():
-        print(f"{name:44}{cell(values, groups):>22}" + HINTS.get(name, "  --control") * (values is None))
+        hint = f"ask --how {HINTS[name]}" if name in HINTS else "--control FILE"
+        print(f"{name:44}{cell(values, groups):>22}" + f"  {hint}" * (values is None))
     if headline == "exact" and "within" in lines and lines["within"].mean() - first.mean() > 0.1:
         print("exact is far below within: answers are sentences; ask with --suffix for short ones")
     if judges is CHOICE and any("prediction" in row for row in rows):
-        print(f"{sum(not named(row) for row in rows if 'prediction' in row)} answers name no option, which is wrong")
+        nameless = sum(not named(row) for row in rows if "prediction" in row)
+        print(f"{nameless} answers name no option, which is wrong")
     kinds = collections.defaultdict(list)   # "free: colour" counts as "free", too
     for i, row in enumerate(rows):
         for kind in dict.fromkeys([row["kind"].split(": ")[0], row["kind"]] if "kind" in row else []):
             kinds[kind].append(i)
     if kinds:
-        columns = {name: values for name, values in lines.items() if values is not None and name not in judges}
-        columns = {headline: first} | columns
+        columns = {name: values for name, values in lines.items()
+                   if values is not None and (name == headline or name not in judges)}
         print("\n" + " " * 26 + "".join(f"{re.split('[:,]', name)[0]:>22}" for name in columns))
         for kind, where in sorted(kinds.items()):
             cells = "".join(f"{cell(values, groups, where):>22}" for values in columns.values())
             print(f"{kind} ({len(where)})".ljust(26) + cells)
-        whole = [where for kind, where in kinds.items() if kind in {row.get("kind") for row in rows}]
-        means = [100 * sum(values[where].mean() for where in whole) / len(whole) for values in columns.values()]
-        print(f"{f'mean over {len(whole)} kinds':26}" + "".join(f"{mean:>22.1f}" for mean in means))
+        whole = [kinds[kind] for kind in {row["kind"]: 0 for row in rows if "kind" in row}]
+        means = (sum(values[where].mean() for where in whole) / len(whole) for values in columns.values())
+        print(f"mean over {len(whole)} kinds".ljust(26) + "".join(f"{100 * mean:>22.1f}" for mean in means))
     likelihoods(rows, control, groups)
-
-
-HINTS = {"exact": "  ask --how generate", "rank": "  ask --how rank", "mean": "  ask --how text",
-         "letters": "  ask --how letters", "generated": "  ask --how generate"}   # for what was not run
 
 
 def guesses(cfg, rows, known):
     """What takes no look: the commonest answer, of all, of a kind, to a beginning of the question."""
-    here, everything = "" if cfg.train else ", found here", metrics.commonest([answer for _, answer, _ in known])
-    kinds, beginnings = collections.defaultdict(list), None
+    everything = metrics.commonest([answer for _, answer, _ in known])
+    here, kinds = "" if cfg.train else ", found here", collections.defaultdict(list)
     for _, answer, kind in known:
         kinds[kind].append(answer)
     said = {f"most frequent{here}: {everything}": [everything] * len(rows)}
@@ -517,20 +549,22 @@ def blind_options(rows):
     """The same for options: chance, the place that is most often right, the longest text."""
     places = [[float(same(text, row["answer"])) for text in row["options"]] for row in rows]
     longest = [max(range(len(row["options"])), key=lambda i: len(row["options"][i])) for row in rows]
-    best = max(range(max(map(len, places))), key=lambda i: sum(right[i] for right in places if i < len(right)))
-    found = {"chance": [1 / len(right) for right in places],
-             f"best place, found here: {LETTERS[best]}": [(right + [0.0] * 26)[best] for right in places],
+    places = [right + [0.0] * (len(LETTERS) - len(right)) for right in places]
+    best = max(range(len(LETTERS)), key=lambda i: sum(right[i] for right in places))
+    found = {"chance": [1 / len(row["options"]) for row in rows],
+             f"best place, found here: {LETTERS[best]}": [right[best] for right in places],
              "longest option": [right[i] for right, i in zip(places, longest)]}
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
 def likelihoods(rows, control, groups):
     """Prints how likely the right answers were, in nats a token, and how much of that the picture tells."""
-    told = [i for i, row in enumerate(rows) if "answer_loglik" in row]
+    told = [i for i, sides in enumerate(zip(rows, control or rows))
+            if all("answer_loglik" in row for row in sides)]
     if not told:
         return
-    mine, theirs = (torch.tensor([part[i]["answer_loglik"][0] / part[i]["answer_loglik_tokens"][0] for i in told],
-                                 dtype=torch.float64) for part in (rows, control or rows))
+    mine, theirs = (torch.tensor([part[i]["answer_loglik"][0] / part[i]["answer_loglik_tokens"][0]
+                                  for i in told], dtype=torch.float64) for part in (rows, control or rows))
     said = f"log-likelihood of right answers, nats a token: {mine.mean():.3f}; blind: "
     if control is None:
         print(said + "not run")
@@ -546,8 +580,8 @@ def known_answers(path):
     questions, or conversations. Raises UserError."""
     known = []
     for where, row in table_rows(path):
-        pairs = (data.turns(row["conversations"], where) if "conversations" in row else
-                 [(pick(row, "question", "Q") or "", pick(row, "answer", "A"))])
+        pairs = (data.turns(row, where) if "conversations" in row or "messages" in row else
+                 [(pick(row, "question", "Q", "q") or "", pick(row, "answer", "A", "a"))])
         known += [(question, " ".join(answer_words(str(answer))), row.get("kind", row.get("type")))
                   for question, answer in pairs if answer is not None]
     if not known:
@@ -566,10 +600,11 @@ def frequent(path, top):
 
 def compare(cfg):
     """Prints how two runs differ on the same questions, paired."""
-    sides = [{row["id"]: row for row in judged(path)} for path in (cfg.file, cfg.other)]
+    sides = [{row["id"]: row for row in answered(path)} for path in (cfg.file, cfg.other)]
     lacking = [len(sides[1 - i].keys() - sides[i].keys()) for i in (0, 1)]
     if any(lacking):
-        raise UserError(f"not the same questions: {lacking[0]} are not in {cfg.file}, {lacking[1]} not in {cfg.other}")
+        raise UserError(f"not the same questions: {lacking[0]} are not in {cfg.file}, "
+                        f"{lacking[1]} not in {cfg.other}")
     rows = list(sides[0].values())
     others = [sides[1][row["id"]] for row in rows]
     for judge in JUDGES if not cfg.judge else [cfg.judge]:
@@ -578,7 +613,8 @@ def compare(cfg):
         if a is None or b is None:
             continue
         gain = a - b
-        half, mean = interval(gain[:, None], groups_of([rows[i] for i in part])).item(), gain.mean().item()
+        half = interval(gain[:, None], groups_of([rows[i] for i in part])).item()
+        mean = gain.mean().item()
         counts = [int(((a == x) & (b == y)).sum()) for x, y in ((1, 1), (1, 0), (0, 1), (0, 0))]
         print(f"{judge:10} {100 * a.mean():.1f} and {100 * b.mean():.1f}: {100 * mean:+.1f} "
               f"({100 * (mean - half):.1f} to {100 * (mean + half):.1f})" + (judge != "f1") *
@@ -597,7 +633,7 @@ def pairs_of(rows):
 def export(cfg):
     """Writes the file that Video-ChatGPT's and BT-Adapter's judging scripts take, each by keys of its own."""
     written = []
-    for pair in pairs_of(judged(cfg.file)):
+    for pair in pairs_of(answered(cfg.file)):
         row, answer, said = pair[0], pair[0]["answer"][0], [x.get("prediction", "") for x in pair]
         asked = {"question": row["question"], "Q": row["question"], "pred": said[0]}
         if len(pair) == 2:
@@ -605,7 +641,7 @@ def export(cfg):
         written.append({"id": row["id"], "video_name": row["video"], "answer": answer, "A": answer, **asked})
     cli.replaceable(cfg.other, b'"video_name"')
     cli.write_atomic(cfg.other, lambda f: f.write(json.dumps(written, indent=1).encode()))
-    print(f"{cfg.other}: {len(written)} questions; `score {cfg.file} --verdicts FILE` counts what a judge says")
+    print(f"{cfg.other}: {len(written)} questions; `score {cfg.file} --verdicts` counts what a judge says")
 
 
 def imported(cfg, rows):
@@ -621,11 +657,13 @@ def imported(cfg, rows):
         keys = []
         for pair in pairs_of(rows):
             q, pred = [x["question"] for x in pair], [x.get("prediction") for x in pair]
-            q, pred = ([q[0], None, None], [pred[0], None, None]) if len(pair) == 1 else ([None, *q], [None, *pred])
+            alone = len(pair) == 1
+            q, pred = ([x[0], None, None] if alone else [None, *x] for x in (q, pred))
             keys.append(json.dumps([*q, pair[0]["answer"][0], *pred]))
     else:
         for where, row in there:
-            said[data.field(row, where, "id")].append((data.field(row, where, "verdict"), row.get("score", 0)))
+            verdict = data.field(row, where, "verdict"), row.get("score", 0)
+            said[data.field(row, where, "id")].append(verdict)
         keys = [row["id"] for row in rows]
     found = [said[key].pop(0) for key in keys if said[key]]
     foreign = sum(map(len, said.values()))
@@ -635,20 +673,38 @@ def imported(cfg, rows):
 
 
 # ------------------------------------------------------------------------------------------------ data sets
+IDS = "question_id", "id", "key", "q_uid"   # what sets call the id of a question
+
+
 def table_rows(path):
     """Rows of a file of JSON, JSON lines or CSV, whose columns commas or tabs part -> [(where, row)]. Raises
     UserError."""
     if path.endswith(".parquet"):
         raise UserError(
-            f"{path}: parquet is not read here; turn it into JSON lines first: python -c \"import pandas, sys; "
-            "pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)\" "
+            f"{path}: parquet is not read here; turn it into JSON lines first: python -c \"import pandas, "
+            "sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)\" "
             f"{path} {path.removesuffix('parquet')}jsonl")
     if not path.endswith((".csv", ".tsv")):
         return data.read_rows(path)
     lines = data.read_text(path).splitlines()
     tabs = "\t" in lines[0]
-    rows = csv.DictReader(lines, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    rows = csv.DictReader(lines, delimiter="\t" if tabs else ",",
+                          quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
     return [(f"{path}, line {rows.line_num}", row) for row in rows]
+
+
+def folder_rows(path):
+    """Rows of all JSON files in a folder, which are tasks."""
+    return [(where, row | {"task": os.path.basename(file)[:-5]})
+            for file in sorted(glob.glob(os.path.join(glob.escape(path), "*.json")))
+            for where, row in data.read_rows(file)]
+
+
+def nested_rows(path):
+    """Rows of {video: {kind: [question]}}."""
+    [(where, whole)] = data.read_rows(path)
+    return [(f"{where}, {video}", row | {"video": video, "kind": kind}) for video, kinds in whole.items()
+            for kind, rows in kinds.items() if isinstance(rows, list) for row in rows if "question" in row]
 
 
 def pick(row, *names):
@@ -656,54 +712,125 @@ def pick(row, *names):
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
-def read_own(path, cfg):
-    return table_rows(path)
+def own(row, root):
+    return [dict(row)]
 
 
-def read_open(path, cfg):
-    """Video, question and answer by the names that these sets have for them; answers in the same file or
-    another one, joined by the id of the question."""
-    there = {str(pick(row, "question_id", "id", "key")): row for _, row in table_rows(cfg.answers)} if cfg.answers else {}
-    kinds = SETS[cfg.dataset].kinds
-    for number, (where, row) in enumerate(table_rows(path)):
-        name = str(pick(row, "question_id", "id", "key") or number)
-        if there and name not in there:
-            raise UserError(f"{where}: {cfg.answers} has no answer for {name}")
-        row = {**there.get(name, {}), **row}
-        kind, answer = pick(row, "type", "kind"), pick(row, "answer", "A")
-        found = {"id": name, "video": str(pick(row, "video_name", "video", "video_id", "gif_name")),
-                 "answer": None if answer is None else str(answer),
-                 "kind": kinds.get(str(kind), kind)}
-        if "Q1" in row:   # two questions with one answer
-            yield from ((where, found | {"id": f"{name}.{i}", "question": row[f"Q{i}"], "group": f"pair {name}"})
-                        for i in (1, 2))
-        else:
-            yield where, found | {"question": pick(row, "question", "Q")}
+def open_ended(row, root):
+    """Video, question and answer by the names that these sets have for them."""
+    name, answer = pick(row, *IDS), pick(row, "answer", "A")
+    found = {"video": str(pick(row, "video_name", "video", "video_id", "gif_name")),
+             "answer": None if answer is None else str(answer), "kind": pick(row, "type", "kind")}
+    found |= {"id": name} if name is not None else {}
+    if "Q1" not in row:
+        return [found | {"question": pick(row, "question", "Q")}]
+    both = {"group": f"pair {name if name is not None else row['Q1']}"}   # two questions with one answer
+    return [found | both | {"id": f"{both['group'][5:]}.{i}", "question": row[f"Q{i}"]} for i in (1, 2)]
+
+
+def nextqa(row, root):
+    return [row | {"id": f"{row['video']}_{row['qid']}", "kind": row["type"], "answer": int(row["answer"]),
+                   "options": [row[f"a{i}"] for i in range(5)]}]
+
+
+def egoschema(row, root):
+    options = [row[f"option {i}"] for i in range(5)]
+    return [row | {"id": row["q_uid"], "video": row["q_uid"], "options": options}]
+
+
+def mvbench(row, root):
+    """The first revision shows parts of videos, a later one has cut them out: in folders of other names."""
+    folder = next(folder for folder, tasks in MVBENCH.items() if row["task"] in tasks)
+    row = row | {"kind": row["task"], "options": row["candidates"]}
+    if folder in SEGMENTS and not os.path.isdir(os.path.join(root, folder)):
+        folder = SEGMENTS[folder]
+        row |= {"start": None, "end": None}
+    return [row | {"video": f"{folder}/{row['video']}", "frames_fps": 3 if "frames_fps3" in folder else None}]
+
+
+MVBENCH = {"star/Charades_v1_480": ("action_sequence", "action_prediction", "object_interaction"),
+           "sta/sta_video": ("action_localization",), "tvqa/frames_fps3_hq": ("episodic_reasoning",),
+           "ssv2_video": ("action_antonym",), "Moments_in_Time_Raw/videos": ("fine_grained_action",),
+           "FunQA_test/test": ("unexpected_action",), "scene_qa/video": ("scene_transition",),
+           "clevrer/video_validation": ("object_existence", "moving_direction", "moving_count",
+                                        "moving_attribute", "counterfactual_inference"),
+           "perception/videos": ("object_shuffle", "action_count", "state_change", "character_order"),
+           "nturgbd": ("fine_grained_pose",), "vlnqa": ("egocentric_navigation",)}
+SEGMENTS = {"star/Charades_v1_480": "star/Charades_segment", "sta/sta_video": "sta/sta_video_segment",
+            "tvqa/frames_fps3_hq": "tvqa/video_fps3_hq_segment"}
+
+
+def videomme(row, root):
+    return [row | {"id": row["question_id"], "video": row["videoID"], "kind": row["duration"],
+                   "options": [re.sub(r"^[A-Z]\. ?", "", text) for text in row["options"]]}]
+
+
+def mlvu(row, root):
+    """Tasks without candidates ask for descriptions, which takes a judge."""
+    return [row | {"video": f"{row['task']}/{row['video']}", "kind": row["question_type"],
+                   "options": row["candidates"]}] if "candidates" in row else []
+
+
+def tempcompass(row, root):
+    """Options stand in the question, a line each, and the answer is such a line."""
+    mark = re.compile(r"(?:[A-Z]\.|(?:Option|Caption|Sentence) \w+:) *")
+    lines = row["question"].split("\n")
+    options = [mark.sub("", line, 1) for line in lines[1:] if mark.match(line)]
+    question = "\n".join(line for i, line in enumerate(lines) if i == 0 or not mark.match(line))
+    found = row | {"question": question, "answer": mark.sub("", row["answer"], 1)}
+    return [found | {"options": options} if options else found]
+
+
+def perceptiontest(row, root):
+    return [row | {"id": f"{row['video']}_{row['id']}", "answer": row.get("answer_id"),
+                   "kind": row.get("area")}]
+
+
+def videovista(row, root):
+    if row["Type"] == "Relation Reasoning-Image":   # shows a picture besides
+        return []
+    return [{"id": row["question_id"], "video": row["video_name"], "question": row["Question"],
+             "options": row["Answer_Choices"], "answer": row["Answer"], "kind": row["Type"]}]
+
+
+def longvideobench(row, root):
+    return [row | {"video": f"videos/{row['video_path']}", "kind": str(row["duration_group"]),
+                   "answer": row.get("correct_choice"),
+                   "options": [text for text in row["candidates"] if text != "N/A"]}]
 
 
 @dataclasses.dataclass
 class Set:
     """How a data set is read."""
-    read: object         # (path, cfg) -> (where, row) with keys as our own questions have them
-    sizes: tuple = ()    # of its files
+    convert: object         # (row, root) -> rows with keys as our own questions have them
+    sizes: tuple = ()       # of its files
     counted: bool = False   # on the file itself; else another size only warns
-    name: str = "{}"     # of a video's file, where it is not as in the questions
+    rows: object = table_rows   # path -> [(where, row)]
+    name: str = "{}"        # of a video's file, where it is not as in the questions
     kinds: dict = dataclasses.field(default_factory=dict)   # its types -> kinds; "a: b" counts as "a", too
 
 
-ACTIVITYNET = {str(i): kind for i, kind in enumerate((
-    "motion", "spatial", "temporal", "free: yes/no", "free: colour", "free: object", "free: location",
-    "free: number", "free: other"))}
-TGIF = {str(i): kind for i, kind in enumerate(("object", "number", "colour", "location"))}
+def numbered(*kinds):
+    return {str(i): kind for i, kind in enumerate(kinds)}
+
+
 SETS = {
-    "own": Set(read_own),
-    "activitynet_qa": Set(read_open, (8000, 18000, 32000), True, "v_{}", ACTIVITYNET),
-    "msvd_qa": Set(read_open, (13157,), False, "vid{}"),
-    "msrvtt_qa": Set(read_open, (72821,), False, "video{}"),
-    "tgif_frameqa": Set(read_open, (13691,), True, "{}", TGIF),
-    "tgif_count": Set(read_open, (3554,), True),
-    "videochatgpt_generic": Set(read_open, (1996,)), "videochatgpt_temporal": Set(read_open, (499,)),
-    "videochatgpt_consistency": Set(read_open, (998,))}
+    "own": Set(own),
+    "activitynet_qa": Set(open_ended, (8000, 18000, 32000), True, name="v_{}", kinds=numbered(
+        "motion", "spatial", "temporal", "free: yes/no", "free: colour", "free: object", "free: location",
+        "free: number", "free: other")),
+    "msvd_qa": Set(open_ended, (13157,), name="vid{}"),
+    "msrvtt_qa": Set(open_ended, (72821,), name="video{}"),
+    "tgif_frameqa": Set(open_ended, (13691,), True, kinds=numbered("object", "number", "colour", "location")),
+    "tgif_count": Set(open_ended, (3554,), True), "videochatgpt_generic": Set(open_ended, (1996,)),
+    "videochatgpt_temporal": Set(open_ended, (499,)), "videochatgpt_consistency": Set(open_ended, (998,)),
+    "nextqa": Set(nextqa, (4996, 8564), True, kinds={
+        **{x: f"{x[0]}: {x}" for x in ("CW", "CH", "TN", "TC", "DC", "DL", "DO")}, "TP": "T: TN"}),
+    "egoschema": Set(egoschema, (500, 5031), True), "mvbench": Set(mvbench, (4000,), rows=folder_rows),
+    "videomme": Set(videomme, (2700,)), "mlvu": Set(mlvu, (2175,), True, rows=folder_rows),
+    "tempcompass": Set(tempcompass, (1580, 2453, 1503), True, rows=nested_rows),
+    "perceptiontest": Set(perceptiontest, (19140,), rows=nested_rows),
+    "videovista": Set(videovista), "longvideobench": Set(longvideobench, (1337, 5341))}
 
 
 if __name__ == "__main__":

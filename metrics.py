@@ -270,7 +270,8 @@ def caption_scores(gold, found, rare, counts=meteor_exact_stem, exchanged=False)
 NUMBERS = {word: n for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen".split())}
-TENS = {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+TENS = {word: 10 * n for n, word in enumerate(
+    "twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 BEFORE, BEHIND = r"[\[(\"']?", r"(?=[).:,\]\"'”’]|\s*$"   # what a letter that names an option stands between
 
 
@@ -380,8 +381,8 @@ class Beginnings:
 
 
 def verdict_scores(verdicts, questions):
-    """[(what a judge says, its score 0 to 5)] -> {name: value}. As the official scripts count, what is neither
-    yes nor no leaves the denominator, and 4.8 is 4."""
+    """[(what a judge says, its score 0 to 5)] -> {name: value}. As the official scripts count, what is
+    neither yes nor no leaves the denominator, and 4.8 is 4."""
     said = ["yes" if "yes" in text.lower() else "no" if "no" in text.lower() else "" for text, _ in verdicts]
     yes, scores = said.count("yes"), [score for _, score in verdicts]
     return {"yes, of yes and no": 100 * yes / ((yes + said.count("no")) or math.nan),

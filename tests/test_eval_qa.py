@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from test_eval_grounding import write_rows
 
 import eval_qa
 from eval_qa import Config, place_of, read_questions
@@ -16,7 +17,6 @@ from llm import generate, generate_batch
 from model import open_chat
 from plumbing import cli, training
 from plumbing.cli import UserError
-from test_eval_grounding import write_rows
 from toy import language, world
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -53,8 +53,8 @@ def test_what_is_strange_but_may_be_is_counted(tmp_path):
     with pytest.warns(UserWarning) as warned:
         found = questions(tmp_path, rows)
     assert [re.sub(".*: ", "", str(w.message)) for w in warned] == [
-        "1 questions with options of equal words", "1 questions with an empty option",
-        "1 questions with an answer that is no option"]
+        "1 with options of equal words", "1 with an empty option",
+        "1 with an answer that is no option"]
     assert found[1]["answer"] == ["red"]
 
 
@@ -296,3 +296,134 @@ def test_judging_needs_no_model(tmp_path):
             "print(sorted({'model', 'llm', 'clip'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("[]\n") and "100.0" in done.stdout, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ data sets
+def test_open_questions_join_their_answers_by_id_and_find_their_videos(tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps([
+        {"video_name": "x", "question": "what", "question_id": f"x_{i}"} for i in range(3)]))
+    (tmp_path / "a.json").write_text(json.dumps([
+        {"answer": f"{i}", "type": 3 * i, "question_id": f"x_{i}"} for i in (2, 1, 0)]))
+    cfg = Config("ask", annotations=str(tmp_path / "q.json"), answers=str(tmp_path / "a.json"),
+                 dataset="activitynet_qa", root=str(tmp_path))
+    (tmp_path / "v_x.mkv").write_text("")
+    rows = read(cfg)
+    assert [row["answer"] for row in rows] == [["0"], ["1"], ["2"]]
+    assert [row["kind"] for row in rows] == ["motion", "free: yes/no", "free: location"]
+    assert eval_qa.find_video(cfg, rows[0], {}).endswith("v_x.mkv")
+    assert eval_qa.find_video(cfg, rows[0], {"x": "v_x"}).endswith("v_x.mkv")
+
+
+def read(cfg):
+    """read_questions, whatever the size of the set."""
+    eval_qa.SETS[cfg.dataset], old = eval_qa.dataclasses.replace(eval_qa.SETS[cfg.dataset], sizes=()), eval_qa.SETS[cfg.dataset]
+    try:
+        return read_questions(cfg)
+    finally:
+        eval_qa.SETS[cfg.dataset] = old
+
+
+MSVD = {"video_id": 7, "question": "what?", "answer": "dog", "id": 3}
+NEXT = ("video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4\n"
+        "9,1,2,3,why did it,1,4,TP,a b,c,d,e,f\n")
+EGO = {"q_uid": "u", "question": "what", **{f"option {i}": f"o{i}" for i in range(5)}}
+MME = {"videoID": "y", "question_id": "1-1", "duration": "short", "question": "what",
+       "options": ["A. up", "B. down", "C. in", "D. out"], "answer": "B"}
+TEMPO = {"12": {"order": [{"question": "Which?\nA. up, then down\nB. down", "answer": "B. down"}]}}
+CAPTIONS = {"12": {"speed": [{"question": "Which fits?\nOption 1: fast\nOption 2: slow", "answer": "Option 2: slow"}]}}
+TEST = {"video_1": {"mc_question": [{"id": 5, "question": "what", "options": ["a b", "c", "d"], "answer_id": 2,
+                                     "area": "memory"}], "metadata": {"split": "valid"}}}
+VISTA = [{"question_id": 1, "video_name": "z.mp4", "Question": "what", "Answer_Choices": ["a b", "c"], "Answer": 1,
+          "Type": "Action"}, {"Type": "Relation Reasoning-Image"}]
+LONG = {"id": "l_0", "video_path": "l.mp4", "question": "what", "candidates": ["a b", "c", "N/A"],
+        "correct_choice": 1, "duration_group": 600}
+CONSISTENT = [{"video_name": "s", "Q1": "one", "Q2": "two", "A": "yes", "id": 4}]
+
+
+@pytest.mark.parametrize("dataset, name, text, expected", [
+    ("msvd_qa", "q.json", [MSVD], ("3", "7", "what?", None, ["dog"], None)),
+    ("tgif_frameqa", "q.csv", "gif_name\tquestion\tanswer\ttype\tkey\ng\tis \"it\ttwo\t1\t8\n",
+     ("8", "g", 'is "it', None, ["two"], "number")),
+    ("tgif_count", "q.csv", "gif_name\tquestion\tanswer\tkey\ng\thow often\t3\t8\n", ("8", "g", "how often", None, ["3"], None)),
+    ("videochatgpt_generic", "q.json", [{"video_name": "s", "Q": "what", "A": "x"}], ("0", "s", "what", None, ["x"], None)),
+    ("videochatgpt_consistency", "q.json", CONSISTENT, ("4.1", "s", "one", None, ["yes"], None)),
+    ("nextqa", "val.csv", NEXT, ("9_4", "9", "why did it", ["a b", "c", "d", "e", "f"], ["c"], "T: TN")),
+    ("egoschema", "q.json", [EGO], ("u", "u", "what", [f"o{i}" for i in range(5)], None, None)),
+    ("videomme", "q.jsonl", [MME], ("1-1", "y", "what", ["up", "down", "in", "out"], ["down"], "short")),
+    ("tempcompass", "q.json", TEMPO, ("0", "12", "Which?", ["up, then down", "down"], ["down"], "order")),
+    ("tempcompass", "q.json", CAPTIONS, ("0", "12", "Which fits?", ["fast", "slow"], ["slow"], "speed")),
+    ("tempcompass", "q.json", {"12": {"speed": [{"question": "Is it?", "answer": "no"}]}},
+     ("0", "12", "Is it?", None, ["no"], "speed")),
+    ("perceptiontest", "q.json", TEST, ("video_1_5", "video_1", "what", ["a b", "c", "d"], ["d"], "memory")),
+    ("videovista", "q.json", VISTA, ("1", "z.mp4", "what", ["a b", "c"], ["c"], "Action")),
+    ("longvideobench", "q.json", [LONG], ("l_0", "videos/l.mp4", "what", ["a b", "c"], ["c"], "600"))])
+def test_each_set_is_read_as_its_files_are(tmp_path, dataset, name, text, expected):
+    (tmp_path / name).write_text(text if isinstance(text, str) else json.dumps(text))
+    row = read(Config("ask", annotations=str(tmp_path / name), dataset=dataset))[0]
+    assert tuple(row[key] for key in ("id", "video", "question", "options", "answer", "kind")) == expected
+
+
+def test_sets_that_are_folders_take_the_task_from_the_name_of_the_file(tmp_path):
+    for folder, row in (("m", {"video": "a.mp4", "question": "q", "candidates": ["x", "y"], "answer": "y", "start": 1,
+                               "end": 2}), ("l", {"video": "b.mp4", "question": "q", "candidates": ["x", "y"],
+                                                  "answer": "x", "question_type": "plot"})):
+        (tmp_path / folder).mkdir()
+        for task in ("action_sequence", "episodic_reasoning") if folder == "m" else ("1_plotQA",):
+            (tmp_path / folder / f"{task}.json").write_text(json.dumps([row]))
+    (tmp_path / "l" / "9_summary.json").write_text(json.dumps([{"video": "c", "question": "q", "question_type": "s"}]))
+    cfg = Config("ask", annotations=str(tmp_path / "m"), dataset="mvbench", root=str(tmp_path))
+    assert [(row["video"], row["window"]) for row in read(cfg)] == [
+        ("star/Charades_segment/a.mp4", None), ("tvqa/video_fps3_hq_segment/a.mp4", None)]
+    os.makedirs(tmp_path / "tvqa" / "frames_fps3_hq")
+    found = read(cfg)[1]
+    assert (found["video"], found["window"], found["frames_fps"]) == ("tvqa/frames_fps3_hq/a.mp4", [1, 2], 3)
+    with pytest.warns(UserWarning, match="1 with no answer, or other tasks: left out"):
+        [row] = read(replaced(cfg, annotations=str(tmp_path / "l"), dataset="mlvu"))
+    assert (row["video"], row["kind"], row["answer"]) == ("1_plotQA/b.mp4", "plot", ["x"])
+
+
+def test_only_questions_whose_answers_are_given_are_asked(tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps([EGO, EGO | {"q_uid": "w"}]))
+    (tmp_path / "a.json").write_text(json.dumps({"w": 3}))
+    with pytest.warns(UserWarning, match="1 with no answer"):
+        [row] = read(Config("ask", annotations=str(tmp_path / "q.json"), answers=str(tmp_path / "a.json"),
+                            dataset="egoschema"))
+    assert (row["id"], row["answer"]) == ("w", ["o3"])
+
+
+@pytest.mark.parametrize("dataset, name, text, message", [
+    ("egoschema", "q.json", '[{"q_uid": "u", "question": "x"}]', "entry 1: not a question of egoschema (KeyError"),
+    ("nextqa", "q.csv", NEXT.replace(",1,4,", ",B,4,"), "line 2: not a question of nextqa (ValueError"),
+    ("perceptiontest", "q.json", '{"v": {"mc_question": [{"question": "x"}]}}', "(KeyError: 'id')"),
+    ("videomme", "q.parquet", "PAR1", "turn it into JSON lines first: python -c"),
+    ("own", "q.jsonl", "3", "not a question of own"), ("own", "q.jsonl", "[]", "no rows in it")])
+def test_a_file_of_another_set_is_one_line(tmp_path, dataset, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(Config("ask", annotations=str(tmp_path / name), dataset=dataset))
+
+
+def test_a_folder_of_pictures_is_a_video(asked, tmp_path):
+    assert [i + 1 for i in eval_qa.picture_numbers(30, 3, (2.0, 6.0), 4)] == [8, 11, 14, 17]
+    from PIL import Image
+    os.mkdir(tmp_path / "frames")
+    for i in range(6):
+        Image.new("RGB", (48, 32), (40 * i, 0, 0)).save(tmp_path / "frames" / f"{i:05d}.jpg")
+    chat = open_chat(asked.weights).load()
+    seen = [eval_qa.look(asked, chat, str(tmp_path / "frames"), window, 3, torch.device("cpu"))
+            for window in (None, (0, 0.6))]
+    assert seen[0].shape == seen[1].shape and not torch.equal(*seen)
+
+
+def test_a_closed_set_is_lines_or_the_commonest_answers_of_training(tmp_path):
+    path = write_rows(tmp_path / "t.jsonl", [{"answer": x, "question": "q"} for x in ("b", "B.", "a", "c")])
+    assert eval_qa.frequent(path, 2) == ["b", "a"]
+    (tmp_path / "v.txt").write_text("Up\n\ndown\nUp\n")
+    assert eval_qa.frequent(str(tmp_path / "v.txt"), 9) == ["Up", "down"]
+
+
+def test_the_names_of_videos_are_a_table_of_either_order(tmp_path):
+    (tmp_path / "n.txt").write_text("abc vid7\n")
+    (tmp_path / "n.json").write_text('{"7": "1164/7"}')
+    assert eval_qa.read_names(str(tmp_path / "n.txt")) == {"abc": "vid7", "vid7": "abc"}
+    assert eval_qa.read_names(str(tmp_path / "n.json")) == {"7": "1164/7"}

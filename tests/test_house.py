@@ -12,8 +12,8 @@ SCRIPTS = {"pretrain", "chat_tune", "chat", "search", "eval_retrieval", "eval_qa
 FOLDERS = {"plumbing", "toy", "bench", "weights"}
 BUDGETS = {   # lines that a file aims at; to pass them is a reason to look, not to squeeze
     "model.py": 460, "clip.py": 320, "llm.py": 450, "data.py": 310, "metrics.py": 150, "pretrain.py": 240,
-    "chat_tune.py": 270, "eval_retrieval.py": 160, "eval_grounding.py": 160, "chat.py": 290, "search.py": 90,
-    "linvt.py": 160, "plumbing/cli.py": 120, "plumbing/training.py": 140, "plumbing/weightfile.py": 290,
+    "chat_tune.py": 270, "eval_retrieval.py": 160, "eval_grounding.py": 160, "eval_qa.py": 340,
+    "chat.py": 290, "search.py": 90, "linvt.py": 160, "plumbing/cli.py": 120, "plumbing/training.py": 140, "plumbing/weightfile.py": 290,
     "plumbing/store.py": 80, "plumbing/video.py": 400, "plumbing/mp4.py": 111, "plumbing/quant.py": 240,
     "plumbing/memory.py": 60, "plumbing/pictures.py": 170, "plumbing/terminal.py": 60}
 FILES = sorted(os.path.relpath(path, ROOT) for folder in ("", *FOLDERS)

@@ -15,8 +15,8 @@ import sentencepiece
 import torch
 
 import llm
-from llm import (KVCache, LLaMA, LLaMAConfig, generate, load_llama,
-                 load_tokenizer, sample, save_llama, stream_text)
+from llm import (KVCache, LLaMA, LLaMAConfig, generate, load_llama, load_tokenizer, sample, save_llama,
+                 stream_text)
 from plumbing.cli import UserError
 from plumbing.weightfile import read_tensors, write_safetensors
 

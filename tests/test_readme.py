@@ -16,6 +16,7 @@ import chat
 import chat_tune
 import data
 import eval_grounding
+import eval_qa
 import eval_retrieval
 import model
 import pretrain
@@ -30,7 +31,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STAGE = dict(positional=["stage"])
 SCRIPTS = {   # as it is typed: its module, how it is parsed
     "chat.py": (chat, chat.FLAGS), "chat_tune.py": (chat_tune, {}), "pretrain.py": (pretrain, {}),
-    "eval_retrieval.py": (eval_retrieval, {}), "eval_grounding.py": (eval_grounding, {}), "search.py": (search, search.FLAGS),
+    "eval_retrieval.py": (eval_retrieval, {}), "eval_grounding.py": (eval_grounding, {}),
+    "eval_qa.py": (eval_qa, eval_qa.FLAGS), "search.py": (search, search.FLAGS),
     "data.py": (data, dict(positional=["video"])), "-m toy": (toy, STAGE), "-m toy.ablate": (ablate, STAGE),
     "-m toy.clock": (clock, {}), "-m toy.needle": (needle, {}),
     "-m toy.scenes": (scenes, STAGE),
@@ -70,7 +72,7 @@ def test_the_search_for_commands_finds_them():
     assert {"README.md", "docs/chat.md", "docs/train.md", "docs/weights.md"} <= {where for where, *_ in found}
 
 
-PAGES = ["README.md", "docs/chat.md", "docs/weights.md", "docs/train.md", "docs/numbers.md"]
+PAGES = ["README.md", "docs/chat.md", "docs/weights.md", "docs/train.md", "docs/numbers.md", "docs/qa.md"]
 
 
 @pytest.mark.parametrize("name", PAGES)
