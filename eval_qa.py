@@ -408,8 +408,9 @@ def named(row):
     return "" if place is None else row["options"][place]
 
 
-# Judges: what they need of a prediction, and what they make of it: of open answers a score, 0 to 1; of options
-# the text that was chosen. Words compare it, so that equal options are one. The first that was run is the headline
+# Judges: what they need of a prediction, and what they make of it: of open answers a score, 0 to 1; of
+# options the text that was chosen, so that options of equal words are one. The first that was run is the
+# headline
 OPEN = {"exact": ("prediction", lambda row: exact(row["prediction"], row["answer"])),
         "within": ("prediction", lambda row: within(row["prediction"], row["answer"])),
         "f1": ("prediction", lambda row: token_f1(row["prediction"], row["answer"])),
