@@ -149,16 +149,17 @@ def load_checkpoint(path):
 
 
 def take_folder(folder):
-    """Makes --out, or goes on in it, and keeps it for this process alone until that ends, however it does.
-    Raises UserError where another run is at work, or where other files are: --out may be a typing error."""
+    """Makes a folder for output, or goes on in it, and keeps it for this process alone until that ends,
+    however it does. Raises UserError where another run is at work, or other files are: it may be a typing
+    error."""
     make_folder(folder)
     path = os.path.join(folder, "run.lock")
     if not os.path.exists(path) and [name for name in os.listdir(folder) if name[0] != "."]:
-        raise UserError(f"{folder}: there are other files than those of a run; choose another --out")
+        raise UserError(f"{folder}: there are other files than those of a run; choose another folder")
     try:   # the file stays open. A lock of this kind is not for children: a loader's can live a bit longer
         fcntl.lockf(os.open(path, os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{folder}: another run is at work in it; choose another --out")
+        raise UserError(f"{folder}: another run is at work in it; choose another folder")
 
 
 FREE = {"out", "root", "features", "steps", "epochs", "workers", "device", "precision", "checkpointed",

@@ -1,14 +1,14 @@
 """The toy world and the tiny models that know it: `runs/tiny.sh` has all the commands in order.
 
-    python -m toy render    # clips, still pictures, captions, questions -> out/shapes (3 minutes on 2 cores)
-    python -m toy sample    # the clip that chat.py opens, one of events -> assets/sample.mp4, events.mp4
-    python -m toy clip      # a tiny CLIP from single frames             -> weights/tiny/clip
-    python -m toy stories   # long clips with events and their times     -> out/stories
-    python -m toy llama     # a tiny LLaMA from the world's language     -> weights/tiny/llama
-    python -m toy score     # can the branch tell a clip from its twin?  -> a table
-    python -m toy answers   # what three kinds of tokens answer, side by side -> a table
-    python -m toy times     # who says when it happens?  Of runs/vtimellm.sh -> a table
-    python -m toy picture   # the same for one clip, to look at          -> docs/twins.png
+    python -m toy render     # clips, still pictures, captions, questions -> out/shapes, 3 minutes on 2 cores
+    python -m toy sample     # the clip that chat.py opens, one of events -> assets/sample.mp4, events.mp4
+    python -m toy clip --out out/tiny    # a tiny CLIP from single frames -> out/tiny/clip
+    python -m toy stories    # long clips with events and their times     -> out/stories
+    python -m toy llama --out out/tiny   # a tiny LLaMA, from language    -> out/tiny/llama
+    python -m toy score      # can the branch tell a clip from its twin?  -> a table
+    python -m toy answers    # what three kinds of tokens answer           -> a table
+    python -m toy times      # who says when it happens?  Of runs/vtimellm.sh -> a table
+    python -m toy picture    # the same for one clip, to look at          -> docs/twins.png
 
 The rest is the business of the ordinary scripts, and of `python -m toy.ablate`, the paper's studies in this
 world.
@@ -40,10 +40,12 @@ import os
 
 import torch
 
+from plumbing import training
 from toy import language, score, stories, tiny_models, world
 
 
 def render(cfg):
+    training.take_folder(cfg.data)
     world.render(cfg)
     language.annotate(cfg.data, cfg.pairs, cfg.seed)
 

@@ -295,6 +295,7 @@ def listens(chat, stories, number=100):
 def main(cfg):
     torch.set_num_threads(1)   # the models are too small for two
     torch.manual_seed(cfg.seed)
+    training.take_folder(cfg.out)
     chat = open_chat(cfg.weights, "frame_cls", chat_file=False).load()
     stories, watched = (read_stories(cfg, chat, split) for split in ("train", "watch"))
     add_lora(chat.llm, cfg.rank, cfg.alpha)
@@ -326,7 +327,6 @@ def main(cfg):
             loss = loss + aids(chat.llm.model.layers, batch, states, cos, sin, late)
         return loss, note
     fit("clock", trained, loss_of, cfg.steps, round(0.03 * cfg.steps), cfg.seed, cfg.lr, 0, 1)
-    cli.make_folder(cfg.out)
     save_adapter(os.path.join(cfg.out, "stage2"), chat.llm)
     tensors = {f"model.mm_projector.{name}": t.half() for name, t in projector.state_dict().items()}
     training.save_checkpoint(os.path.join(cfg.out, "mm_projector.bin"), tensors)

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import ASK_ALL
-from plumbing import cli
+from plumbing import cli, training
 from toy.language import an, choice, conversation, looks, put, sentence, ways
 from toy.world import MOTIONS, QUIET, SIZE, Clip, draw, looks_of, write_video
 
@@ -140,10 +140,10 @@ def render_story(job):
 
 def render(cfg):
     """Stories and what is asked about them -> files in cfg.stories. Videos that are there are done."""
+    training.take_folder(cfg.stories)
     for split in SPLITS:
         stories = make_stories(split, cfg.seed)
         names = [f"{split}{i:04d}.mp4" for i in range(len(stories))]
-        cli.make_folder(cfg.stories)
         jobs = [(story, os.path.join(cfg.stories, name)) for story, name in zip(stories, names)]
         jobs = [job for job in jobs if not os.path.exists(job[1])]
         with multiprocessing.get_context("spawn").Pool(cfg.processes, *QUIET) as pool:

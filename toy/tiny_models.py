@@ -65,6 +65,8 @@ def init_clip(model):
 
 def train_clip(cfg):
     """Contrastive training on single frames and what they show. Nothing here says anything about time."""
+    folder = os.path.join(cfg.out, "clip")
+    training.take_folder(folder)
     full = Tokenizer.from_file(os.path.join(ASSETS, "bpe_simple_vocab_16e6.txt.gz"))
     merges = [(full.symbols[a], full.symbols[b]) for a, b in full.merges]
     tokenizer = Tokenizer(merges[:800])   # enough for this world's words
@@ -93,7 +95,7 @@ def train_clip(cfg):
         right = same.gather(1, logits.argmax(1, keepdim=True)).mean()
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, f"right {right:.3f}"
     fit("clip", model.parameters(), loss_of, 1000, 100, cfg.seed)
-    save_clip(os.path.join(cfg.out, "clip"), model, tokenizer)
+    save_clip(folder, model, tokenizer)
 
 
 def train_tokenizer(corpus, vocab_size):
@@ -114,7 +116,7 @@ def train_llama(cfg):
         corpus += [text] + [said for q, answer in turns for said in (f"USER: {q}", f"ASSISTANT: {answer}")]
     folder = os.path.join(cfg.out, "llama")
     model_file = os.path.join(folder, "tokenizer.model")
-    cli.make_folder(folder)
+    training.take_folder(folder)
     cli.write_atomic(model_file, lambda f: f.write(train_tokenizer(corpus, 720)))
     tokenizer = SentencePieceTokenizer(model_file)
     torch.manual_seed(cfg.seed)

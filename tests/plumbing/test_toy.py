@@ -350,3 +350,12 @@ def test_two_questions_are_about_two_scenes_and_a_moved_video_stands_before_the_
         assert [i for i in new if i != VIDEO_INDEX] == [i for i in ids if i != VIDEO_INDEX]
         assert tokenizer.decode(new[at + 1:]).strip().removesuffix("</s>") == f"ASSISTANT: {turns[1][1]}"
         assert [i for i in new_labels if i != IGNORE_INDEX] == [i for i in labels if i != IGNORE_INDEX]
+
+
+@pytest.mark.parametrize("stage, folder", [("render", ""), ("stories", ""), ("clip", "clip"),
+                                           ("llama", "llama")])
+def test_no_file_that_others_made_is_written_over(tmp_path, stage, folder):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "model.safetensors").write_text("mine")
+    with pytest.raises(cli.UserError, match="other files than those of a run"):
+        toy.main(toy.Config(stage, data=str(tmp_path), stories=str(tmp_path), out=str(tmp_path)))
