@@ -7,6 +7,7 @@ moment at which the first frame is shown. plumbing/video.py finds frames in a fi
 """
 import dataclasses
 import math
+from typing import Annotated
 
 from plumbing import cli
 
@@ -14,7 +15,7 @@ from plumbing import cli
 @dataclasses.dataclass
 class Config:
     video: str                  # the file to look at
-    num_frames: cli.Count = 16  # frames on the sheet
+    num_frames: Annotated[int, 1, 1000] = 16   # frames on the sheet
     rule: str = "uniform"       # by which rule they are chosen: uniform, seq, test, train or linspace
     start: cli.Seconds = 0      # of its part to show: seconds, m:ss or h:mm:ss
     end: cli.Seconds = math.inf   # its end
@@ -41,7 +42,7 @@ from torch.utils.data import Dataset
 
 from plumbing.cli import UserError
 from plumbing.pictures import contact_sheet, thumbnail
-from plumbing.store import Store, state_of
+from plumbing.store import ANEW, Store, state_of
 from plumbing.video import EXTENSIONS, TOLERANCE, VideoError, open_regular, open_video
 from plumbing.weightfile import read_file
 
@@ -587,7 +588,7 @@ class Features:
         if not os.path.exists(file):
             raise VideoError(path, f"has no features in {self.folder}")
         if not file.endswith(".npy"):
-            return read_file(file)["seen"]
+            return read_file(file, ANEW)["seen"]
         try:
             seen = np.lib.format.open_memmap(file, mode="r")   # executes nothing
         except (OSError, ValueError) as e:

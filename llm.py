@@ -793,7 +793,10 @@ def read_adapter(folder, model):
             raise UserError(f"{file}: {shown(key)} is {tuple(t.shape)} {str(t.dtype)[6:]}, needed are floats "
                             f"{wanted}; is it an adapter for another LLaMA?")
         tensors[name, half] = t
-    changes = {name: (alpha / r, tensors[name, "A"], tensors[name, "B"]) for name, _ in tensors}
+    try:
+        changes = {name: (alpha / r, tensors[name, "A"], tensors[name, "B"]) for name, _ in tensors}
+    except KeyError as e:
+        raise UserError(f"{file}: lacks lora_{e.args[0][1]} of {e.args[0][0]}; is it only a part?")
     extra = read_file(along) if os.path.exists(along) else {}
     if strange := [key for key in extra if not key.startswith(EXTRA)]:
         raise UserError(f"{along}: {shown(strange[0])} is neither LoRA nor a projector; not read")

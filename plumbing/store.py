@@ -14,6 +14,8 @@ import re
 from plumbing.cli import UserError, make_folder
 from plumbing.weightfile import read_file, read_metadata, write_safetensors
 
+ANEW = "delete it, and it will be made anew"
+
 
 class Store:
     """A folder of entries. prefix: how their file names begin. max_bytes: beyond it the entries that were
@@ -30,7 +32,7 @@ class Store:
         """-> ({name: mapped tensor}, {name: text}), or None. Raises UserError for a damaged entry."""
         path = self.path(key)
         try:
-            entry = read_file(path), read_metadata(path)
+            entry = read_file(path, ANEW), read_metadata(path)
         except UserError:
             if os.path.exists(path):   # else there is none, or another process has just made room
                 raise

@@ -76,7 +76,8 @@ def open_video(path):
 def open_regular(path):
     """A file of bytes, open for reading; a folder, a pipe or a device is refused. Raises VideoError."""
     if not os.path.isfile(path):   # a pipe would wait for ever
-        raise VideoError(path, "No such file, or no regular one")
+        address = "://" in str(path)
+        raise VideoError(path, f"No such file{'; download it first' if address else ', or no regular one'}")
     try:
         return ByteSource(os.open(path, os.O_RDONLY), path)
     except OSError as e:

@@ -53,15 +53,20 @@ def read_tensors(path):
             return read_file(file)
         if os.path.exists(index := file + ".index.json"):
             tensors = {}
-            for shard in sorted(set(read_json(index)["weight_map"].values())):
-                tensors |= read_file(os.path.join(path, os.path.basename(shard)))   # in this folder
+            try:
+                shards = {os.path.basename(shard) for shard in read_json(index)["weight_map"].values()}
+            except DAMAGE as e:
+                raise UserError(f"{index}: not a list of shards ({type(e).__name__}: {shown(e)})")
+            for shard in sorted(shards):   # all in this folder
+                tensors |= read_file(os.path.join(path, shard))
             return tensors
     raise UserError(f"{path}: no model.safetensors or pytorch_model.bin (nor an index of shards) in it; "
                     f"{likely_reason(os.listdir(path))}")
 
 
-def read_file(path):
-    """One weight file -> {name: tensor}; TorchScript's modules get dotted names. Raises UserError."""
+def read_file(path, otherwise="get it again, from Git LFS with `git lfs pull`"):
+    """One weight file -> {name: tensor}; TorchScript's modules get dotted names. Raises UserError, which says
+    what to do `otherwise`."""
     buffer = map_file(path)
     try:
         if buffer[:4] == b"PK\x03\x04":
@@ -74,7 +79,7 @@ def read_file(path):
         return {WRAPPERS.sub("", name): t for name, t in tensors.items()}
     except DAMAGE as e:
         raise UserError(f"{path}: cut, damaged or no weight data ({type(e).__name__}: {shown(e, 250)}); "
-                        "get it again, from Git LFS with `git lfs pull`")
+                        f"{otherwise}")
 
 
 def shown(text, longest=100):

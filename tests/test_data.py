@@ -285,7 +285,7 @@ def junk(folder, clips):
         "folder.mp4": "regular one", "pipe.mp4": "regular one", "empty.mp4": "not a video",
         "text.mp4": "not a video", "subtitles.mp4": "not a video", "noise.mp4": "not a video",
         "no_index.mp4": "cut off", "sound.m4a": "no video track", "cover.m4a": "no video track",
-        "missing.mp4": "No such file", "http://localhost/clip.mp4": "No such file",
+        "missing.mp4": "No such file", "http://localhost/clip.mp4": "download it first",
         **{f"{kind}.mp4": "not a video" for kind in ("png", "jpeg", "webp", "bmp")}
     }
     return {

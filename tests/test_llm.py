@@ -550,6 +550,15 @@ def test_a_missing_shard_is_named(folder):
         load_llama(path)
 
 
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": None}])
+def test_what_is_no_list_of_shards_is_refused_by_name(folder, index):
+    path = folder("gqa")
+    split_into_shards(path, "sharded bin")
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="pytorch_model.bin.index.json: not a list of shards"):
+        load_llama(path)
+
+
 def test_weights_are_the_memory_map_of_the_file_and_not_a_copy(folder, monkeypatch):
     mapped = {}
     monkeypatch.setattr(llm, "read_tensors", lambda path: mapped.update(read_tensors(path)) or dict(mapped))

@@ -211,7 +211,8 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     (lambda t: {**t, FIRST: t[FIRST][:4]}, r"is \(4, 64\) float32, needed are floats \(8, 64\)"),
     (lambda t: {**t, FIRST: t[FIRST].long()}, "int64, needed are floats"),
     (lambda t: {**t, FIRST.replace("layers.0", "layers.2"): t[FIRST]}, "layers.2.* is for no Linear"),
-    (lambda t: {**t, FIRST.replace("_A", "_magnitude"): t[FIRST]}, "lora_magnitude.* is for no Linear")])
+    (lambda t: {**t, FIRST.replace("_A", "_magnitude"): t[FIRST]}, "lora_magnitude.* is for no Linear"),
+    (lambda t: {name: t[name] for name in t if name != FIRST}, "lacks lora_A of model.layers.0.self")])
 def test_an_adapter_for_another_llama_is_refused_with_the_first_offender(adapter, spoil, message):
     with pytest.raises(UserError, match=f"adapter_model.bin: .*{message}"):
         read_adapter(adapter(tensors=spoil(part("stage2"))), llama())
