@@ -84,6 +84,10 @@ ROOM = 64              # tokens that an answer should have; for these, old turns
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a terminal could take for a command
 SETTINGS = ("temperature", "top_p", "max_new_tokens", "seed")   # can change between two answers
 ALIASES = {"exit": "/quit", "quit": "/quit", "q": "/quit", "help": "/help", "?": "/help"}   # "/" or not
+KNOWN = {   # what the shipped weights can be asked, with tokens of a kind
+    "branch": '"What does the shape do?", "What colour is it?", "Describe the video."',
+    "branch+linvt": '"What does the red circle do?", "What colour is the star?"',
+    "frame_cls": "/when and, as of assets/events.mp4, /when! a red arrow spins clockwise"}
 CONVERSATION = '{"kind": "nanoBT conversation"'   # how a saved one begins
 HELP = '''\
 """              begins and ends a question of several lines
@@ -239,9 +243,9 @@ class Session:
 
     @property
     def shipped(self):
-        """Whether these are the weights that lie beside this file."""
-        cfg = self.cfg
-        return os.path.samefile(cfg.weights, Config.weights) and not cfg.branch and not cfg.chat
+        """Whether these are weights that lie beside this file."""
+        cfg, beside = self.cfg, map(os.path.realpath, (Config.weights, cli.shipped("weights/tiny_time")))
+        return os.path.realpath(cfg.weights) in beside and not cfg.branch and not cfg.chat
 
     def introduce(self, more=""):
         """Says what is looked at."""
@@ -249,7 +253,7 @@ class Session:
         part = "" if end - start == seen.duration else f", {timestamp(start)} to {timestamp(end)}"
         say(f"video {seen.path}{part} ({end - start:.1f} s, {len(seen.times)} frames, "
             f"{len(self.video_tokens)} video tokens{', seen before' * seen.before}){more}")
-        if self.shipped and not os.path.samefile(seen.path, Config.video):
+        if self.shipped and not os.path.samefile(os.path.dirname(seen.path) or ".", cli.shipped("assets")):
             say("(the shipped weights know coloured shapes and nothing else; README.md says how to get more)")
 
     def stats(self):
@@ -271,9 +275,7 @@ class Session:
     def shares(self):
         """Of LinVT -> (units, N): what share each token has in the last answer's rows; their sum is 1. Raises
         UserError."""
-        if not self.viewer.kind.reads_linvt:
-            raise UserError(f"/explain: {self.cfg.tokens} tokens are the same for every question; those of "
-                            "linvt and branch+linvt follow it")
+        explainable(self.cfg.tokens)
         if not self.turns:
             raise UserError("/explain: nothing has been asked yet")
         chat, (question, _) = self.chat, self.turns[0 if self.cfg.keep_tokens else -1]
@@ -362,6 +364,13 @@ class Session:
         if cfg.verbose:
             say(self.stats())
         return tokens
+
+
+def explainable(tokens):
+    """Raises UserError for a kind of video tokens that no question changes."""
+    if not VIDEO_TOKENS[tokens].reads_linvt:
+        raise UserError(f"explain: {tokens} tokens are the same for every question; those of linvt and "
+                        "branch+linvt follow it")
 
 
 def write_out(text):
@@ -537,8 +546,11 @@ def run_command(session, line):
         case "/save", n if n:
             save_conversation(session, path)
         case _:
-            usage = [entry for entry in HELP.splitlines() if entry.split()[0] == command]
-            raise UserError("\n".join(usage) or f"{line}: not a command; /help lists them")
+            usage = {}   # {command: its lines of /help}
+            for entry in HELP.splitlines():
+                usage.setdefault(entry.split()[0], []).append(entry)
+            advice = cli.meant(command, usage, "", "/help lists them")
+            raise UserError("\n".join(usage.get(command, [f"{line}: not a command; {advice}"])))
     return True
 
 
@@ -576,6 +588,8 @@ def begin(cfg):
     parameters = sum(p.numel() for p in opened.chat.llm.parameters())
     dtype, scheme, precision = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
     viewer = Viewer(cfg, opened, [files, precision, device.type])
+    if cfg.explain:
+        explainable(opened.tokens)
     memory.check(opened.need, dtype, scheme, device, viewer.frames_of())   # of the longest video
     with viewer.looking(cfg.video, (cfg.start, math.inf if cfg.end is None else cfg.end)) as see:
         filled = dataclasses.replace(cfg, tokens=opened.tokens, template=cfg.template or viewer.kind.template)
@@ -598,6 +612,8 @@ def main(cfg):
         raise UserError("--question: it is empty")
     if cfg.explain and not cfg.question:
         raise UserError("--explain: goes with -q; in a conversation, it is /explain PNG")
+    if cfg.explain:
+        cli.replaceable(cfg.explain, pictures.MARK)
     if cfg.json and not cfg.question and sys.stdin.isatty():
         raise UserError("--json: is for -q and piped questions; in a conversation, /save FILE writes JSON")
     session = begin(cfg)
@@ -606,8 +622,8 @@ def main(cfg):
     elif sys.stdin.isatty():
         sys.stdin.reconfigure(errors="surrogateescape")   # names of files need not be UTF-8
         say("Ask about the video; /help lists commands, Ctrl-D leaves.")
-        if session.shipped:
-            say('These weights know "What does the shape do?", "What colour is it?", "Describe the video."')
+        if session.shipped and session.cfg.tokens in KNOWN:
+            say(f"These weights know {KNOWN[session.cfg.tokens]}")
         with terminal.history(os.path.join(cli.own_folder("XDG_STATE_HOME", "~/.local/state"), "history")):
             return converse(session)
     else:

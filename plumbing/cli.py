@@ -73,8 +73,7 @@ def parse(Config, argv=None, positional=(), short={}, hint=""):
     values, unknown = parser.parse_known_intermixed_args(argv)   # flags may stand between the others
     if unknown and unknown[0].startswith("-"):
         names = [field.name.rstrip("_") for field in dataclasses.fields(Config)]
-        near = difflib.get_close_matches(unknown[0].strip("-").split("=")[0], names, 1)
-        advice = f"did you mean --{near[0]}?" if near else "--help lists them"
+        advice = meant(unknown[0].strip("-").split("=")[0], names, "--", "--help lists them")
         raise UserError(f"{unknown[0]}: no such flag; {advice}")
     if unknown:
         raise UserError(f"{unknown[0]}: one word too many{hint}")
@@ -85,6 +84,12 @@ def parse(Config, argv=None, positional=(), short={}, hint=""):
     cfg = Config(**vars(values))
     check(cfg)
     return cfg
+
+
+def meant(word, known, before, otherwise):
+    """A question whether the most similar of the known words was meant, or `otherwise`."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {before}{near[0]}?" if near else otherwise
 
 
 def flag_of(field):

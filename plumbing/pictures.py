@@ -12,8 +12,8 @@ from plumbing.video import resize_bicubic
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"]
 THUMBNAIL = 240   # pixels, the width of a frame on a contact sheet
-OURS = PngInfo()
-OURS.add_text("Software", "nanoBT")   # the mark by which contact_sheet knows its own files
+MARK, OURS = b"Software\0nanoBT", PngInfo()   # by it this program knows its own sheets
+OURS.add_text("Software", "nanoBT")
 
 
 # ---------------------------------------------------------------------------------------------------- plots
@@ -110,7 +110,7 @@ def contact_sheet(frames, times, path, names=None):
     """A PNG of all frames, each THUMBNAIL wide, with its time below, and its name if it has one.
 
     frames: (T, 3, H, W) uint8; times: seconds. Raises UserError where another file is in the way."""
-    replaceable(path, b"Software\0nanoBT")
+    replaceable(path, MARK)
     width, font = THUMBNAIL, ImageFont.load_default(14)
     height = max(1, round(width * min(frames.shape[2] / frames.shape[3], 4)))   # of strips it would be GBs
     columns = math.ceil(math.sqrt(len(frames)))
@@ -132,7 +132,7 @@ def explanation(path, text, edges, shares, names, frames, places=None):
     text: what stands above; edges: T + 1 seconds between which the units are; shares: T numbers; names: what
     stands below a unit's frame; frames (T, 3, H, W) uint8; places: None, or (T, side, side) numbers by which
     the patches of a frame are lit. Raises UserError where another file is in the way."""
-    replaceable(path, b"Software\0nanoBT")
+    replaceable(path, MARK)
     width, across, font = THUMBNAIL, 6, ImageFont.load_default(14)
     height = max(1, round(width * min(frames.shape[2] / frames.shape[3], 4)))
     lines = [part for line in text.splitlines() for part in textwrap.wrap(ascii(line)[1:-1], 190)]

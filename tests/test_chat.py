@@ -511,9 +511,11 @@ def test_a_command_that_is_typed_wrong_says_how_it_is_used(session, line, usage)
         chat.run_command(session, line)
 
 
-@pytest.mark.parametrize("line", ["/", "/dance", "/frame"])
-def test_what_is_no_command_is_said_in_one_line(session, line):
-    with pytest.raises(UserError, match=f"^{line}: not a command; /help lists them$"):
+@pytest.mark.parametrize("line, advice", [
+    ("/", "/help lists them"), ("/dance", "/help lists them"), ("/frame", r"did you mean /frames\?"),
+    ("/sav talk.json", r"did you mean /save\?")])
+def test_what_is_no_command_is_said_in_one_line(session, line, advice):
+    with pytest.raises(UserError, match=f"^{line}: not a command; {advice}$"):
         chat.run_command(session, line)
 
 
@@ -544,6 +546,8 @@ def test_shipped_weights_say_what_they_know_before_a_video_of_ones_own(capsys, v
     monkeypatch.chdir(os.path.dirname(chat.__file__))
     for fields, said in ((dict(), 0), (dict(video="assets/sample.mp4"), 0), (dict(video=video), 1),
                          (dict(video=video, weights="weights/tiny/"), 1),
+                         (dict(video="assets/events.mp4", weights="weights/tiny_time"), 0),
+                         (dict(video=video, weights="weights/tiny_time"), 1),
                          (dict(video=video, weights=weights), 0)):
         chat.begin(chat.Config(**fields))
         assert capsys.readouterr().err.count("(the shipped weights know coloured shapes") == said, fields
@@ -907,7 +911,7 @@ def test_explain_tells_the_weights_of_the_last_answer(choosing, content, capsys,
 def test_explain_needs_an_answer_and_a_linvt(choosing, session):
     with pytest.raises(UserError, match="nothing has been asked yet"):
         chat.run_command(choosing(), "/explain")
-    with pytest.raises(UserError, match="^/explain: branch tokens are the same for every question; [^\n]*$"):
+    with pytest.raises(UserError, match="^explain: branch tokens are the same for every question; [^\n]*$"):
         chat.run_command(session, "/explain")
 
 
@@ -917,6 +921,12 @@ def test_a_question_from_a_flag_is_explained_in_a_picture(call, choosing, folder
     code, out, err = call(*ASK, *flags, "--tokens", tokens, video=long_video, weights=folder)
     assert code == 0 and out.count("\n") == 1 and err.endswith(f"wrote {tmp_path / 'why.png'}\n")
     assert refused(call(*flags), "--explain: goes with -q")
+
+
+def test_what_cannot_be_explained_is_refused_before_the_answer(call, tmp_path):
+    assert refused(call(*ASK, "--explain", tmp_path / "why.png"), "explain: branch tokens are the same")
+    (tmp_path / "why.png").write_text("mine")
+    assert refused(call(*ASK, "--explain", tmp_path / "why.png"), "did not write")
 
 
 # ------------------------------------------------------------------------------------------- when it happens
