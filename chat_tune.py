@@ -97,7 +97,7 @@ from model import (ADAPTERS, IGNORE_INDEX, TEMPLATES, VIDEO_TOKENS, VideoChat, V
                    is_marked, load_branch, make_projector, open_chat, save_chat)
 from plumbing import memory, pictures, training
 from plumbing.cli import UserError
-from plumbing.store import digest_of, state_of
+from plumbing.store import state_of
 
 LEARNED_BEFORE = "branch.pth", "mm_projector.bin", "chat.bin"   # files that a LinVT builds upon
 VERSION = 1   # of features: whoever changes how they are made, counts up
@@ -233,11 +233,11 @@ def build(cfg, dtype):
     return chat
 
 
-def save_result(cfg, chat, tuned_from):
+def save_result(cfg, chat):
     projector = {f"model.mm_projector.{name}": t.detach().cpu().half()
                  for name, t in chat.video_tokens.mm_projector.state_dict().items()}
     if cfg.stage in ("video", "video_paper"):
-        save_chat(os.path.join(cfg.out, "chat.bin"), chat, tuned_from)
+        save_chat(os.path.join(cfg.out, "chat.bin"), chat)
     elif cfg.stage in ("projector", "language"):
         chat.llm.resize_vocab(chat.tokenizer.vocab_size + 3)
         chat.llm.model.embed_tokens.weight.data[-2:] = chat.start_end.data
@@ -309,7 +309,6 @@ def main(cfg):
         training.take_folder(cfg.out)
     torch.manual_seed(cfg.seed)
     # ----------------------------------------------------------------------------------------------- model
-    tuned_from = cfg.branch and digest_of(cfg.branch)   # before it is read
     dtype = training.pick_precision(cfg.precision, device)
     chat = build(cfg, dtype).to(device)
     memory.choose_threads(chat)
@@ -409,7 +408,7 @@ def main(cfg):
             raise SystemExit(143)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)   # all is saved but the result
     if first:
-        save_result(cfg, chat, tuned_from)
+        save_result(cfg, chat)
         if questions:
             log.add(step=step, **exact_answers(cfg, chat, questions, device, dtype))
         if cfg.stage in ("video", "video_paper"):

@@ -32,7 +32,7 @@ from linvt import LinVT, load_linvt
 from plumbing import quant, weightfile
 from plumbing.cli import UserError
 from plumbing.pictures import THUMBNAIL
-from plumbing.store import digest_of, state_of
+from plumbing.store import state_of
 from plumbing.training import leave_signals_to_the_parent
 
 LAST_GATE, MIDDLE_GATE = 1e4, 1e2   # the gates' fixed multipliers: a tiny learning rate decides quickly
@@ -869,10 +869,6 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None, new_linvt=N
     kind, needed = VIDEO_TOKENS[tokens], {"clip": clip_path, "llava": llava}
     if kind.reads_branch and not branch_file:
         branch_file = needed["branch"] = chat_file if with_branch else pretrained
-        tuned_from = with_branch and weightfile.read_metadata(chat_file).get("branch")   # older: not said
-        if tuned_from and os.path.exists(pretrained) and digest_of(pretrained) != tuned_from:
-            warnings.warn(f"{pretrained}: not the branch that {chat_file} was tuned from, whose own counts: "
-                          f"not read; --branch {pretrained} reads it instead of chat.bin")
     if stages and not learned and kind.has_clock:
         needed["vtimellm"] = projector_file
     require(folder, needed)
@@ -905,21 +901,21 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None, new_linvt=N
         if rows is not None and TEMPLATES[kind.template].marked:   # else there is no place for them
             chat.start_end.data = rows
     description = [f"tuned for {learned_for or 'video'}"] * bool(learned)
+    if branch and with_branch and os.path.exists(pretrained):
+        description.append("instead of branch.pth")
     description += [f"with {' and '.join(stages)}"] * bool(stages)
     description = ", ".join(description) or "without chat.bin"
     kept_in = (llava, *tuned_in)[-1]   # another adapter, another folder: one LLaMA may serve several chats
     return OpenChat(chat.requires_grad_(False), tokens, description, kept_in, state, adapters)
 
 
-def save_chat(path, chat, tuned_from="", dtype=torch.float16):
+def save_chat(path, chat, dtype=torch.float16):
     """Writes a chat.bin: what chat tuning learned, under the released names, and the kind of tokens that it
-    is for. The two rows stand apart: the released file holds all word embeddings.
-
-    tuned_from: digest_of the branch file with which tuning began."""
+    is for. The two rows stand apart: the released file holds all word embeddings."""
     kind = next(name for name, kind in VIDEO_TOKENS.items() if type(chat.video_tokens) is kind)
     branch, projector = chat.video_tokens.branch, chat.video_tokens.mm_projector.state_dict()
     tensors = {f"model.mm_projector.{name}": t for name, t in projector.items()}
     tensors["model.video_start_end.weight"] = chat.start_end
     tensors = {name: t.detach().cpu().to(dtype) for name, t in tensors.items()}
     tensors |= branch_tensors(branch, "model.vision_tower.", dtype) if branch else {}
-    weightfile.write_safetensors(path, tensors, {"tokens": kind} | ({"branch": tuned_from} if branch else {}))
+    weightfile.write_safetensors(path, tensors, {"tokens": kind})

@@ -80,16 +80,6 @@ def state_of(path):
     return [real, status.st_size, status.st_mtime_ns]
 
 
-def digest_of(path):
-    """A file -> a digest of its first MB: the same for a copy, another after more training. Raises
-    UserError."""
-    try:
-        with open(path, "rb") as f:
-            return hashlib.sha256(f.read(1 << 20)).hexdigest()
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}")
-
-
 def code_of(*modules):
     """A digest of the code of modules: it changes with them, but not with comments and line breaks."""
     trees = [ast.dump(ast.parse(inspect.getsource(module))) for module in modules]
