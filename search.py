@@ -37,7 +37,6 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +73,7 @@ def main(cfg):
 def content_of(path):
     """Size, time of change, digest of the first bytes: what a rename leaves. Raises VideoError."""
     with data.open_regular(path) as f:
-        status = os.fstat(f.fileno())
-        return [status.st_size, status.st_mtime_ns, hashlib.sha256(f.read(1 << 16)).hexdigest()]
+        return [*state_of(path)[1:], hashlib.sha256(f.read(1 << 16)).hexdigest()]
 
 
 @dataclasses.dataclass
@@ -152,7 +150,7 @@ def index(cfg, store, weights, encoder, device):
     rows = torch.cat([torch.empty(0, encoder.clip.config.projection_dim), *rows])
     store.put(["all", weights], {"rows": rows}, {"table": json.dumps(table)})
     for error in broken:
-        print(f"broken: {error}", file=sys.stderr)
+        cli.say(f"broken: {error}")
     print(f"{cfg.index}: {len(rows)} windows of {len(table)} videos; {len(broken)} broken")
 
 

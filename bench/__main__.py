@@ -21,7 +21,7 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: str                # what to measure: frames, line, chat, linvt or gpu
+    stage: Annotated[str, "frames", "line", "chat", "linvt", "gpu"]   # what to measure
     data: str = "out/bench"   # where the clips and weights are, or will be
     pictures: str = "docs"    # folder for the picture
     runs: cli.Count = 5       # measurements of each; the medians are shown
@@ -33,8 +33,6 @@ STAGES = {"frames": "frames", "line": "chat", "chat": "chat", "linvt": "chat", "
 
 
 def main(cfg):
-    if cfg.stage not in STAGES:
-        raise cli.UserError(f"{cfg.stage}: no such stage; choose one of {', '.join(STAGES)}")
     getattr(importlib.import_module(f"bench.{STAGES[cfg.stage]}"), cfg.stage)(cfg)
 
 

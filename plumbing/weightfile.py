@@ -52,21 +52,18 @@ def read_tensors(path):
         if os.path.exists(file := os.path.join(path, name)):
             return read_file(file)
         if os.path.exists(index := file + ".index.json"):
-            tensors = {}
             try:
                 shards = {os.path.basename(shard) for shard in read_json(index)["weight_map"].values()}
             except DAMAGE as e:
                 raise UserError(f"{index}: not a list of shards ({type(e).__name__}: {shown(e)})")
-            for shard in sorted(shards):   # all in this folder
-                tensors |= read_file(os.path.join(path, shard))
-            return tensors
+            parts = (read_file(os.path.join(path, shard)) for shard in sorted(shards))   # all in this folder
+            return {name: t for part in parts for name, t in part.items()}
     raise UserError(f"{path}: no model.safetensors or pytorch_model.bin (nor an index of shards) in it; "
                     f"{likely_reason(os.listdir(path))}")
 
 
-def read_file(path, otherwise="get it again, from Git LFS with `git lfs pull`"):
-    """One weight file -> {name: tensor}; TorchScript's modules get dotted names. Raises UserError, which says
-    what to do `otherwise`."""
+def read_file(path, advice="get it again, from Git LFS with `git lfs pull`"):
+    """One weight file -> {name: tensor}, TorchScript's with dotted names. Raises UserError with `advice`."""
     buffer = map_file(path)
     try:
         if buffer[:4] == b"PK\x03\x04":
@@ -78,8 +75,8 @@ def read_file(path, otherwise="get it again, from Git LFS with `git lfs pull`"):
                              f"{bytes(buffer[:30])!r}")
         return {WRAPPERS.sub("", name): t for name, t in tensors.items()}
     except DAMAGE as e:
-        raise UserError(f"{path}: cut, damaged or no weight data ({type(e).__name__}: {shown(e, 250)}); "
-                        f"{otherwise}")
+        what = f"{type(e).__name__}: {shown(e, 250)}"
+        raise UserError(f"{path}: cut, damaged or no weight data ({what}); {advice}")
 
 
 def shown(text, longest=100):
@@ -281,8 +278,7 @@ def make_tensor(described, buffer, entries):
 # ---------------------------------------------------------------------------------------- into a module
 QUANTISED = "quantised by another program: take the release in fp16 or bf16"
 LIKELY = {   # what a tensor's name that is left over says about its file, or a file's name about its folder
-    r"lora_[AB]|^adapter_":
-        "an adapter (LoRA), not a whole model: merge it into the model that it was trained on",
+    r"lora_[AB]|^adapter_": "an adapter (LoRA), not a model: merge it into the one it was trained on",
     r"(?i)gptq|awq|gguf|ggml": f"a model {QUANTISED}",
     r"-of-\d+\.": "shards without their list: get the file that ends in .index.json as well",
     r"^(model\.)?language_model\.|^multi_modal_projector":

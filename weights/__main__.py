@@ -10,13 +10,14 @@ A file gets its name when all of it is there and its hash, where one is known, i
 NAME.part. A broken download goes on where it broke if its hash is known, else it begins anew.
 """
 import dataclasses
+from typing import Annotated
 
 from plumbing import cli
 
 
 @dataclasses.dataclass
 class Config:
-    stage: str                       # what to do: list or get
+    stage: Annotated[str, "list", "get"]   # what to do
     what: str = ""                   # get: a name from the list
     out: str = "weights/released"    # get: the folder of weights that files go to
 
@@ -183,8 +184,6 @@ STAGES = {"list": list_released, "get": get}
 
 
 def main(cfg):
-    if cfg.stage not in STAGES:
-        raise UserError(f"{cfg.stage}: no such stage; choose one of {', '.join(STAGES)}")
     STAGES[cfg.stage](cfg)
 
 

@@ -207,8 +207,8 @@ def test_training_at_full_size_is_that_of_the_scripts(capsys, monkeypatch):
 
 
 def test_bad_input_is_one_line():
-    with pytest.raises(UserError, match="no such stage; choose one of frames, line"):
-        bench.main(Config("frame"))
+    with pytest.raises(UserError, match="frame: choose one of frames, line"):
+        cli.parse(Config, ["frame"], ["stage"])
     with pytest.raises(UserError, match="--runs 0: must be from 1"):
         cli.parse(Config, ["frames", "--runs", "0"], ["stage"])
     with pytest.raises(UserError, match="gpu: this machine, or this build of torch, has none"):

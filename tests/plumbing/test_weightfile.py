@@ -136,7 +136,7 @@ def test_a_load_that_does_not_fit_is_a_line_with_an_example_of_each_kind_and_the
         "1 missing, as bias: nothing in the file, (3,) float32 in the model; "
         "28 unexpected, as x.lora_A.0: (1,) float32 in the file, nothing in the model; "
         "1 of another size or dtype, as weight: (3, 5) float32 in the file, (3, 2) float32 in the model; "
-        "it looks like an adapter (LoRA), not a whole model: merge it into the model that it was trained on")
+        "it looks like an adapter (LoRA), not a model: merge it into the one it was trained on")
 
 
 def test_whole_numbers_are_no_weights():
