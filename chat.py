@@ -2,17 +2,14 @@
 
     python chat.py                                        # the shipped clip and the shipped tiny weights
     python chat.py -q "What does the shape do?"           # one question, one line of answer
-    python chat.py video.mp4 --weights weights/released < questions.txt > answers.txt
-    python chat.py video.mp4 --weights weights/released --quantize int4 --json < questions.txt > answers.jsonl
+    python chat.py video.mp4 --weights weights/released --json < questions.txt > answers.jsonl
 
-On a terminal it is a conversation: answers appear as they come, later questions know the earlier ones, Ctrl-C
-stops an answer, Ctrl-D leaves, /help lists what else there is. With -q, or with questions on standard input,
-one a line, every question is a conversation of its own and its answer is one line: white space inside it
-becomes one space. With --json it is one JSON object. Answers go to standard output, everything else to
-standard error. Exit codes: 0, 2 for bad input, 130 for Ctrl-C.
+On a terminal it is a conversation: answers appear as they come, later questions know the earlier ones, /help
+lists commands. With -q, or with questions on standard input, one a line, every question is a conversation of
+its own and its answer is one line, or with --json one JSON object. Answers go to standard output, everything
+else to standard error. Exit codes: 0, 2 for bad input, 130 for Ctrl-C.
 
-The model sees the video once, as a few frames. What it saw is kept on disk, so that the next chat about this
-video begins at once. -v says where the time goes.
+The model sees the video once, as a few frames. What it saw is kept on disk. -v says where the time goes.
 """
 import dataclasses
 import os
@@ -105,6 +102,7 @@ HELP = '''\
 /explain         where it came from: which parts of a video LinVT chose
 /explain PNG     the same, as a picture file
 /save FILE       the conversation, as JSON
+/help            this list
 /quit            leave; so does Ctrl-D
 Ctrl-C           stop an answer'''
 
@@ -271,11 +269,16 @@ class Session:
                          f"{cost.times[-1]:.2f} s")
         return "\n".join([*lines, f"memory: {memory.resident(self.kv_cache.k[0].device) / 1e9:.2f} GB"])
 
+    def need_linvt(self):
+        if not self.viewer.kind.reads_linvt:
+            raise UserError(f"explain: {self.cfg.tokens} tokens are the same for every question; those of "
+                            "linvt and branch+linvt follow it")
+
     @torch.inference_mode()
     def shares(self):
         """Of LinVT -> (units, N): what share each token has in the last answer's rows; their sum is 1. Raises
         UserError."""
-        explainable(self.cfg.tokens)
+        self.need_linvt()
         if not self.turns:
             raise UserError("/explain: nothing has been asked yet")
         chat, (question, _) = self.chat, self.turns[0 if self.cfg.keep_tokens else -1]
@@ -366,13 +369,6 @@ class Session:
         return tokens
 
 
-def explainable(tokens):
-    """Raises UserError for a kind of video tokens that no question changes."""
-    if not VIDEO_TOKENS[tokens].reads_linvt:
-        raise UserError(f"explain: {tokens} tokens are the same for every question; those of linvt and "
-                        "branch+linvt follow it")
-
-
 def write_out(text):
     """Part of an answer -> standard output, at once. Raises UserError, but not for a reader who has left."""
     try:
@@ -409,8 +405,8 @@ def when(session, event, likely):
     model sees; /when --srt FILE also writes them as subtitles. Raises UserError."""
     if not session.viewer.kind.has_clock:
         able = " or ".join(name for name, kind in VIDEO_TOKENS.items() if kind.has_clock)
-        raise UserError(f"/when: these weights have no clock; those for {able} have, as VTimeLLM's "
-                        "(python -m weights get vtimellm)")
+        raise UserError(f"/when: these weights have no clock; those for {able} have, as weights/tiny_time "
+                        "and VTimeLLM's (python -m weights get vtimellm)")
     path = terminal.path_of(event.removeprefix("--srt ").strip()) if event.startswith("--srt ") else None
     if path and os.path.lexists(path):
         raise UserError(f"{path}: is there already; choose another name")
@@ -546,11 +542,9 @@ def run_command(session, line):
         case "/save", n if n:
             save_conversation(session, path)
         case _:
-            usage = {}   # {command: its lines of /help}
-            for entry in HELP.splitlines():
-                usage.setdefault(entry.split()[0], []).append(entry)
-            advice = cli.meant(command, usage, "", "/help lists them")
-            raise UserError("\n".join(usage.get(command, [f"{line}: not a command; {advice}"])))
+            usage = [entry for entry in HELP.splitlines() if entry.split()[0] == command]
+            advice = cli.meant("/", command[1:], re.findall(r"^/(\S+)", HELP, re.M), "/help")
+            raise UserError("\n".join(usage) or f"{line}: not a command; {advice}")
     return True
 
 
@@ -588,8 +582,6 @@ def begin(cfg):
     parameters = sum(p.numel() for p in opened.chat.llm.parameters())
     dtype, scheme, precision = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
     viewer = Viewer(cfg, opened, [files, precision, device.type])
-    if cfg.explain:
-        explainable(opened.tokens)
     memory.check(opened.need, dtype, scheme, device, viewer.frames_of())   # of the longest video
     with viewer.looking(cfg.video, (cfg.start, math.inf if cfg.end is None else cfg.end)) as see:
         filled = dataclasses.replace(cfg, tokens=opened.tokens, template=cfg.template or viewer.kind.template)
@@ -612,11 +604,12 @@ def main(cfg):
         raise UserError("--question: it is empty")
     if cfg.explain and not cfg.question:
         raise UserError("--explain: goes with -q; in a conversation, it is /explain PNG")
-    if cfg.explain:
-        cli.replaceable(cfg.explain, pictures.MARK)
     if cfg.json and not cfg.question and sys.stdin.isatty():
         raise UserError("--json: is for -q and piped questions; in a conversation, /save FILE writes JSON")
     session = begin(cfg)
+    if cfg.explain:   # now, not after the answer
+        session.need_linvt()
+        cli.replaceable(cfg.explain, pictures.MARK)
     if cfg.question:
         lines = cfg.question
     elif sys.stdin.isatty():

@@ -28,15 +28,11 @@ Precision = typing.Annotated[str, "auto", "fp32", "bf16", "fp16"]   # auto: fp32
 TIME = r"\d{1,9}(?::[0-5]?\d){0,2}(?:\.\d*)?"   # seconds, m:ss or h:mm:ss, as one types it
 
 
-class NoTime(UserError, argparse.ArgumentTypeError):
-    """Of a flag, argparse adds its name."""
-
-
 class Seconds:
-    """A time as one types it -> float, seconds. Raises NoTime."""
+    """A time as one types it -> float, seconds. Raises UserError."""
     def __new__(cls, text):
         if not re.fullmatch(TIME, str(text)):
-            raise NoTime(f"{text} is no time; write seconds, m:ss or h:mm:ss")
+            raise UserError(f"{text} is no time; write seconds, m:ss or h:mm:ss")
         parts = reversed(str(text).split(":"))
         return sum(60 ** i * float(part) for i, part in enumerate(parts))
 
@@ -72,8 +68,9 @@ def parse(Config, argv=None, positional=(), short={}, hint=""):
         parser.add_argument(*letter, flag_of(field), dest=field.name, **options)
     values, unknown = parser.parse_known_intermixed_args(argv)   # flags may stand between the others
     if unknown and unknown[0].startswith("-"):
-        names = [field.name.rstrip("_") for field in dataclasses.fields(Config)]
-        advice = meant(unknown[0].strip("-").split("=")[0], names, "--", "--help lists them")
+        word = unknown[0].strip("-").split("=")[0]
+        names = [flag_of(field)[2:] for field in dataclasses.fields(Config)]
+        advice = "give it without a flag" if word in positional else meant("--", word, names, "--help")
         raise UserError(f"{unknown[0]}: no such flag; {advice}")
     if unknown:
         raise UserError(f"{unknown[0]}: one word too many{hint}")
@@ -86,10 +83,10 @@ def parse(Config, argv=None, positional=(), short={}, hint=""):
     return cfg
 
 
-def meant(word, known, before, otherwise):
-    """A question whether the most similar of the known words was meant, or `otherwise`."""
+def meant(before, word, known, listing):
+    """What to say of a word that is not among the known ones, which stand behind `before`."""
     near = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {before}{near[0]}?" if near else otherwise
+    return f"did you mean {before}{near[0]}?" if near else f"{listing} lists them"
 
 
 def flag_of(field):

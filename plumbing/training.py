@@ -149,9 +149,8 @@ def load_checkpoint(path):
 
 
 def take_folder(folder):
-    """Makes a folder for output, or goes on in it, and keeps it for this process alone until that ends,
-    however it does. Raises UserError where another run is at work, or other files are: it may be a typing
-    error."""
+    """Makes a folder, or goes on in it, and keeps it for this process alone until that ends, however it does.
+    Raises UserError where another run is at work, or other files are: its name may be a typing error."""
     make_folder(folder)
     path = os.path.join(folder, "run.lock")
     if not os.path.exists(path) and [name for name in os.listdir(folder) if name[0] != "."]:
