@@ -12,7 +12,7 @@ import typing
 import warnings
 
 
-class UserError(Exception):
+class UserError(argparse.ArgumentTypeError):   # argparse adds the name of a flag to it
     """Bad input: what is wrong, in which file, what to do, in one line. Scripts print it; exit code 2."""
 
 

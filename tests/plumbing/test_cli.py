@@ -74,7 +74,7 @@ def test_a_field_that_is_none_of_its_choices_or_beyond_its_bounds_is_refused():
     (search, "dog --top 0", "--top 0"), (search, "a dog jumps", "jumps: one word too many; quotes"),
     (search, "", "what: needed"), (eval_retrieval, "--dataset tv", "--dataset tv"),
     (eval_retrieval, "--workers -1", "--workers -1"), (eval_retrieval, "--batch_size 0", "--batch_size 0"),
-    (data, "--start 1:75", "1:75 is no time; write seconds, m:ss or h:mm:ss"),
+    (data, "--start 1:75", "--start: 1:75 is no time; write seconds, m:ss or h:mm:ss"),
     (chat, "--video v.mp4", "--video: no such flag; give it without a flag"),
     (chat, "v.mp4 What?", r"What\?: one word too many; a question goes behind -q"),
     (chat, "--qestion What?", r"--qestion: no such flag; did you mean --question\?")])
