@@ -14,7 +14,7 @@ W=${1:-weights/tiny} D=out/shapes R=out/linvt PYTHON=${PYTHON:-python}
 $PYTHON -m toy.scenes write --data $D --steps 1200
 
 # What the branch says of every clip, once, 3 minutes; then LinVT alone learns, 4 minutes for each seed. Asked
-# about one of 16 scenes it is right in two of three, the mean of the windows in one of six.
+# about one of 16 scenes it is right in two of three or more, the mean of the windows in one of six.
 folders=""
 for seed in ${SEEDS:-0 1 2}; do
     $PYTHON chat_tune.py --stage linvt --weights "$W" --content --num_frames 8 --features $R/features \
@@ -23,8 +23,8 @@ for seed in ${SEEDS:-0 1 2}; do
     folders=$folders,$R/seed$seed
 done
 
-# Beside other rows; second questions, also of a LLaMA that learned to be asked about another scene; what is
-# known of colours that no training asked about.
+# Beside other rows, 20 minutes; second questions, also of a LLaMA that learned to be asked about another scene,
+# 5; what is known of colours that no training asked about, 15.
 $PYTHON -m toy.scenes table --data $D --weights "${folders#,}" --out $R/clips --steps 1200
 $PYTHON chat_tune.py --stage linvt_lora --weights $R/seed0 --num_frames 8 --features $R/features \
     --annotations $D/train_turns.jsonl --root $D --out $R/lora --batch_size 16 --lr 1e-3
