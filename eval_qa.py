@@ -158,7 +158,8 @@ def question_of(where, row, number, odd):
         window = [row.get("start", 0), row.get("end")]
     window, _ = data.shown({"window": window}, where, "window")
     return {"id": str(row.get("id", number)), "video": data.field(row, where, "video"), "window": window,
-            "frames_fps": row.get("frames_fps"), "group": row.get("group"), "kind": row.get("kind"),
+            "frames_fps": row.get("frames_fps"), "group": row.get("group"),
+            "kind": None if row.get("kind") is None else str(row["kind"]),
             "turns": turns, "question": question.strip(), "answer": None if answer is None else right,
             "options": options}
 
@@ -471,7 +472,7 @@ def answered(path):
     """-> predictions that can be judged. Raises UserError where answers are missing."""
     rows = read_predictions(path)
     if any(not row.get("answer") for row in rows):
-        raise UserError(f"{path}: has no answers to compare with; `export` writes a submission")
+        raise UserError(f"{path}: has no answers to compare with; `export --dataset` writes a submission")
     return rows
 
 
@@ -484,10 +485,10 @@ def score(cfg):
     if control and set(control) != {row["id"] for row in rows}:
         raise UserError(f"{cfg.control}: not predictions for the questions of {cfg.file}")
     known = known_answers(cfg.train) if cfg.train else [
-        (row["question"], " ".join(answer_words(row["answer"][0])), row.get("kind")) for row in rows]
+        (row["question"], row["answer"][0], row.get("kind")) for row in rows]
     for judges in (OPEN, CHOICE):
         part = [row for row in rows if ("options" in row) == (judges is CHOICE)]
-        if part:
+        if part and (not cfg.judge or cfg.judge in judges):
             report(cfg, part, judges, [control[row["id"]] for row in part] if control else None, known)
 
 
@@ -577,13 +578,13 @@ def likelihoods(rows, control, groups):
 
 
 def known_answers(path):
-    """A training file -> [(question or "", answer as words, kind or None)]: rows with answers, maybe beside
+    """A training file -> [(question or "", answer, kind or None)]: rows with answers, maybe beside
     questions, or conversations. Raises UserError."""
     known = []
     for where, row in table_rows(path):
         pairs = (data.turns(row, where) if "conversations" in row or "messages" in row else
                  [(pick(row, "question", "Q", "q") or "", pick(row, "answer", "A", "a"))])
-        known += [(question, " ".join(answer_words(str(answer))), row.get("kind", row.get("type")))
+        known += [(question, str(answer).strip(), pick(row, "kind", "type"))
                   for question, answer in pairs if answer is not None]
     if not known:
         raise UserError(f"{path}: no answers in it")
@@ -608,7 +609,7 @@ def compare(cfg):
                         f"{lacking[1]} not in {cfg.other}")
     rows = list(sides[0].values())
     others = [sides[1][row["id"]] for row in rows]
-    for judge in JUDGES if not cfg.judge else [cfg.judge]:
+    for judge in [cfg.judge] if cfg.judge else JUDGES:
         part = [i for i, row in enumerate(rows) if ("options" in row) == (judge in CHOICE)]
         a, b = (scores_of([side[i] for i in part], judge) if part else None for side in (rows, others))
         if a is None or b is None:
@@ -632,17 +633,27 @@ def pairs_of(rows):
 
 
 def export(cfg):
-    """Writes the file that Video-ChatGPT's and BT-Adapter's judging scripts take, each by keys of its own."""
-    written = []
-    for pair in pairs_of(answered(cfg.file)):
-        row, answer, said = pair[0], pair[0]["answer"][0], [x.get("prediction", "") for x in pair]
-        asked = {"question": row["question"], "Q": row["question"], "pred": said[0]}
-        if len(pair) == 2:
-            asked = {"Q1": row["question"], "Q2": pair[1]["question"], "pred1": said[0], "pred2": said[1]}
-        written.append({"id": row["id"], "video_name": row["video"], "answer": answer, "A": answer, **asked})
-    cli.replaceable(cfg.other, b'"video_name"')
-    cli.write_atomic(cfg.other, lambda f: f.write(json.dumps(written, indent=1).encode()))
-    print(f"{cfg.other}: {len(written)} questions; `score {cfg.file} --verdicts` counts what a judge says")
+    """Writes the file that Video-ChatGPT's and BT-Adapter's judging scripts take, each by keys of its own; of
+    a set with hidden answers, what its server takes. Raises UserError."""
+    if cfg.dataset in SUBMISSIONS:
+        rows = read_predictions(cfg.file)
+        judge = next((name for name in CHOICE if all(CHOICE[name][0] in row for row in rows)), None)
+        if not judge:
+            raise UserError(f"{cfg.file}: not all questions have options and an answer")
+        chose = [row["options"].index(text) if (text := CHOICE[judge][1](row)) else 0 for row in rows]
+        out = SUBMISSIONS[cfg.dataset](rows, chose)
+    else:
+        out = []
+        for pair in pairs_of(answered(cfg.file)):
+            row, answer, said = pair[0], pair[0]["answer"][0], [x.get("prediction", "") for x in pair]
+            asked = {"question": row["question"], "Q": row["question"], "pred": said[0]}
+            if len(pair) == 2:
+                asked = {"Q1": row["question"], "Q2": pair[1]["question"], "pred1": said[0], "pred2": said[1]}
+            out.append({"id": row["id"], "video_name": row["video"], "answer": answer, "A": answer, **asked})
+    if os.path.exists(cfg.other):
+        raise UserError(f"{cfg.other}: is there already; choose another name")
+    cli.write_atomic(cfg.other, lambda f: f.write(json.dumps(out, indent=1).encode()))
+    print(f"{cfg.other}: {len(out)} entries")
 
 
 def imported(cfg, rows):
@@ -651,26 +662,28 @@ def imported(cfg, rows):
     if not cfg.judge_name:
         raise UserError("--verdicts needs --judge_name: which model judged, and when")
     said, there = collections.defaultdict(list), data.read_rows(cfg.verdicts)
-    if len(there) == 1 and "verdict" not in there[0][1]:
-        for key, (verdict, about) in there[0][1].items():
-            words = [about.get(name) for name in ("q", "q1", "q2", "a", "pred", "pred1", "pred2")]
-            said[json.dumps(words)].append((str(verdict.get("pred", "")), verdict.get("score", 0)))
-        keys = []
-        for pair in pairs_of(rows):
-            q, pred = [x["question"] for x in pair], [x.get("prediction") for x in pair]
-            alone = len(pair) == 1
-            q, pred = ([x[0], None, None] if alone else [None, *x] for x in (q, pred))
-            keys.append(json.dumps([*q, pair[0]["answer"][0], *pred]))
-    else:
+    by_id = len(there) > 1 or "verdict" in there[0][1]
+    try:
         for where, row in there:
-            verdict = data.field(row, where, "verdict"), row.get("score", 0)
-            said[data.field(row, where, "id")].append(verdict)
-        keys = [row["id"] for row in rows]
+            for key, (verdict, about) in {row["id"]: (row, {})}.items() if by_id else row.items():
+                words = [about.get(name) for name in ("q", "q1", "q2", "a", "pred", "pred1", "pred2")]
+                text = str(verdict["verdict"] if by_id else verdict.get("pred", ""))
+                said[key if by_id else json.dumps(words)].append((text, float(verdict.get("score", 0))))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{where}: no verdicts of an official script, nor our own rows ({type(e).__name__})")
+    keys = [row["id"] for row in rows] if by_id else list(map(words_of, pairs_of(rows)))
     found = [said[key].pop(0) for key in keys if said[key]]
     foreign = sum(map(len, said.values()))
     print(f"{cfg.judge_name}: {len(found)} of {len(keys)} questions have a verdict, {foreign} belong to none")
     for name, value in metrics.verdict_scores(found, len(keys)).items():
         print(f"{cfg.judge_name}: {name} {value:.2f}")
+
+
+def words_of(pair):
+    """What finds the verdict about one prediction, or about two with one answer."""
+    q, pred = [row["question"] for row in pair], [row.get("prediction", "") for row in pair]
+    q, pred = ([x[0], None, None] if len(pair) == 1 else [None, *x] for x in (q, pred))
+    return json.dumps([*q, pair[0]["answer"][0], *pred])
 
 
 # ------------------------------------------------------------------------------------------------ data sets
@@ -798,6 +811,19 @@ def longvideobench(row, root):
     return [row | {"video": f"videos/{row['video_path']}", "kind": str(row["duration_group"]),
                    "answer": row.get("correct_choice"),
                    "options": [text for text in row["candidates"] if text != "N/A"]}]
+
+
+def submit_perceptiontest(rows, chose):
+    videos = collections.defaultdict(list)
+    for row, place in zip(rows, chose):
+        number = int(row["id"].rpartition("_")[2])
+        videos[row["video"]].append({"id": number, "answer_id": place, "answer": row["options"][place]})
+    return videos
+
+
+SUBMISSIONS = {   # of sets with hidden answers: predictions and the places that they chose -> JSON
+    "egoschema": lambda rows, chose: {row["id"]: place for row, place in zip(rows, chose)},
+    "perceptiontest": submit_perceptiontest}
 
 
 @dataclasses.dataclass

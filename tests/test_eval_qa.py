@@ -224,7 +224,7 @@ def test_a_score_has_its_controls_and_says_what_was_not_run(capsys, tmp_path):
                        + [{"question": "Why?", "answer": "Red", "type": 2}] * 7)
     out = scored(capsys, tmp_path, rows, control=blind, train=train, judge="exact")
     assert "blind: exact 50.0 (0.0 to 100.0)" in out and "within" not in out
-    assert "most frequent: red 50.0" in out and "by question 25.0" in out
+    assert "most frequent: Red 50.0" in out and "by question 25.0" in out
 
 
 def test_options_stand_beside_chance_the_best_place_and_the_longest(capsys, tmp_path):
@@ -280,6 +280,37 @@ def test_the_official_scripts_can_judge_and_their_verdicts_are_counted(capsys, t
     out = capsys.readouterr().out
     assert "4 of 4 questions have a verdict, 1 belong to none" in out
     assert re.findall(r"gpt, of a day: .* (\d+\.\d\d)$", out, re.M) == ["66.67", "50.00", "3.50", "3.70"]
+
+
+def test_hidden_answers_are_submitted_as_servers_take_them(tmp_path):
+    rows = [{"id": f"video_1_{i}", "video": "video_1", "question": "?", "options": ["a", "b"],
+             "loglik": [-2.0, -1.0], "loglik_tokens": [1, 3 - 2 * i]} for i in (0, 1)]
+    path, out = write_rows(tmp_path / "p.jsonl", rows), tmp_path / "s.json"
+    with pytest.raises(UserError, match="has no answers"):
+        eval_qa.main(Config("score", path))
+    eval_qa.main(Config("export", path, str(out), dataset="perceptiontest"))
+    assert json.loads(out.read_text()) == {"video_1": [{"id": 0, "answer_id": 1, "answer": "b"},
+                                                       {"id": 1, "answer_id": 1, "answer": "b"}]}
+    with pytest.raises(UserError, match="is there already"):
+        eval_qa.main(Config("export", path, str(out), dataset="egoschema"))
+    os.remove(out)
+    eval_qa.main(Config("export", path, str(out), dataset="egoschema"))
+    assert json.loads(out.read_text()) == {"video_1_0": 1, "video_1_1": 1}
+
+
+@pytest.mark.parametrize("text", ['{"k": 3}', '{"k": [{"pred": "yes", "score": "high"}, {}]}', "[1, 2]",
+                                  '[{"id": "0", "verdict": "yes"}, {"id": "1"}]'])
+def test_verdicts_of_another_form_are_one_line(tmp_path, text):
+    (tmp_path / "v.json").write_text(text)
+    with pytest.raises(UserError, match="no verdicts of an official script"):
+        eval_qa.main(Config("score", write_rows(tmp_path / "p.jsonl", [prediction(0, "red", "red")]),
+                            verdicts=str(tmp_path / "v.json"), judge_name="j"))
+
+
+def test_verdicts_of_ones_own_go_by_id(capsys, tmp_path):
+    verdicts = write_rows(tmp_path / "v.jsonl", [{"id": "0", "verdict": "yes"}, {"id": "9", "verdict": "no"}])
+    out = scored(capsys, tmp_path, [prediction(0, "red", "red")], verdicts=verdicts, judge_name="me")
+    assert "1 of 1 questions have a verdict, 1 belong to none" in out and "yes, of all questions 100.00" in out
 
 
 def test_one_verdict_counts_for_one_of_two_equal_predictions(capsys, tmp_path):
@@ -416,7 +447,7 @@ def test_a_folder_of_pictures_is_a_video(asked, tmp_path):
 
 
 def test_a_closed_set_is_lines_or_the_commonest_answers_of_training(tmp_path):
-    path = write_rows(tmp_path / "t.jsonl", [{"answer": x, "question": "q"} for x in ("b", "B.", "a", "c")])
+    path = write_rows(tmp_path / "t.jsonl", [{"answer": x, "question": "q"} for x in ("b", "b ", "c", "a")])
     assert eval_qa.frequent(path, 2) == ["b", "a"]
     (tmp_path / "v.txt").write_text("Up\n\ndown\nUp\n")
     assert eval_qa.frequent(str(tmp_path / "v.txt"), 9) == ["Up", "down"]

@@ -256,6 +256,19 @@ def conversation(name, pairs, **source):
     return {"id": name, **source, "conversations": turns}
 
 
+def four_options(row, clip, twin, clips, rng):
+    """A row of test_talks about time -> the same as multiple choice: the right answer, the twin's, and two
+    that are right of other clips. Whoever is blind to order cannot tell the first two apart."""
+    question, answer = (turn["value"] for turn in row["conversations"])
+    topic = next(topic for topic, fact in moves(clip).items() if fact == answer)
+    twins = [answer, moves(twin)[topic]]
+    others = {facts[topic] for facts in map(moves, clips) if topic in facts}.difference(twins)
+    options = sorted(twins) + rng.permutation(sorted(others))[:2].tolist()
+    return {**{key: row[key] for key in ("id", "group", "video")},
+            "question": question.removesuffix("\n<video>"), "answer": answer,
+            "options": [options[i] for i in rng.permutation(4)]}
+
+
 def test_talks(clip, name, video, rng):
     """Four questions about a held-out clip, of the four kinds that are counted apart."""
     static, temporal = looks(clip), moves(clip)
@@ -264,13 +277,14 @@ def test_talks(clip, name, video, rng):
     topic = choice(rng, list(both))
     asked["other words"] = [put(topic, clip, both[topic], rng, kept=True)]
     asked["nothing of it"] = [nothing_of_it(rng, kept=True)]
-    return [conversation(f"{name}-{kind}", turns, kind=kind, video=video) for kind, turns in asked.items()]
+    return [conversation(f"{name}-{kind}", turns, kind=kind, group=name[:-1], video=video)
+            for kind, turns in asked.items()]
 
 
 def annotate(folder, pairs, seed):
     """Captions, conversations, stills -> JSON lines. In the test world twins are asked the same."""
     for split, clips, shares in splits(pairs, seed):
-        captions, talks, stills = [], [], []
+        captions, talks, stills, choices = [], [], [], []
         for i, clip in enumerate(clips):
             rng = np.random.default_rng([seed, 8, i // 2])   # one for both twins
             name = f"{i // 2:05d}{'ab'[i % 2]}"
@@ -283,6 +297,8 @@ def annotate(folder, pairs, seed):
                     talks.append(conversation(f"{name}-{k}", turns, video=video))
             else:
                 talks += test_talks(clip, name, video, rng)
+                rng = np.random.default_rng([seed, 9, i // 2])
+                choices.append(four_options(talks[-3], clip, clips[i ^ 1], clips, rng))
             if i % 2 == 0:
                 facts, train = still_caption(clip, shares[i // 2])[1], split == "train"
                 turns = ask(facts, clip, 4 if train else 1, rng, aside=0.5 * train)
@@ -290,6 +306,7 @@ def annotate(folder, pairs, seed):
         files = {f"{split}_captions": captions, f"{split}_talks": talks, f"{split}_stills": stills}
         if split == "test":   # every eighth pair, to watch while training
             files["watch_captions"] = [row for i, row in enumerate(captions) if i // 2 % 8 == 0]
+            files["test_options"] = choices
         for name, rows in files.items():
             text = "".join(json.dumps(row) + "\n" for row in rows)
             cli.write_atomic(os.path.join(folder, f"{name}.jsonl"), lambda f: f.write(text.encode()))

@@ -93,6 +93,10 @@ def test_twins_are_asked_the_same_questions_in_the_test_world(tmp_path):
         assert asked[i:i + 4] == asked[i + 4:i + 8] and [kind for kind, _ in asked[i:i + 4]] == kinds
         assert answers[i] == answers[i + 4] and answers[i + 1] != answers[i + 5]
         assert answers[i + 3] == language.NOTHING
+    choices = [json.loads(line) for line in (tmp_path / "test_options.jsonl").read_text().splitlines()]
+    for one, other in zip(choices[::2], choices[1::2], strict=True):   # blind to order, one has half of them
+        assert one["options"] == other["options"] and len(set(one["options"])) == 4
+        assert one["answer"] != other["answer"] and {one["answer"], other["answer"]} < set(one["options"])
 
 
 def test_twins_have_the_same_static_facts_and_other_temporal_ones():
