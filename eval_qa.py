@@ -36,7 +36,7 @@ class Config:
     limit: cli.Whole = 0             # ask about the first videos alone, a trial; 0: about all
     how: str = ""                    # of generate,rank,likelihood,text,letters; "": one that suits
     vocabulary: str = ""             # for rank: an answer a line, or a training file
-    top: cli.Count = 1000            # of a training file: its most frequent answers
+    top: cli.Count = 1000            # of a training file: so many of its most frequent answers
     suffix: str = ""                 # goes after every question, as a request for a short answer
     blind: Annotated[str, "no", "black", "none"] = "no"   # the control: black frames, or no video tokens
     skip_broken: bool = False        # leave out videos that cannot be read; else the first is an error
@@ -472,7 +472,7 @@ def answered(path):
     """-> predictions that can be judged. Raises UserError where answers are missing."""
     rows = read_predictions(path)
     if any(not row.get("answer") for row in rows):
-        raise UserError(f"{path}: has no answers to compare with; `export --dataset` writes a submission")
+        raise UserError(f"{path}: has no answers; `export --dataset SET` writes a submission")
     return rows
 
 
@@ -501,7 +501,12 @@ def report(cfg, rows, judges, control, known):
     first = lines[headline]
     lines |= {f"blind: {headline}": control and scores_of(control, headline)}
     lines |= guesses(cfg, rows, known) if judges is OPEN else blind_options(rows)
-    print(f"{cfg.file}: {len(rows)} questions about {groups.max() + 1} videos, in percent, 95 % intervals")
+    if cfg.vocabulary:
+        closed = {tuple(answer_words(text)) for text in frequent(cfg.vocabulary, cfg.top)}
+        there = [any(tuple(answer_words(text)) in closed for text in row["answer"]) for row in rows]
+        lines["in the vocabulary, the most that rank can"] = torch.tensor(there, dtype=torch.float64)
+    print(f"{cfg.file}: {len(rows)} questions about {len({row['video'] for row in rows})} videos, in percent; "
+          f"95 % intervals over {groups.max() + 1} groups")
     if not seen.all():
         print(f"answered {seen.sum()} of {len(rows)}; the others count as wrong below, and without them "
               f"{headline} is {cell(first, groups, seen)}")
@@ -528,6 +533,8 @@ def report(cfg, rows, judges, control, known):
         means = (sum(values[where].mean() for where in whole) / len(whole) for values in columns.values())
         print(f"mean over {len(whole)} kinds".ljust(26) + "".join(f"{100 * mean:>22.1f}" for mean in means))
     likelihoods(rows, control, groups)
+    if judges is OPEN:
+        two_and_numbers(rows)
 
 
 def guesses(cfg, rows, known):
@@ -575,6 +582,19 @@ def likelihoods(rows, control, groups):
     half = interval(gain[:, None], groups[told]).item()
     print(f"{said}{theirs.mean():.3f}; the picture tells {gain.mean():.3f} "
           f"({gain.mean() - half:.3f} to {gain.mean() + half:.3f})")
+
+
+def two_and_numbers(rows):
+    """Prints how far two predictions with one answer agree, and how far predicted numbers are off."""
+    pairs = [[row.get("prediction", "") for row in pair] for pair in pairs_of(rows) if len(pair) == 2]
+    if pairs:
+        values = torch.tensor([token_f1(one, [other]) for one, other in pairs], dtype=torch.float64)
+        print(f"{'f1 of two predictions with each other':44}{cell(values, torch.arange(len(pairs))):>22}")
+    if all(row["answer"][0].isdecimal() for row in rows):
+        said = [("".join(answer_words(row.get("prediction", ""))), int(row["answer"][0])) for row in rows]
+        off = [(int(number) - right) ** 2 for number, right in said if number.isdecimal()]
+        error = f"; mean squared error {sum(off) / len(off):.2f}" if off else ""
+        print(f"{len(off)} of {len(rows)} predictions are a number{error}")
 
 
 def known_answers(path):
@@ -648,8 +668,9 @@ def export(cfg):
             row, answer, said = pair[0], pair[0]["answer"][0], [x.get("prediction", "") for x in pair]
             asked = {"question": row["question"], "Q": row["question"], "pred": said[0]}
             if len(pair) == 2:
-                asked = {"Q1": row["question"], "Q2": pair[1]["question"], "pred1": said[0], "pred2": said[1]}
-            out.append({"id": row["id"], "video_name": row["video"], "answer": answer, "A": answer, **asked})
+                asked = {"Q1": row["question"], "Q2": pair[1]["question"], "pred1": said[0],
+                         "pred2": said[1]}
+            out.append({"id": row["id"], "video_name": row["video"], "answer": answer, "A": answer} | asked)
     if os.path.exists(cfg.other):
         raise UserError(f"{cfg.other}: is there already; choose another name")
     cli.write_atomic(cfg.other, lambda f: f.write(json.dumps(out, indent=1).encode()))

@@ -56,3 +56,17 @@ cp $R/chat_branch/chat.bin "$W/chat.bin"
 train chat_tune.py --stage video --eval_only --num_frames 8 --llm $R/language/llava --branch $branch \
     --annotations $D/train_talks.jsonl --eval_annotations $D/test_talks.jsonl --out $R/zero_shot
 $PYTHON -m toy score --data $D --out $R --branches "${branches#,}"
+
+# Is the answer right, beside black frames and guesses? And the questions about time with four options.
+for tokens in branch mean st_pool; do
+    for asked in talks options; do
+        ask() {
+            $PYTHON eval_qa.py ask --weights "$W" --tokens $tokens --chat $R/chat_$tokens/chat.bin --root $D \
+                --batch_size 16 --annotations $D/test_$asked.jsonl "$@"
+        }
+        ask --out $R/$tokens.$asked.jsonl
+        ask --blind black --out $R/$tokens.$asked.black.jsonl
+        $PYTHON eval_qa.py score $R/$tokens.$asked.jsonl --control $R/$tokens.$asked.black.jsonl \
+            --train $D/train_talks.jsonl
+    done
+done

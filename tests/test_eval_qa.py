@@ -245,6 +245,21 @@ def test_long_answers_have_their_likelihood_beside_the_blind_one(capsys, tmp_pat
     assert "the picture tells 1.000" in scored(capsys, tmp_path, rows, control=blind)
 
 
+def test_two_predictions_with_one_answer_and_numbers_have_lines_of_their_own(capsys, tmp_path):
+    rows = [prediction("3.1", "a dog runs", "dog", group="pair 3"), prediction("3.2", "dog", "dog", group="pair 3")]
+    assert "f1 of two predictions with each other 66.7 (" in scored(capsys, tmp_path, rows)
+    out = scored(capsys, tmp_path, [prediction(0, "two", "4"), prediction(1, "3", "3"), prediction(2, "often", "2")])
+    assert "2 of 3 predictions are a number; mean squared error 2.00" in out
+
+
+def test_the_ceiling_of_a_closed_set_is_printed(capsys, tmp_path):
+    (tmp_path / "v.txt").write_text("red\ntwo\n")
+    rows = [prediction(0, "", "Red.", ranked="red"), prediction(1, "", "2", ranked="red"),
+            prediction(2, "", "one", ranked="red")]
+    out = scored(capsys, tmp_path, rows, vocabulary=str(tmp_path / "v.txt"))
+    assert re.search(r"^rank 33\.3 ", out, re.M) and "the most that rank can 66.7" in out
+
+
 def test_two_runs_are_compared_in_pairs(capsys, tmp_path):
     def run(name, scores):
         rows = [prediction(i, "red" if right else "blue", "red", f"v{i // 2}") for i, right in enumerate(scores)]
@@ -388,6 +403,7 @@ CONSISTENT = [{"video_name": "s", "Q1": "one", "Q2": "two", "A": "yes", "id": 4}
     ("perceptiontest", "q.json", TEST, ("video_1_5", "video_1", "what", ["a b", "c", "d"], ["d"], "memory")),
     ("videovista", "q.json", VISTA, ("1", "z.mp4", "what", ["a b", "c"], ["c"], "Action")),
     ("longvideobench", "q.json", [LONG], ("l_0", "videos/l.mp4", "what", ["a b", "c"], ["c"], "600"))])
+@pytest.mark.filterwarnings("ignore:.* left out")
 def test_each_set_is_read_as_its_files_are(tmp_path, dataset, name, text, expected):
     (tmp_path / name).write_text(text if isinstance(text, str) else json.dumps(text))
     row = read(Config("ask", annotations=str(tmp_path / name), dataset=dataset))[0]

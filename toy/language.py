@@ -256,17 +256,18 @@ def conversation(name, pairs, **source):
     return {"id": name, **source, "conversations": turns}
 
 
-def four_options(row, clip, twin, clips, rng):
-    """A row of test_talks about time -> the same as multiple choice: the right answer, the twin's, and two
-    that are right of other clips. Whoever is blind to order cannot tell the first two apart."""
-    question, answer = (turn["value"] for turn in row["conversations"])
-    topic = next(topic for topic, fact in moves(clip).items() if fact == answer)
-    twins = [answer, moves(twin)[topic]]
-    others = {facts[topic] for facts in map(moves, clips) if topic in facts}.difference(twins)
-    options = sorted(twins) + rng.permutation(sorted(others))[:2].tolist()
-    return {**{key: row[key] for key in ("id", "group", "video")},
-            "question": question.removesuffix("\n<video>"), "answer": answer,
-            "options": [options[i] for i in rng.permutation(4)]}
+def four_options(rows, twins, clips, rng):
+    """Rows of test_talks about time, of two twins, who are asked the same -> the same as multiple choice: both
+    right answers and two that are right of other clips. Whoever is blind to order gets half of them."""
+    question = rows[0]["conversations"][0]["value"].removesuffix("\n<video>")
+    answers = [row["conversations"][1]["value"] for row in rows]
+    both = list(map(moves, twins))
+    topic = next(topic for topic in both[0] if [facts.get(topic) for facts in both] == answers)
+    facts = [facts(clip) for clip in clips for facts in (looks, moves)]
+    others = {fact[topic] for fact in facts if topic in fact}.difference(answers)
+    options = rng.permutation([*answers, *rng.permutation(sorted(others))[:2]]).tolist()
+    return [{"id": row["id"], "group": row["group"], "video": row["video"], "question": question,
+             "options": options, "answer": answer} for row, answer in zip(rows, answers)]
 
 
 def test_talks(clip, name, video, rng):
@@ -297,8 +298,8 @@ def annotate(folder, pairs, seed):
                     talks.append(conversation(f"{name}-{k}", turns, video=video))
             else:
                 talks += test_talks(clip, name, video, rng)
-                rng = np.random.default_rng([seed, 9, i // 2])
-                choices.append(four_options(talks[-3], clip, clips[i ^ 1], clips, rng))
+                if i % 2:
+                    choices += four_options([talks[-7], talks[-3]], clips[i - 1:i + 1], clips, rng)
             if i % 2 == 0:
                 facts, train = still_caption(clip, shares[i // 2])[1], split == "train"
                 turns = ask(facts, clip, 4 if train else 1, rng, aside=0.5 * train)
