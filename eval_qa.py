@@ -505,8 +505,9 @@ def report(cfg, rows, judges, control, known):
         closed = {tuple(answer_words(text)) for text in frequent(cfg.vocabulary, cfg.top)}
         there = [any(tuple(answer_words(text)) in closed for text in row["answer"]) for row in rows]
         lines["in the vocabulary, the most that rank can"] = torch.tensor(there, dtype=torch.float64)
-    print(f"{cfg.file}: {len(rows)} questions about {len({row['video'] for row in rows})} videos, in percent; "
-          f"95 % intervals over {groups.max() + 1} groups")
+    videos = len({row["video"] for row in rows})
+    print(f"{cfg.file}: {len(rows)} questions about {videos} videos, in percent; 95 % intervals over "
+          f"{groups.max() + 1} groups")
     if not seen.all():
         print(f"answered {seen.sum()} of {len(rows)}; the others count as wrong below, and without them "
               f"{headline} is {cell(first, groups, seen)}")

@@ -257,8 +257,8 @@ def conversation(name, pairs, **source):
 
 
 def four_options(rows, twins, clips, rng):
-    """Rows of test_talks about time, of two twins, who are asked the same -> the same as multiple choice: both
-    right answers and two that are right of other clips. Whoever is blind to order gets half of them."""
+    """Rows of test_talks about time, of two twins, who are asked the same -> the same as multiple choice:
+    both right answers and two that are right of other clips. Whoever is blind to order gets half of them."""
     question = rows[0]["conversations"][0]["value"].removesuffix("\n<video>")
     answers = [row["conversations"][1]["value"] for row in rows]
     both = list(map(moves, twins))
