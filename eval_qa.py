@@ -511,9 +511,10 @@ def report(cfg, rows, judges, control, known):
     if not seen.all():
         print(f"answered {seen.sum()} of {len(rows)}; the others count as wrong below, and without them "
               f"{headline} is {cell(first, groups, seen)}")
+    width = max(map(len, lines)) + 2
     for name, values in lines.items():
         hint = f"ask --how {HINTS[name]}" if name in HINTS else "--control FILE"
-        print(f"{name:44}{cell(values, groups):>22}" + f"  {hint}" * (values is None))
+        print(f"{name:{width}}{cell(values, groups):>22}" + f"  {hint}" * (values is None))
     if headline == "exact" and "within" in lines and lines["within"].mean() - first.mean() > 0.1:
         print("exact is far below within: answers are sentences; ask with --suffix for short ones")
     if judges is CHOICE and any("prediction" in row for row in rows):
@@ -526,7 +527,7 @@ def report(cfg, rows, judges, control, known):
     if kinds:
         columns = {name: values for name, values in lines.items()
                    if values is not None and (name == headline or name not in judges)}
-        print("\n" + " " * 26 + "".join(f"{re.split('[:,]', name)[0]:>22}" for name in columns))
+        print("\n" + " " * 26 + "".join(f"{re.split('[:,;]', name)[0]:>22}" for name in columns))
         for kind, where in sorted(kinds.items()):
             cells = "".join(f"{cell(values, groups, where):>22}" for values in columns.values())
             print(f"{kind} ({len(where)})".ljust(26) + cells)
@@ -556,14 +557,14 @@ def guesses(cfg, rows, known):
 
 
 def blind_options(rows):
-    """The same for options: chance, the place that is most often right, the longest text."""
+    """The same for options: the place that is most often right, the longest text; chance in its name."""
     places = [[float(same(text, row["answer"])) for text in row["options"]] for row in rows]
     longest = [max(range(len(row["options"])), key=lambda i: len(row["options"][i])) for row in rows]
     places = [right + [0.0] * (len(LETTERS) - len(right)) for right in places]
     best = max(range(len(LETTERS)), key=lambda i: sum(right[i] for right in places))
-    found = {"chance": [1 / len(row["options"]) for row in rows],
-             f"best place, found here: {LETTERS[best]}": [right[best] for right in places],
-             "longest option": [right[i] for right, i in zip(places, longest)]}
+    chance = 100 * sum(1 / len(row["options"]) for row in rows) / len(rows)
+    found = {f"best place, found here: {LETTERS[best]}": [right[best] for right in places],
+             f"longest option; chance is {chance:.1f}": [right[i] for right, i in zip(places, longest)]}
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
@@ -590,7 +591,7 @@ def two_and_numbers(rows):
     pairs = [[row.get("prediction", "") for row in pair] for pair in pairs_of(rows) if len(pair) == 2]
     if pairs:
         values = torch.tensor([token_f1(one, [other]) for one, other in pairs], dtype=torch.float64)
-        print(f"{'f1 of two predictions with each other':44}{cell(values, torch.arange(len(pairs))):>22}")
+        print(f"f1 of two predictions with each other: {cell(values, torch.arange(len(pairs)))}")
     if all(row["answer"][0].isdecimal() for row in rows):
         said = [("".join(answer_words(row.get("prediction", ""))), int(row["answer"][0])) for row in rows]
         off = [(int(number) - right) ** 2 for number, right in said if number.isdecimal()]

@@ -232,9 +232,9 @@ def test_options_stand_beside_chance_the_best_place_and_the_longest(capsys, tmp_
     rows = [prediction(0, "B", "up", **options, loglik=[-6.0, -5.0, -9.0], loglik_tokens=[4, 2, 9]),
             prediction(1, "neither", "down left", **options, loglik=[-3.0, -3.0, -4.0], loglik_tokens=[1, 1, 1])]
     out = scored(capsys, tmp_path, rows)
-    assert re.findall(r"^(mean|sum|generated|chance|longest option|best place, found here: A) (\S+)", out, re.M) == [
-        ("mean", "50.0"), ("sum", "0.0"), ("generated", "0.0"), ("chance", "33.3"),
-        ("best place, found here: A", "50.0"), ("longest option", "50.0")]
+    assert re.findall(r"^(mean|sum|generated|longest option; chance is 33.3|best place, found here: A) (\S+)", out, re.M) == [
+        ("mean", "50.0"), ("sum", "0.0"), ("generated", "0.0"), ("best place, found here: A", "50.0"),
+        ("longest option; chance is 33.3", "50.0")]
     assert "letters not run" in out and "1 answers name no option" in out
 
 
@@ -247,7 +247,7 @@ def test_long_answers_have_their_likelihood_beside_the_blind_one(capsys, tmp_pat
 
 def test_two_predictions_with_one_answer_and_numbers_have_lines_of_their_own(capsys, tmp_path):
     rows = [prediction("3.1", "a dog runs", "dog", group="pair 3"), prediction("3.2", "dog", "dog", group="pair 3")]
-    assert "f1 of two predictions with each other 66.7 (" in scored(capsys, tmp_path, rows)
+    assert "f1 of two predictions with each other: 66.7" in scored(capsys, tmp_path, rows)
     out = scored(capsys, tmp_path, [prediction(0, "two", "4"), prediction(1, "3", "3"), prediction(2, "often", "2")])
     assert "2 of 3 predictions are a number; mean squared error 2.00" in out
 
@@ -336,12 +336,14 @@ def test_one_verdict_counts_for_one_of_two_equal_predictions(capsys, tmp_path):
         capsys, tmp_path, rows, verdicts=str(tmp_path / "v.json"), judge_name="j")
 
 
-def test_judging_needs_no_model(tmp_path):
-    path = write_rows(tmp_path / "p.jsonl", [prediction(0, "red", "red")])
-    code = (f"import eval_qa, sys\neval_qa.main(eval_qa.Config('score', {path!r}))\n"
+def test_the_shipped_predictions_have_the_printed_numbers_without_a_model():
+    with open(os.path.join(ROOT, "docs", "numbers.md"), encoding="utf-8") as f:
+        command, shown = re.search(r"<!-- qa -->\n```\npython eval_qa.py (.*)\n```\n```\n(.*?)```", f.read(), re.S).groups()
+    code = (f"import eval_qa, sys\nfrom plumbing import cli\n"
+            f"eval_qa.main(cli.parse(eval_qa.Config, {command.split()}, **eval_qa.FLAGS))\n"
             "print(sorted({'model', 'llm', 'clip'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.endswith("[]\n") and "100.0" in done.stdout, done.stderr
+    assert done.stdout == shown + "[]\n", done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ data sets
