@@ -253,7 +253,7 @@ def test_no_tuned_leaves_out_what_was_tuned_on_video(call, folder):
     tensors |= {"model.mm_projector.weight": torch.randn(32, 32), "model.mm_projector.bias": torch.zeros(32)}
     save_checkpoint(folder / "chat.bin", tensors)
     tuned, zero_shot, plain = call(*ASK, weights=folder), call(*ASK, "--no-tuned", weights=folder), call(*ASK)
-    assert "(tuned for video)" in tuned[2] and "without chat.bin" in zero_shot[2]
+    assert "(tuned for video, instead of branch.pth)" in tuned[2] and "without chat.bin" in zero_shot[2]
     assert tuned[1] != zero_shot[1] == plain[1]
 
 
