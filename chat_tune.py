@@ -287,7 +287,8 @@ def make_features(cfg, chat, dataset, here):
     mine.talks = list(lacking.values())[here.rank::here.size]
     loader = DataLoader(mine, None, num_workers=cfg.workers,
                         worker_init_fn=training.leave_signals_to_the_parent)
-    for i, (talk, item) in enumerate(zip(tqdm(mine.talks, "features", disable=here.rank > 0), loader)):
+    bar = tqdm(mine.talks, "features", disable=here.rank > 0 or not lacking)
+    for i, (talk, item) in enumerate(zip(bar, loader)):
         if not isinstance(item, data.VideoError):   # training says which is broken
             seen = kind.frozen(chat.clip, item[0][None].to(here.device))[0].half() if frozen else item[0]
             if i == here.rank == 0:

@@ -573,7 +573,7 @@ class Features:
         return self.store.path(self.key(talk, path))
 
     def put(self, talk, path, seen):
-        seen = seen.half() if seen.is_floating_point() else seen   # or pixels
+        """seen: tensor in fp16, or pixels."""
         self.store.put(self.key(talk, path), {"seen": seen.cpu()})
 
     def get(self, talk, path):

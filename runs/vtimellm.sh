@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# VTimeLLM in miniature, from nothing on a 2-core CPU in about 40 minutes: stories of events, its three stages,
-# and its Table 2; docs/numbers.md has what to expect. It begins with weights/tiny, whose CLIP and LLaVA know
-# the toy world and no clock. What is done is not done again. PYTHON: another interpreter than `python`.
+# VTimeLLM in miniature, from nothing on a 2-core CPU in about 40 minutes: stories of events, its three
+# stages, and its Table 2; docs/numbers.md has what to expect. It begins with weights/tiny, whose CLIP and
+# LLaVA know the toy world and no clock. What is done is not done again. PYTHON: another interpreter than `python`.
 #
 #   bash runs/vtimellm.sh                        rows 1, 8, 9 and 10, one seed, into out/time
 #   SEEDS="0 1 2" ROWS=all bash runs/vtimellm.sh   three seeds, also row 7 and the rows without aids; 3 hours
@@ -23,8 +23,8 @@ moments() {      # the third: folder of the second, name of the row, more
         --rank 32 --alpha 64 --batch_size 16 --steps 400 --lr 1e-3 --no-checkpointed --seed $seed "${@:3}"
 }
 when() {         # all events of the test world: name of the row, more
-    $PYTHON eval_grounding.py --annotations $S/test_events.jsonl --root $S --weights $R/$1 --save $R/$1.jsonl \
-        --captions "${@:2}"
+    $PYTHON eval_grounding.py --annotations $S/test_events.jsonl --root $S --weights $R/$1 \
+        --save $R/$1.jsonl --captions "${@:2}"
 }
 THIRD="When does it happen that {}?"   # in the words of the third stage
 
