@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # VTimeLLM in miniature, from nothing on a 2-core CPU in about 40 minutes: stories of events, its three
 # stages, and its Table 2; docs/numbers.md has what to expect. It begins with weights/tiny, whose CLIP and
-# LLaVA know the toy world and no clock. What is done is not done again. PYTHON: another interpreter than `python`.
+# LLaVA know the toy world and no clock. What is done is not done again. PYTHON: another interpreter than
+# `python`.
 #
 #   bash runs/vtimellm.sh                        rows 1, 8, 9 and 10, one seed, into out/time
 #   SEEDS="0 1 2" ROWS=all bash runs/vtimellm.sh   three seeds, also row 7 and the rows without aids; 3 hours

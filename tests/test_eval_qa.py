@@ -98,6 +98,8 @@ def test_predictions_are_complete_and_a_killed_run_goes_on(asked, capsys, monkey
     assert all(row["prediction"] and row["cut"] == "max_new_tokens" and row["tokens"] == 5 for row in rows)
     assert rows[0]["answer"] == ["left", "up"] and rows[4]["answer"] == ["up then"]
     assert set(rows[4]) - set(rows[0]) == {"options", "loglik", "loglik_tokens", "letters", "letters_tokens"}
+    tokenizer = open_chat(asked.weights).chat.tokenizer   # of a letter what follows is not asked, not even an end
+    assert rows[4]["letters_tokens"] == [len(tokenizer.encode(x)) for x in "ABCDEF"[:len(rows[4]["options"])]]
     assert rows[0]["ranked"] in ("left", "up", "red circle") and len(rows[4]["loglik"]) == 3
     assert "6 of 6" in capsys.readouterr().out
     first = [line for line in whole if '"one' in line]
