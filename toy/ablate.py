@@ -1,7 +1,7 @@
 """The paper's studies in miniature: the branch with one thing changed at a time, in the toy world.
 
     python -m toy.ablate structure      # every variant with three seeds -> a table, docs/ablate_structure.png
-    python -m toy.ablate losses         # also depth, mask, projection
+    python -m toy.ablate losses         # also depth, mask, projection, kept
 
 `runs/ablate.sh` has all of them in order. The first one shows every clip to the frozen CLIP, once, and keeps
 what it said (2 GB). So a step is the branch alone: two or three minutes a run, and a run on each core. That
@@ -16,8 +16,8 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: str                       # the study: structure, losses, depth, mask or projection
-    clip: str = "out/tiny/clip"      # the frozen CLIP
+    stage: str                       # the study: structure, losses, depth, mask, projection or kept
+    clip: str = cli.shipped("weights/tiny/clip")   # the frozen CLIP
     data: str = "out/shapes"         # where the clips and captions are
     out: str = "out/ablate"          # what CLIP saw, and finished runs
     pictures: str = "docs"           # folder for the pictures
@@ -44,12 +44,12 @@ import data
 from clip import load_clip
 from metrics import retrieval_metrics, twin_accuracy
 from model import (Branch, Pretraining, VideoEncoder, backbone_states, encode_texts, mbca_loss, pick,
-                   tube_mask, vtc_loss)
+                   place_embedding, to_branch, tube_mask, vtc_loss)
 from plumbing import pictures
 from plumbing.store import Store, state_of
 from toy.score import spread, static_accuracy, static_features
 from toy.tiny_models import fit
-from toy.world import QUIET, read_clips
+from toy.world import COLOURS, QUIET, SHAPES, read_clips
 
 
 # -------------------------------------------------------------------------------- variants
@@ -60,6 +60,11 @@ class Variant:
     gated: bool = True
     mask_ratio: float = 0.7
     losses: tuple = (1, 0.1, 0.8)        # weights of VTC, MBCA and MBTA
+    share: float = 1                     # of the steps
+    few: bool = False                    # whether it learns from clips of few looks alone
+    copied: float = 10                   # factor of the learning rate of the layers copied from CLIP
+    sums_after: bool = False             # trained with gates, tested with sums: the released configurations
+    encoder: type = VideoEncoder         # how branch and CLIP make a feature
     change: Callable = lambda _: None    # what is done to a new branch
 
 
@@ -100,21 +105,75 @@ def branch_alone(branch):
     branch.balance1.requires_grad_(False)
 
 
+def few_looks(clip):
+    """Whether a clip has one of four colours and one of four shapes."""
+    return clip.colour in list(COLOURS)[::2] and clip.shape in SHAPES[::2]
+
+
+class Concatenated(VideoEncoder):
+    """A linear layer reads both features side by side. It begins as their mean, as the gates do."""
+    def __init__(self, clip, branch):
+        super().__init__(clip, branch)
+        D = clip.config.vision_width
+        self.btadapter_join = nn.Linear(2 * D, D)
+        self.btadapter_join.load_state_dict({"weight": torch.eye(D).repeat(1, 2) / 2, "bias": torch.zeros(D)})
+
+    def feature(self, states, kept=None):
+        tokens = self.branch(states, place_embedding(self.clip), kept)[-1]
+        backbone = states[-1][:, :, 0]                                                       # (B, T, D)
+        joined = self.btadapter_join(torch.cat([tokens[:, :1].expand_as(backbone), backbone], dim=-1))
+        return self.clip.project_image(joined).mean(1), tokens
+
+
+class InsideCLIP(VideoEncoder):
+    """No branch: attention along time before each of CLIP's last layers, which stay as they are. The first
+    of the states is what enters them. Under a mask they see the visible patches alone."""
+    def feature(self, states, kept=None):
+        T, x = states[0].shape[1], states[0]                                             # (B, T, 1+n, D)
+        x = torch.cat([x[:, :, :1], x[:, :, 1:] + self.branch.btadapter_time_embed.weight[:T, None]], dim=2)
+        layers = self.clip.vision_model.encoder.layers[1 - len(states):]
+        for temporal, layer in zip(self.branch.btadapter_T_layers[1:], layers, strict=True):
+            patches = temporal(to_branch(x[:, :, 0].mean(1), x[:, :, 1:]), T)[:, 1:]        # (B, n*T, D)
+            x = torch.cat([x[:, :, :1], patches.unflatten(1, (-1, T)).transpose(1, 2)], dim=2)
+            x = layer(x.flatten(0, 1)).view(x.shape)
+        return self.clip.project_image(x[:, :, 0]).mean(1), to_branch(x[:, :, 0].mean(1), x[:, :, 1:])
+
+
+def no_marks(branch):
+    """CLIP's own layers would be lost among marks of time that are random at first."""
+    branch.btadapter_time_embed.weight.data.zero_()
+
+
+VTC = (1, 0, 0)
 STUDIES = {   # study: (where the paper has it, {variant: what it is}); the branch as it is stands in each
     "structure": ("Table 6", {
         "branch": Variant(), "without attention along time": Variant(change=no_time),
         "time alone: CLS stays out of it": Variant(change=no_space),
-        "reads CLIP once": Variant(change=one_entrance)}),
+        "reads CLIP once": Variant(change=one_entrance),
+        "VTC alone: layers inside CLIP": Variant(5, losses=VTC, encoder=InsideCLIP, change=no_marks),
+        "VTC alone: reads CLIP once": Variant(losses=VTC, change=one_entrance),
+        "VTC alone: branch": Variant(losses=VTC)}),
     "losses": ("Table 7", {
-        "VTC": Variant(losses=(1, 0, 0)), "VTC + MBTA": Variant(losses=(1, 0, 0.8)),
+        "VTC": Variant(losses=VTC), "VTC + MBTA": Variant(losses=(1, 0, 0.8)),
         "VTC + MBCA": Variant(losses=(1, 0.1, 0)), "all three, as released": Variant(),
         "all three, 1 : 1 : 1": Variant(losses=(1, 1, 1))}),
     "depth": ("Fig. 3", {str(depth): Variant(depth=depth) for depth in (1, 2, 3, 4, 6)}),
-    "mask": ("Fig. 4", {str(ratio): Variant(mask_ratio=ratio) for ratio in (0.0, 0.3, 0.5, 0.7, 0.9)}),
+    "mask": ("Fig. 4", {
+        **{str(ratio): Variant(mask_ratio=ratio) for ratio in (0.0, 0.3, 0.5, 0.7, 0.9)},
+        **{f"{ratio}, in the time of 0.7": Variant(mask_ratio=ratio, share=share)   # 200 steps: 69, 130, 440
+           for ratio, share in ((0.0, 0.345), (0.5, 0.65), (0.9, 2.2))}}),
     "projection": ("Table 11", {
         "from zero, gates": Variant(), "random": Variant(change=random_projection),
         "none": Variant(change=no_projection), "from zero, sums": Variant(gated=False),
-        "from zero, branch alone": Variant(change=branch_alone)})}
+        "from zero, branch alone": Variant(change=branch_alone),
+        "from zero, concatenation": Variant(encoder=Concatenated)}),
+    "kept": ("Tables 7 and 11, what CLIP knew", {
+        "as released": Variant(few=True), "the same, tested with sums": Variant(few=True, sums_after=True),
+        "sums": Variant(few=True, gated=False), "branch alone": Variant(few=True, change=branch_alone),
+        "VTC": Variant(few=True, losses=VTC), "1 : 1 : 1": Variant(few=True, losses=(1, 1, 1)),
+        "random projection": Variant(few=True, change=random_projection),
+        "as released, copied layers slower": Variant(few=True, copied=2),
+        "random projection, copied layers slower": Variant(few=True, copied=2, change=random_projection)})}
 
 
 # -------------------------------------------------------------------------------- what CLIP saw
@@ -127,7 +186,8 @@ def captions(cfg, split):
 
 def saw(cfg, split):
     """What the frozen CLIP says about every clip of a split, computed once -> {"states": (clips, LAYERS,
-    FRAMES, 1+N, D) float16, "text": (clips, P), "static": see static_features, of the test world}."""
+    FRAMES, 1+N, D) float16, "text": (clips, P)}; of the test world also "static": see static_features, and
+    "looks": (64, P) of every colour with every shape."""
     annotations, store = captions(cfg, split), Store(cfg.out, prefix=f"{split}_")
     key = [state_of(cfg.clip), state_of(annotations), LAYERS, FRAMES]
     if not store.get(key):
@@ -143,6 +203,7 @@ def saw(cfg, split):
         tensors = {"states": torch.cat(states), "text": encode_text([clip.caption for clip in clips])}
         if split == "test":
             tensors["static"] = static_features(clips, encode_text)
+            tensors["looks"] = encode_text([f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES])
         store.put(key, tensors)
     return store.get(key)[0]
 
@@ -158,46 +219,53 @@ def last_states(seen, index, depth, kept=None):
 
 # -------------------------------------------------------------------------------- a run
 BATCH, LR = 64, 1e-5   # clips a step, twins side by side; base learning rate, as in runs/tiny.sh
-# of it, as released: the first that fits counts
-FACTORS = {"btadapter_T_layers": 100, "balance": 100, "btadapter": 10, "extra_proj": 10}
 
 
 def teach(cfg, variant, seed):
-    """The recipe of pretrain.py, annealed -> the encoder after cfg.steps."""
+    """The recipe of pretrain.py, annealed -> the encoder after its share of cfg.steps."""
     clip, seen = load_clip(cfg.clip)[0].float(), saw(cfg, "train")
     torch.manual_seed(seed)
     branch = Branch.beside(clip, variant.depth, gated=variant.gated, drop_path=0.1)
-    model = Pretraining(VideoEncoder(clip, branch))
+    model = Pretraining(variant.encoder(clip, branch))
     variant.change(branch)   # last: what it draws must not change what the others begin with
-    factors = [{"params": [p], "factor": next(f for part, f in FACTORS.items() if part in name)}
+    learned = {"btadapter_T_layers": 100, "balance": 100, "btadapter_S_layers": variant.copied,
+               "btadapter": 10, "extra_proj": 10}   # factors of LR: the first that fits counts
+    factors = [{"params": [p], "factor": next(f for part, f in learned.items() if part in name)}
                for name, p in model.named_parameters() if p.requires_grad]
-    batch_size = min(BATCH, len(seen["text"]))   # of a small world all clips
-    epoch_steps = len(seen["text"]) // batch_size
+    clips, steps = read_clips(captions(cfg, "train")), round(variant.share * cfg.steps)
+    rows = torch.tensor([i for i, clip in enumerate(clips) if not variant.few or few_looks(clip)])
+    batch_size = min(BATCH, len(rows))   # of a small world all clips
+    epoch_steps = len(rows) // batch_size
 
     def loss_of(step):
         epoch, at = divmod(step, epoch_steps)
-        pairs = np.random.default_rng([seed, epoch]).permutation(len(seen["text"]) // 2)   # of twins
+        pairs = np.random.default_rng([seed, epoch]).permutation(len(rows) // 2)   # of twins
         order = (torch.from_numpy(pairs)[:, None] * 2 + torch.arange(2)).flatten()
-        index = order[at * batch_size:][:batch_size]
+        index = rows[order[at * batch_size:][:batch_size]]
         kept = tube_mask(len(index), clip.config.patch_tokens, variant.mask_ratio)
         video, patches, mbta = model(last_states(seen, index, variant.depth, kept), kept)
         parts = vtc_loss(video, seen["text"][index]), mbca_loss(patches, seen["text"][index]), mbta
         return sum(weight * part for weight, part in zip(variant.losses, parts)), ""
-    fit(f"{cfg.stage}, seed {seed}", factors, loss_of, cfg.steps, max(1, cfg.steps // 10), seed, LR,
-        clip_norm=5.0)
+    fit(f"{cfg.stage}, seed {seed}", factors, loss_of, steps, max(1, steps // 10), seed, LR, clip_norm=5.0)
+    if variant.sums_after:
+        branch.balance1 = branch.balance2 = None
     return model.encoder.eval()
 
 
 @torch.no_grad()
 def evaluate(cfg, depth, feature):
-    """feature(last states) -> (B, P). -> {"twins", "static", "R@1"} of the test world, in percent."""
+    """feature(last states) -> (B, P). -> {"twins", "static", "R@1", "kept"} of the test world, in percent.
+    kept: of clips without `few_looks`, how many are nearest to their own of the 64 looks."""
     seen, clips = saw(cfg, "test"), read_clips(captions(cfg, "test"))
     index = torch.arange(len(clips)).split(128)
     video = torch.cat([feature(last_states(seen, part, depth)) for part in index])
     video = F.normalize(video, dim=-1)   # (clips, P)
+    look = torch.tensor([8 * list(COLOURS).index(clip.colour) + SHAPES.index(clip.shape) for clip in clips])
+    nearest = (video @ seen["looks"].T).argmax(1)
     return {"twins": 100 * twin_accuracy(video, seen["text"]).mean().item(),
             "static": 100 * static_accuracy(video, clips, seen["static"]),
-            "R@1": retrieval_metrics(seen["text"] @ video.T)["R@1"]}
+            "R@1": retrieval_metrics(seen["text"] @ video.T)["R@1"],
+            "kept": 100 * (nearest == look)[[not few_looks(clip) for clip in clips]].float().mean().item()}
 
 
 def run(cfg, name, seed):
@@ -205,8 +273,8 @@ def run(cfg, name, seed):
     small for two, and two processes do 1.8 times as much."""
     torch.set_num_threads(1)
     variant, store = STUDIES[cfg.stage][1][name], Store(os.path.join(cfg.out, "runs"))
-    key = [*dataclasses.astuple(variant)[:-1], variant.change.__name__, seed, cfg.steps, state_of(cfg.clip),
-           state_of(captions(cfg, "train"))]   # all that it follows from, but the code
+    key = [*dataclasses.astuple(variant)[:-2], variant.encoder.__name__, variant.change.__name__, seed,
+           cfg.steps, state_of(cfg.clip), state_of(captions(cfg, "train"))]   # all but the code
     if not store.get(key):
         encoder = teach(cfg, variant, seed)
         found = evaluate(cfg, variant.depth, lambda states: encoder.feature(states)[0])

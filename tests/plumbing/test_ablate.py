@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clip import load_clip
-from model import Branch, VideoEncoder
+from model import Branch, VideoEncoder, backbone_states
 from plumbing.cli import UserError
 from toy import ablate
 from toy.ablate import Variant
@@ -66,9 +66,10 @@ def test_what_studies_share_runs_once_and_other_settings_are_other_runs(config, 
     ablate.main(dataclasses.replace(config, stage="projection"))
     taught.clear()
     ablate.main(dataclasses.replace(config, stage="mask"))
-    assert sorted(variant.mask_ratio for variant in taught) == [0.0, 0.3, 0.5, 0.9]   # 0.7 stands in both
+    ratios = sorted(variant.mask_ratio for variant in taught)
+    assert ratios == [0.0, 0.0, 0.3, 0.5, 0.5, 0.9, 0.9]   # 0.7 stands in both
     ablate.main(dataclasses.replace(config, stage="mask", steps=3))
-    assert len(taught) == 4 + 5
+    assert len(taught) == 7 + 8
 
 
 def test_two_processes_find_what_one_finds(config, tmp_path, capsys):
@@ -91,7 +92,7 @@ def test_another_clip_and_another_world_are_seen_and_run_anew(config, tmp_path, 
         path = tmp_path / "data" / f"{split}_captions.jsonl"
         path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     ablate.main(dataclasses.replace(cfg, data=str(tmp_path / "data")))
-    assert len(taught) == 3 * 4
+    assert len(taught) == 3 * 7
     kinds = sorted(name.split("_")[0] for name in os.listdir(cfg.out))
     assert kinds == ["runs", *["test"] * 3, *["train"] * 3]
 
@@ -132,3 +133,34 @@ def test_each_variant_is_what_it_says():
             cls = ours * branch(states, positions)[-1][:, :1] + clips * states[-1][:, :, 0]   # (2, 4, D)
             feature = VideoEncoder(clip, branch).feature(states)[0]
             assert torch.allclose(feature, clip.project_image(cls).mean(1), atol=1e-5)
+
+
+def test_a_concatenation_begins_as_the_mean_of_branch_and_backbone():
+    clip = load_clip(CLIP)[0].float()
+    states, branch = [torch.randn(2, 4, 17, 128) for _ in range(4)], Branch.beside(clip, 4).eval()
+    with torch.no_grad():
+        mean, joined = (kind(clip, branch).feature(states)[0] for kind in (VideoEncoder, ablate.Concatenated))
+    assert torch.allclose(mean, joined, atol=1e-5)
+
+
+def test_layers_inside_clip_begin_as_clip_and_then_know_the_order():
+    clip = load_clip(CLIP)[0].float()
+    pixels = torch.randint(0, 256, (2, 4, 3, 64, 64), dtype=torch.uint8)
+    states, branch = backbone_states(clip, pixels, 5), Branch.beside(clip, 5).eval()
+    ablate.no_marks(branch)
+    encoder, backwards = ablate.InsideCLIP(clip, branch), [state.flip(1) for state in states]
+    with torch.no_grad():
+        feature, tokens = encoder.feature(states)
+        assert torch.allclose(feature, clip.project_image(states[-1][:, :, 0]).mean(1), atol=1e-4)
+        assert tokens.shape == (2, 1 + 16 * 4, 128)
+        ablate.random_projection(branch)
+        branch.btadapter_time_embed.weight.data.normal_()
+        assert not torch.allclose(encoder.feature(states)[0], encoder.feature(backwards)[0], atol=1e-2)
+
+
+def test_few_looks_are_a_quarter_and_the_released_test_uses_sums(config):
+    clips = make_clips(200, 0, False)
+    assert 0.15 < sum(map(ablate.few_looks, clips)) / len(clips) < 0.35
+    branch = ablate.teach(config, Variant(sums_after=True), 0).branch
+    assert branch.balance1 is None and branch.balance2 is None
+    assert ablate.teach(config, Variant(), 0).branch.balance1 is not None
