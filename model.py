@@ -785,8 +785,9 @@ class OpenChat:
     chat: VideoChat
     tokens: str         # its kind of video tokens
     description: str    # what it was tuned for
-    kept_in: str        # the folder for its LLaMA in fewer bits
+    kept_in: str        # the folder for what is rounded to fewer bits
     state: list         # store.state_of the folders of LLaMA and adapters, from before they were read
+    clip_state: list    # the same of CLIP
     adapters: list = dataclasses.field(default_factory=list)   # llm.Adapters to be merged into its LLaMA
 
     def need(self, dtype, scheme, device, num_frames):
@@ -815,12 +816,12 @@ class OpenChat:
         """-> the VideoChat in eval mode. scheme: a key of quant.SCHEMES for the LLaMA; dtype: of all else."""
         chat = self.chat
         if scheme:   # adapters are merged one matrix at a time, and what is kept is rounded
-            chat.llm = quant.quantized(chat.llm, scheme, self.kept_in, self.state, self.merged)
+            quant.quantized(chat.llm, scheme, self.kept_in, self.state, self.merged)
         elif self.adapters:
             for name, linear in llm.layer_linears(chat.llm).items():
                 linear.weight.data = self.merged(name, linear.weight)
         if clip_in_int8(scheme, device):
-            quant.quantize(chat.clip.vision_model, "int8")
+            quant.quantized(chat.clip.vision_model, "int8", self.kept_in, self.clip_state, prefix="clip_")
         for layer in tqdm(chat.llm.model.layers, "weights", leave=False, disable=None, delay=2):
             layer.to(device=device, dtype=dtype)
         return chat.to(device=device, dtype=dtype).eval()
@@ -878,7 +879,8 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None, new_linvt=N
         warnings.warn(f"{chat_file}: tuned for {weightfile.shown(learned_for)}, not for {tokens}: answers "
                       "may be wrong; --no-tuned passes it by")
     tuned_in = [os.path.join(folder, name) for name in stages]
-    state, clip = sum(map(state_of, (llava, *tuned_in)), []), read_clip(clip_path).image_only()
+    state, clip_state = sum(map(state_of, (llava, *tuned_in)), []), state_of(clip_path)
+    clip = read_clip(clip_path).image_only()
     language_model, tokenizer, extra = llm.load_llama(llava)
     adapters = read_adapters(tuned_in, language_model, llava)
     sources = {chat_file: learned, **{path: a.extra for path, a in zip(tuned_in[::-1], adapters[::-1])},
@@ -906,7 +908,7 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None, new_linvt=N
     description += [f"with {' and '.join(stages)}"] * bool(stages)
     description = ", ".join(description) or "without chat.bin"
     kept_in = (llava, *tuned_in)[-1]   # another adapter, another folder: one LLaMA may serve several chats
-    return OpenChat(chat.requires_grad_(False), tokens, description, kept_in, state, adapters)
+    return OpenChat(chat.requires_grad_(False), tokens, description, kept_in, state, clip_state, adapters)
 
 
 def save_chat(path, chat, dtype=torch.float16):

@@ -248,15 +248,16 @@ def quantize(module, scheme, change=unchanged):
 
 
 @torch.no_grad()
-def quantized(model, scheme, folder, sources, change=unchanged):
+def quantized(model, scheme, folder, sources, change=unchanged, prefix=""):
     """As quantize, but the work is done once: the layers are kept in `folder`, beside the original weights,
     and mapped from then on. Where they cannot be kept, this warns and quantises in memory. -> model
 
     sources: store.state_of all that the weights and `change` follow from, before it was read: somebody may
-    replace it meanwhile."""
+    replace it meanwhile. prefix: tells two models in one folder apart."""
     if scheme == "bf16":   # nothing to compute, nothing to keep
         return quantize(model, scheme, change)
-    store = Store(folder, max_bytes=0, prefix=f"quantised_{scheme}_")   # 0: the newest alone, of gigabytes
+    # 0: the newest alone, of gigabytes
+    store = Store(folder, max_bytes=0, prefix=f"quantised_{prefix}{scheme}_")
     key = [VERSION, scheme, GROUP, weight_levels(), packing() if scheme == "int4" else None, sources]
     found, entry = linears(model, scheme), store.get(key)
     if entry is None:

@@ -263,6 +263,7 @@ def test_quantised_weights_are_written_once_and_what_was_seen_is_still_known(cal
     written, second = os.stat(kept[0]).st_ino, call(*flags, weights=folder)
     assert first[0] == second[0] == 0 and first[1] == second[1]
     assert len(kept) == 1 and os.stat(kept[0]).st_ino == written and len(os.listdir(tmp_path / "c")) == 1
+    assert len(list((folder / "llava").glob("quantised_clip_int8_*"))) == 1
 
 
 def test_where_the_llama_is_quantised_clip_looks_in_int8_and_sees_nearly_the_same(begin, folder):

@@ -447,7 +447,7 @@ def test_adapters_are_merged_before_rounding_and_kept_merged(released, scheme, b
     first = logits_of(open_chat(released), scheme=scheme)
     assert near(first, RIGHT, bound)
     if scheme != "bf16":
-        assert [path.parent.name for path in released.glob("*/quantised_*")] == ["stage3"]
+        assert [path.parent.name for path in released.glob(f"*/quantised_{scheme}_*")] == ["stage3"]
         monkeypatch.setattr("llm.merged", None)   # the second time all is mapped
         assert torch.equal(logits_of(open_chat(released), scheme=scheme), first)
 

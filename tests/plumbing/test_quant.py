@@ -298,7 +298,7 @@ def load(folder, scheme="int8"):
 
 def kept(folder):
     """The one file of quantised weights in a folder."""
-    file, = folder.glob("quantised_*")
+    file, = folder.glob("quantised_int*")
     return file
 
 
@@ -364,6 +364,14 @@ def test_a_chat_keeps_its_quantised_llama_beside_the_originals(weights, tmp_path
     folder = shutil.copytree(weights, tmp_path / "w")
     open_chat(folder).load(scheme="int8")
     assert kept(folder / "llava").name.startswith("quantised_int8_")
+
+
+def test_clip_is_rounded_once_too(weights, tmp_path, monkeypatch):
+    folder = shutil.copytree(weights, tmp_path / "w")
+    first = open_chat(folder).load(scheme="int8").clip.vision_model.state_dict()
+    monkeypatch.setattr(Int8Linear, "convert", None)
+    second = open_chat(folder).load(scheme="int8").clip.vision_model.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_weights_that_are_replaced_while_they_are_open_are_not_filed_under_the_new_ones(weights, tmp_path):
