@@ -185,6 +185,9 @@ class Viewer:
             def see(chat):
                 pixels, frames, times = decoded.result()
                 pixels = pixels[None].to(chat.start_end.device)   # (1, T, 3, H, W)
+                if pixels.device.type == "cpu" and self.size >= 224 and len(times) > 32:   # half a minute
+                    fewer = f"; --num_frames 32 takes {32 / len(times):.0%} of the time"
+                    say(f"looking at {len(times)} frames{fewer * (not self.kind.has_clock)}")
                 rows = chat.video_tokens.see(chat.clip, pixels).cpu()
                 damage = [str(w.message) for w in noticed if w.category is video.DamagedVideo]
                 tensors = {"times": torch.tensor(times, dtype=torch.float64), "frames": frames, "rows": rows}
@@ -245,12 +248,12 @@ class Session:
         cfg, beside = self.cfg, map(os.path.realpath, (Config.weights, cli.shipped("weights/tiny_time")))
         return os.path.realpath(cfg.weights) in beside and not cfg.branch and not cfg.chat
 
-    def introduce(self, more=""):
+    def introduce(self):
         """Says what is looked at."""
         seen, (start, end) = self.seen, self.seen.window
         part = "" if end - start == seen.duration else f", {timestamp(start)} to {timestamp(end)}"
-        say(f"video {seen.path}{part} ({end - start:.1f} s, {len(seen.times)} frames, "
-            f"{len(self.video_tokens)} video tokens{', seen before' * seen.before}){more}")
+        say(f"video {seen.path}{part}: {end - start:.1f} s, {len(seen.times)} frames, "
+            f"{len(self.video_tokens)} video tokens{', seen before' * seen.before}")
         if self.shipped and not os.path.samefile(os.path.dirname(seen.path) or ".", cli.shipped("assets")):
             say("(the shipped weights know coloured shapes and nothing else; README.md says how to get more)")
 
@@ -588,10 +591,10 @@ def begin(cfg):
         session = Session(filled, opened.load(dtype, scheme, device), viewer)
         loaded = time.perf_counter()
         session.show(see(session.chat))
-    more = f"; weights {cfg.weights} ({opened.description}), {precision}"
-    if os.path.exists(os.path.join(cfg.weights, "linvt.bin")) and not viewer.kind.reads_linvt:
-        more += "; --tokens branch+linvt uses linvt.bin, for long videos"
-    session.introduce(more)
+    session.introduce()
+    choice = os.path.exists(os.path.join(cfg.weights, "linvt.bin")) and not viewer.kind.reads_linvt
+    say(f"weights {cfg.weights}: {opened.description}, {precision}"
+        + "; --tokens branch+linvt for long videos" * choice)
     if cfg.verbose:
         waited = time.perf_counter() - loaded
         say(f"(weights {loaded - began:.2f} s, then waited for the video {waited:.2f} s)")

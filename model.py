@@ -904,7 +904,7 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None, new_linvt=N
             chat.start_end.data = rows
     description = [f"tuned for {learned_for or 'video'}"] * bool(learned)
     if branch and with_branch and os.path.exists(pretrained):
-        description.append("instead of branch.pth")
+        description.append("branch.pth unused")
     description += [f"with {' and '.join(stages)}"] * bool(stages)
     description = ", ".join(description) or "without chat.bin"
     kept_in = (llava, *tuned_in)[-1]   # another adapter, another folder: one LLaMA may serve several chats

@@ -253,7 +253,7 @@ def test_no_tuned_leaves_out_what_was_tuned_on_video(call, folder):
     tensors |= {"model.mm_projector.weight": torch.randn(32, 32), "model.mm_projector.bias": torch.zeros(32)}
     save_checkpoint(folder / "chat.bin", tensors)
     tuned, zero_shot, plain = call(*ASK, weights=folder), call(*ASK, "--no-tuned", weights=folder), call(*ASK)
-    assert "(tuned for video, instead of branch.pth)" in tuned[2] and "without chat.bin" in zero_shot[2]
+    assert ": tuned for video, branch.pth unused, " in tuned[2] and "without chat.bin" in zero_shot[2]
     assert tuned[1] != zero_shot[1] == plain[1]
 
 
@@ -752,7 +752,7 @@ def test_a_part_is_seen_as_data_samples_it_with_times_of_the_whole(begin, monkey
 
 
 def test_a_part_is_asked_for_with_flags_and_with_video_and_is_saved(call, session, video, tmp_path):
-    assert "bar.mp4, 0:00.5 to 0:02.0 (1.5 s, 8 frames" in call(*ASK, "--start", "0:00.5", "--end", 75)[2]
+    assert "bar.mp4, 0:00.5 to 0:02.0: 1.5 s, 8 frames" in call(*ASK, "--start", "0:00.5", "--end", 75)[2]
     for typed in (f"'{video}' 0:00.5-0:01.5", "0.5-1.5 s", f"0.5-1.5 s  {video}",
                   "0:00.5 to 0:01.5 (± 0.1 s)"):
         session.open(video)
@@ -870,9 +870,9 @@ def test_a_linvt_of_another_training_throws_no_frames_away(choosing, tmp_path):
 
 def test_the_first_line_says_that_there_is_a_linvt(choosing, capsys):
     choosing(tokens="branch", num_frames=1)
-    assert "; --tokens branch+linvt uses linvt.bin" in capsys.readouterr().err
+    assert "; --tokens branch+linvt for long videos" in capsys.readouterr().err
     choosing()
-    assert "uses linvt.bin" not in capsys.readouterr().err
+    assert "linvt" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- /explain
@@ -1139,7 +1139,7 @@ def test_a_file_of_chat_tuning_says_for_which_kind_of_tokens_it_is(call, weights
     torch.nn.init.normal_(chat_model.video_tokens.mm_projector.weight)
     model.save_chat(tmp_path / "chat.bin", chat_model)
     tuned = call(*ASK, "--chat", tmp_path / "chat.bin")
-    assert "4 video tokens" in tuned[2] and "(tuned for mean)" in tuned[2]
+    assert "4 video tokens" in tuned[2] and ": tuned for mean," in tuned[2]
     with pytest.warns(UserWarning, match="tuned for mean, not for st_pool"):
         call(*ASK, "--chat", tmp_path / "chat.bin", "--tokens", "st_pool")
 

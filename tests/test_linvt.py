@@ -608,7 +608,7 @@ def test_what_was_tuned_for_the_branch_serves_windows_of_it_without_a_warning(sa
     folder, _ = saved()
     save_chat(folder / "chat.bin", open_chat(folder, tokens="branch").load())
     opened = open_chat(folder, tokens="branch+linvt")
-    assert not recwarn.list and opened.description == "tuned for branch, instead of branch.pth"
+    assert not recwarn.list and opened.description == "tuned for branch, branch.pth unused"
 
 
 def test_long_videos_are_counted_before_memory_runs_out(saved):

@@ -475,7 +475,7 @@ def test_the_first_line_of_a_chat_says_that_a_branch_beside_chat_bin_is_not_read
     write_branch(tmp_path / "branch.pth")
     save_chat(tmp_path / "chat.bin", open_chat(tmp_path).chat)
     said = [open_chat(tmp_path, branch_file=file).description for file in (None, tmp_path / "branch.pth")]
-    assert said == ["tuned for branch, instead of branch.pth", "without chat.bin"]
+    assert said == ["tuned for branch, branch.pth unused", "without chat.bin"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

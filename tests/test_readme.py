@@ -121,19 +121,19 @@ def test_the_shipped_weights_answer_about_the_shipped_clip():
     expected = read("assets/sample.answers")
     done = ask(questions="What colour is the shape?\nWhat does the shape do?\n")
     assert (done.returncode, done.stdout) == (0, expected)
-    assert "sample.mp4" in done.stderr and "weights/tiny" in done.stderr and done.stderr.count("\n") == 1
+    assert "sample.mp4" in done.stderr and "weights/tiny" in done.stderr and done.stderr.count("\n") == 2
     assert ask("-q", "What colour is the shape?").stdout == expected.splitlines(keepends=True)[0]
-    shown = re.search(r"```\n(video .*)\n.*\n.*\n> What does the shape do\?\n(.*)\n", read("README.md"))
+    shown = re.search(r"```\n(video .*\nweights .*\n).*\n.*\n> What does the shape do\?\n(.*)\n", read("README.md"))
     first, answer = shown.groups()
     assert answer == expected.splitlines()[1]
-    assert ask("--no-cache", "-q", "What does the shape do?", folder=ROOT).stderr == first + "\n"
+    assert ask("--no-cache", "-q", "What does the shape do?", folder=ROOT).stderr == first
 
 
 def test_the_time_of_an_event_is_as_printed():
     command, shown = re.search(r"<!-- when -->\n```\npython chat.py (.*)\n```\n```\n(.*?)```", read("README.md"),
                                re.S).groups()
     done = ask("--no-cache", *shlex.split(command), folder=ROOT)
-    assert done.stdout + "".join(done.stderr.splitlines(keepends=True)[1:]) == shown
+    assert done.stdout + "".join(done.stderr.splitlines(keepends=True)[2:]) == shown
 
 
 def test_questions_that_work_get_answers():
