@@ -33,7 +33,7 @@ class Config:
     num_frames: cli.Count | None = None   # frames that the model sees; None: what the kind of tokens wants
     keep_tokens: bool = False        # of LinVT: the first question's stay, and later ones cost less
     explain: str | None = None       # with -q, of LinVT: a PNG of where the answer came from
-    temperature: cli.Amount = 0.0    # 0: the likeliest token; more: more varied; the released chat has 0.2
+    temperature: Annotated[float, 0, 2] = 0.0   # 0: the likeliest token; the released chat has 0.2
     top_p: Annotated[float, 0.001, 1] = 1.0   # draw from the likeliest tokens that have this probability
     max_new_tokens: cli.Count = 256  # an answer's length at most
     seed: cli.Whole = 0              # every answer starts from it: the same question, the same answer

@@ -118,7 +118,7 @@ def next_batch(loader, here):
         tqdm.write(f"skipped: {message}", file=sys.stderr)
     counts = gather_numbers(here, len(batch["index"]))
     if not counts.any():
-        raise UserError("a batch without one readable video; is --root right?")
+        raise UserError("a batch without one readable video; the lines above say what is wrong with them")
     return {name: rows[:counts.min()] for name, rows in batch.items()}
 
 
