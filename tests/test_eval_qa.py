@@ -15,7 +15,7 @@ import eval_qa
 from eval_qa import Config, place_of, read_questions
 from llm import generate, generate_batch
 from model import open_chat
-from plumbing import cli, training
+from plumbing import cli, quant, training
 from plumbing.cli import UserError
 from toy import language, world
 
@@ -134,8 +134,11 @@ def test_several_processes_leave_the_same_file_and_a_trial_goes_on(asked, monkey
     assert lines(asked) == whole
 
 
-def test_answers_in_batches_are_those_of_one_after_the_other():
+@pytest.mark.parametrize("scheme", ["fp32", "int8"])
+def test_answers_in_batches_are_those_of_one_after_the_other(scheme):
     chat, rng = open_chat(os.path.join(ROOT, "weights", "tiny")).load(), np.random.default_rng(0)
+    if scheme == "int8":
+        quant.quantize(chat.llm, scheme)
     pixels, _ = chat.video_tokens.watch(os.path.join(ROOT, "assets", "sample.mp4"), 64)
     seen, prompts = chat.video_tokens.see(chat.clip, pixels[None]), {}
     facts = language.looks(world.SAMPLE) | language.moves(world.SAMPLE)
