@@ -222,23 +222,29 @@ def no_key_twice(pairs):
     return row
 
 
+def json_lines(path, text):
+    """The text of a file of JSON lines -> [(where, row)]. Raises UserError with the line."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):   # splitlines would split at U+2028, too
+        try:
+            if line.strip():
+                rows.append((f"{path}, line {number}", json.loads(line, object_pairs_hook=no_key_twice)))
+        except ValueError as e:
+            raise UserError(f"{path}, line {number}: not valid JSON ({e})")
+    return rows
+
+
 def read_rows(path):
     """JSON lines, or one JSON value -> [(where, row)], `where` for messages. A list is its entries, anything
     else one row. Raises UserError with the line."""
-    text, rows = read_text(path), []
+    text = read_text(path)
     try:
         whole = json.loads(text, object_pairs_hook=no_key_twice)
-        rows = [(path, whole)]
-        if isinstance(whole, list):
-            rows = [(f"{path}, entry {i}", row) for i, row in enumerate(whole, 1)]
     except ValueError:   # not one JSON value: JSON lines, or damage that a line will show
-        for number, line in enumerate(text.split("\n"), 1):   # splitlines would split at U+2028, too
-            try:
-                if line.strip():
-                    row = json.loads(line, object_pairs_hook=no_key_twice)
-                    rows.append((f"{path}, line {number}", row))
-            except ValueError as e:
-                raise UserError(f"{path}, line {number}: not valid JSON ({e})")
+        rows = json_lines(path, text)
+    else:
+        entries = isinstance(whole, list)
+        rows = [(f"{path}, entry {i}", row) for i, row in enumerate(whole, 1)] if entries else [(path, whole)]
     if not rows:
         raise UserError(f"{path}: no rows in it")
     return rows

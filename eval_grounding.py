@@ -54,8 +54,8 @@ from tqdm import tqdm
 
 import data
 from llm import generate, stream_text
-from metrics import (CAPTIONS, GROUNDING, caption_scores, grounding_scores, interval, rarity, read_events,
-                     read_spans, temporal_iou, words)
+from metrics import (CAPTIONS, GROUNDING, caption_scores, grounding_scores, interval, numbered, rarity,
+                     read_events, read_spans, temporal_iou, words)
 from model import ALL_EVENTS, VIDEO_TOKENS, WHEN, open_chat
 from plumbing import memory, training
 from plumbing.cli import UserError, say
@@ -254,12 +254,10 @@ def report(cfg, clips, answers, turned):
 
 def table(columns, videos, rows):
     """Prints rows {name: scores (C,) of each question}, in percent with 95 % intervals; videos: of each."""
-    numbers = {video: number for number, video in enumerate(dict.fromkeys(videos))}
-    groups = torch.tensor([numbers[video] for video in videos])
     print(" " * 50 + "".join(f"{column:>14}" for column in columns))
     for name, scores in rows.items():
         values = 100 * torch.stack(scores)
-        cells = zip(values.mean(0), interval(values, groups))
+        cells = zip(values.mean(0), interval(values, numbered(videos)))
         print(f"{name:50}" + "".join(f"{f'{mean:.1f} ± {half:.1f}':>14}" for mean, half in cells))
 
 

@@ -51,7 +51,6 @@ class Config:
     device: cli.Device = "auto"      # where to compute
     dtype: str = "auto"              # fp32, bf16, fp16 for what is not rounded; auto: what is quick
     quantize: str = "auto"           # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
-    judge: str = ""                  # of score and compare: one of JUDGES; default: all
     control: str = ""                # of score: predictions of a blind run
     train: str = ""                  # of score: where frequent answers are from; default: the file itself
     verdicts: str = ""               # of score: what another judge said, see docs/qa.md
@@ -66,9 +65,12 @@ import collections
 import csv
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
+import statistics
+import string
 import warnings
 
 import torch
@@ -83,16 +85,15 @@ from plumbing.cli import UserError, say
 from plumbing.store import state_of
 
 HOW = "generate", "rank", "likelihood", "text", "letters"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = string.ascii_uppercase
 LIST = "{}\n{}\nAnswer with the letter of the right option."   # a question and its options
 
 
 def main(cfg):
-    cli.check(cfg, dataset=SETS, judge=["", *JUDGES], dtype=memory.DTYPES, quantize=memory.SCHEMES)
-    needed = {"ask": ["annotations", "out"], "score": ["file"]}.get(cfg.command, ["file", "other"])
-    for name in needed:
-        if not getattr(cfg, name):
-            raise UserError(f"{cfg.command} needs {name if name in FLAGS['positional'] else f'--{name}'}")
+    cli.check(cfg, dataset=SETS, dtype=memory.DTYPES, quantize=memory.SCHEMES)
+    needed = {"ask": ["--annotations", "--out"], "score": ["file"]}.get(cfg.command, ["file", "other"])
+    if lacking := [name for name in needed if not getattr(cfg, name.strip("-"))]:
+        raise UserError(f"{cfg.command} needs {lacking[0]}")
     {"ask": ask, "score": score, "compare": compare, "export": export}[cfg.command](cfg)
 
 
@@ -101,58 +102,54 @@ def read_questions(cfg):
     """-> [question], each {"id", "video", "window": [start, end] or None, "frames_fps", "group", "kind",
     "turns": [(question, answer)] before it, "question", "answer": [right ones] or None, "options": [text] or
     None}. Raises UserError with the row."""
-    table, there, questions, odd = SETS[cfg.dataset], {}, {}, collections.Counter()
+    table, answers, questions, where, odd = SETS[cfg.dataset], {}, {}, cfg.annotations, collections.Counter()
     for _, row in table_rows(cfg.answers) if cfg.answers else ():
-        alone = pick(row, *IDS) is None   # {id: answer} in one object
-        there |= {name: {"answer": x} for name, x in row.items()} if alone else {str(pick(row, *IDS)): row}
-    for where, raw in table.rows(cfg.annotations):
-        try:
-            name = str(pick(raw, *IDS))
-            known = name in there or not there
-            found = table.convert({**there.get(name, {}), **raw}, cfg.root) if known else []
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
-            raise UserError(f"{where}: not a question of {cfg.dataset} ({type(e).__name__}: {e})")
-        odd["no answer, or other tasks: left out"] += not found
-        for row in found:
-            row |= {"kind": table.kinds.get(str(row.get("kind")), row.get("kind"))}
+        alone = pick(row, "id") is None   # {id: answer} in one object
+        answers |= {i: {"answer": x} for i, x in row.items()} if alone else {str(pick(row, "id")): row}
+    try:
+        for where, row in table.rows(cfg.annotations):
+            name = str(pick(row, "id"))
+            row = answers.get(name, {}) | row
+            row |= {column: pick(row, column) for column in table.columns if pick(row, column) is not None}
+            row = table.convert(row, cfg.root)
+            if row is None or answers and name not in answers:
+                odd["no answer, or other tasks: left out"] += 1
+                continue
+            row["video"] = str(row["video"])
+            row["kind"] = table.kinds.get(str(row.get("kind")), row.get("kind"))
             question = question_of(where, row, len(questions), odd)
             if questions.setdefault(question["id"], question) is not question:
                 raise UserError(f"{where}: a second row of the id {question['id']}")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+        raise UserError(f"{where}: not a question of {cfg.dataset} ({type(e).__name__}: {e})")
     for what, number in (+odd).items():
         warnings.warn(f"{cfg.annotations}: {number} with {what}")
     if table.sizes and len(questions) not in table.sizes:
         sizes = " or ".join(map(str, table.sizes))
         message = f"{cfg.annotations}: {cfg.dataset} has {sizes} questions, found {len(questions)}"
         if table.counted:
-            raise UserError(f"{message}; --dataset own reads any number")
+            raise UserError(message)
         warnings.warn(message)
-    if not questions:
-        raise UserError(f"{cfg.annotations}: no questions in it")
     return list(questions.values())
 
 
 def question_of(where, row, number, odd):
-    """A row of a file of questions, see docs/qa.md, checked. odd: counts what is strange but may be."""
-    turns = [(row.get("question"), row.get("answer"))]
+    """A row of a file of questions, see docs/qa.md, checked. number: its id, if it has none. odd: counts what
+    is strange but may be."""
     if "conversations" in row or "messages" in row:
-        turns = data.turns(row, where)
-    *turns, (question, answer) = turns
-    options, right = row.get("options"), answer if isinstance(answer, list) else [answer]
-    if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{where}: needs 'question', a str that is not empty")
-    if options is not None:
-        if (not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS)
-                or not all(isinstance(option, str) for option in options)):
-            raise UserError(f"{where}: options must be 2 to {len(LETTERS)} texts")
-        texts = [tuple(answer_words(option)) for option in options]
-        odd["options of equal words"] += len(set(texts)) < len(texts)
-        odd["an empty option"] += () in texts
-        if answer is not None:
-            places = [place_of(a, options, where) for a in right]
-            odd["an answer that is no option"] += None in places
-            right = [a if place is None else options[place] for a, place in zip(right, places)]
-    if answer is not None and not (right and all(isinstance(a, str) and a.strip() for a in right)):
-        raise UserError(f"{where}: an answer is a text, or several, that are not empty")
+        *turns, (question, answer) = data.turns(row, where)
+    else:
+        turns, question, answer = [], data.field(row, where, "question").strip(), row.get("answer")
+    options, right = row.get("options"), None
+    if options is not None and not (isinstance(options, list) and 2 <= len(options) <= len(LETTERS)
+                                    and all(isinstance(option, str) for option in options)):
+        raise UserError(f"{where}: options must be 2 to {len(LETTERS)} texts")
+    if answer is not None:
+        right = answer if isinstance(answer, list) else [answer]
+        right = [option_of(a, options) if options else str(a) for a in right]
+        if not right or not all(map(str.strip, right)):
+            raise UserError(f"{where}: an answer is a text, or several, that are not empty")
+        odd["an answer that is no option"] += bool(options) and not set(right).issubset(options)
     window = row.get("window")
     if row.get("start") is not None or row.get("end") is not None:
         window = [row.get("start", 0), row.get("end")]
@@ -160,29 +157,29 @@ def question_of(where, row, number, odd):
     return {"id": str(row.get("id", number)), "video": data.field(row, where, "video"), "window": window,
             "frames_fps": row.get("frames_fps"), "group": row.get("group"),
             "kind": None if row.get("kind") is None else str(row["kind"]),
-            "turns": turns, "question": question.strip(), "answer": None if answer is None else right,
-            "options": options}
+            "turns": turns, "question": question, "answer": right, "options": options}
 
 
-def place_of(answer, options, where):
-    """The place of a right answer: a number is that place, from 0; a text is an option's, else its letter.
-    None for a text that is neither."""
+def option_of(answer, options):
+    """A right answer -> the option that it means: a number is its place, from 0; a text is an option's, else
+    its letter. A text that is neither stays as it is. Raises ValueError."""
     if type(answer) is int:
         if not 0 <= answer < len(options):
-            raise UserError(f"{where}: answer {answer}, but there are {len(options)} options, from 0")
-        return answer
-    texts, said = [answer_words(option) for option in options], answer_words(str(answer))
-    if answer in options or said in texts:
-        return options.index(answer) if answer in options else texts.index(said)
+            raise ValueError(f"answer {answer}, but there are {len(options)} options, from 0")
+        return options[answer]
+    words = [answer_words(option) for option in options]
     letter = re.fullmatch(r"\(?([A-Z])(?:[).:]\s*.*)?", str(answer).strip(), re.S)
-    place = LETTERS.index(letter[1]) if letter else len(options)
-    return place if place < len(options) else None
+    if answer in options:
+        return answer
+    if answer_words(str(answer)) in words:
+        return options[words.index(answer_words(str(answer)))]
+    return dict(zip(LETTERS, options)).get(letter and letter[1], str(answer))
 
 
 def find_video(cfg, question, names):
     """-> the path of its file, or of its folder of pictures. names: see read_names."""
     called = question["video"], SETS[cfg.dataset].name.format(question["video"])
-    paths = [data.locate(cfg.root, name) for name in (*(names[x] for x in called if x in names), *called)]
+    paths = [data.locate(cfg.root, names.get(name, name)) for name in called]
     return next(filter(os.path.exists, paths), paths[0])
 
 
@@ -232,27 +229,29 @@ def ask(cfg):
               for name in ("num_frames", "tuned", "suffix", "max_new_tokens", "blind", "dataset", "top")}
     record |= {"weights": state, "tokens": opened.tokens, "precision": precision, "how": how,
                "torch": torch.__version__, **digests}
-    done = start_run(cfg, record, here)
+    run = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
+    if here.rank == 0:
+        cli.make_folder(os.path.dirname(os.path.abspath(cfg.out)))
+        check_record(f"{cfg.out}.run.json", record)
+        join_parts(cfg.out, run, questions)
+    training.gather_numbers(here, 0)   # all wait for the first
+    rows = data.json_lines(cfg.out, data.read_text(cfg.out))
+    done = {row["id"] for _, row in rows if "skipped" not in row}
     left = [(unit, asked) for unit, found in units.items()
             if (asked := [question for question in found if question["id"] not in done])]
     mine = left[here.rank::here.size]
     chat = opened.load(dtype, scheme, here.device) if mine else None
     closed = frequent(cfg.vocabulary, cfg.top) if mine and cfg.vocabulary else ()
     vocabulary = {text: answer_ids(chat, text) for text in closed}
-    run, bar = run_of(record), tqdm(total=sum(len(asked) for _, asked in mine), desc="ask", disable=None)
+    bar = tqdm(total=sum(len(asked) for _, asked in mine), desc="ask", disable=None)
     for i in range(0, len(mine), cfg.batch_size):
         rows = predict(cfg, chat, how, vocabulary, mine[i:i + cfg.batch_size], here.device)
         cli.append_lines(f"{cfg.out}.part{here.rank}", [json.dumps(row | {"run": run}) for row in rows])
         bar.update(len(rows))
     training.gather_numbers(here, 0)   # all wait for all
     if here.rank == 0:
-        done = read_parts(cfg.out)
-        order = {question["id"]: i for i, question in enumerate(questions)}
-        rows = sorted(done.values(), key=lambda row: order[row["id"]])
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        cli.write_atomic(cfg.out, lambda f: f.write(text.encode()))
-        for path in part_files(cfg.out):
-            os.remove(path)
+        join_parts(cfg.out, run, questions)
+        rows = read_predictions(cfg.out)
         skipped = sum("skipped" in row for row in rows)
         print(f"{cfg.out}: {len(rows) - skipped} of {len(rows)} questions answered; "
               f"`python eval_qa.py score {cfg.out}` counts")
@@ -260,49 +259,32 @@ def ask(cfg):
         dist.destroy_process_group()
 
 
-def run_of(record):
-    """A run record -> what predictions say about how they were made, 8 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
+def check_record(path, record):
+    """Writes what predictions depend on beside them. Raises UserError if they were made with another."""
+    made = json.loads(json.dumps(record))   # as a file has it
+    before = data.read_rows(path)[0][1] if os.path.exists(path) else made
+    for name in made:
+        if before.get(name) != made[name]:
+            raise UserError(f"{path}: was made with {name} {before.get(name)}, not {made[name]}; "
+                            "choose another --out")
+    cli.write_atomic(path, lambda f: f.write(json.dumps(made, indent=1).encode()))
 
 
-def part_files(out):
-    """What processes have written and no process has put in order yet."""
-    return [path for path in sorted(glob.glob(f"{glob.escape(out)}.part*"))
-            if re.fullmatch(r"\d+", path.rpartition(".part")[2])]
-
-
-def read_parts(out):
-    """-> {id: prediction} of `out` and its parts, whose last lines a kill may have cut short."""
-    done = {}
-    for path in [out] * os.path.exists(out) + part_files(out):
+def join_parts(out, run, questions):
+    """Puts the predictions in `out`, and in the parts that processes write, into `out`, in the order of the
+    questions. Raises UserError for those of another run."""
+    parts, done = glob.glob(f"{glob.escape(out)}.part*"), {}
+    for path in filter(os.path.exists, [out, *parts]):
         text = data.read_text(path)
-        if not text.endswith("\n"):
-            cli.write_atomic(path, lambda f: f.write(text[:text.rfind("\n") + 1].encode()))
-        if "\n" in text:
-            done |= {row["id"]: row for row in read_predictions(path)}
-    return done
-
-
-def start_run(cfg, record, here):
-    """Checks that what stands in --out was made with the same record -> {id: prediction} of what is done. All
-    processes start from the same."""
-    path = f"{cfg.out}.run.json"
-    if here.rank == 0:
-        cli.make_folder(os.path.dirname(os.path.abspath(cfg.out)))
-        made = json.loads(json.dumps(record))   # as a file has it
-        before = data.read_rows(path)[0][1] if os.path.exists(path) else made
-        for name in sorted({*before, *made}):
-            if before.get(name) != made.get(name):
-                raise UserError(f"{path}: was made with {name} {before.get(name)}, not {made.get(name)}; "
-                                "choose another --out")
-        done = read_parts(cfg.out)
-        if any(row.get("run") != run_of(record) for row in done.values()):
-            raise UserError(f"{cfg.out}: holds predictions of another run; choose another --out")
-        cli.write_atomic(path, lambda f: f.write(json.dumps(made, indent=1).encode()))
-    training.gather_numbers(here, 0)   # the first has cut what a kill left
-    done = {name: row for name, row in read_parts(cfg.out).items() if "skipped" not in row}
-    training.gather_numbers(here, 0)   # all have read, before the first writes
-    return done
+        whole = text[:text.rfind("\n") + 1]   # a kill may have cut the last line
+        for where, row in data.json_lines(path, whole):
+            if not isinstance(row, dict) or row.get("run") != run:
+                raise UserError(f"{where}: not a prediction of this run; choose another --out")
+            done[row["id"]] = row
+    text = "".join(json.dumps(done[q["id"]]) + "\n" for q in questions if q["id"] in done)
+    cli.write_atomic(out, lambda f: f.write(text.encode()))
+    for path in parts:
+        os.remove(path)
 
 
 def written(question):
@@ -395,11 +377,14 @@ def predict(cfg, chat, how, vocabulary, units, device):
 
 
 # -------------------------------------------------------------------------------------------------- judging
+def column(scores):
+    """Numbers or bools -> (Q,) float64."""
+    return torch.tensor([float(x) for x in scores], dtype=torch.float64)
+
+
 def most_likely(row, name, mean=False):
-    """Which option had the highest log-likelihood, a sum over its tokens or their mean; of equal ones the
-    first."""
-    sums, tokens = row[name], row[f"{name}_tokens"]
-    scores = [x / n for x, n in zip(sums, tokens)] if mean else sums
+    """The option of the highest log-likelihood, a sum or mean over its tokens; of equal ones the first."""
+    scores = [x / n if mean else x for x, n in zip(row[name], row[f"{name}_tokens"])]
     return row["options"][scores.index(max(scores))]
 
 
@@ -421,12 +406,11 @@ CHOICE = {"mean": ("loglik", lambda row: most_likely(row, "loglik", mean=True)),
           "letters": ("letters", lambda row: most_likely(row, "letters")),
           "generated": ("prediction", named)}
 JUDGES = OPEN | CHOICE
-HINTS = {"exact": "generate", "rank": "rank", "mean": "text", "letters": "letters", "generated": "generate"}
 
 
-def same(text, answers):
+def same(text, row):
     """Whether an option is a right one."""
-    return answer_words(text) in [words for words in map(answer_words, answers) if words]
+    return answer_words(text) in [words for words in map(answer_words, row["answer"]) if words]
 
 
 def read_predictions(path):
@@ -447,23 +431,18 @@ def scores_of(rows, judge):
     if not any(needs in row for row in rows):
         return None
     found = [judged(row) if needs in row else "" for row in rows]
-    right = [same(text, row["answer"]) for text, row in zip(found, rows)] if judge in CHOICE else found
-    return torch.tensor([float(x or 0) for x in right], dtype=torch.float64)
+    return column([same(*x) for x in zip(found, rows)] if judge in CHOICE else [x or 0 for x in found])
 
 
 def groups_of(rows):
     """-> (Q,) int64, which of them fall together: those about a video, unless a row names its group."""
-    names = [row.get("group", row["video"]) for row in rows]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return torch.tensor([numbers[name] for name in names])
+    return metrics.numbered([row.get("group", row["video"]) for row in rows])
 
 
-def cell(values, groups, where=None):
-    """Scores (Q,), or None -> "96.3 (94.9 to 97.7)", of those `where` (Q,) is true."""
+def cell(values, groups):
+    """Scores (Q,), or None -> "96.3 (94.9 to 97.7)"."""
     if values is None:
         return "not run"
-    if where is not None:
-        values, groups = values[where], groups[where]
     low, high = share_interval(values, groups)
     return f"{100 * values.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
@@ -487,8 +466,7 @@ def score(cfg):
     known = known_answers(cfg.train) if cfg.train else [
         (row["question"], row["answer"][0], row.get("kind")) for row in rows]
     for judges in (OPEN, CHOICE):
-        part = [row for row in rows if ("options" in row) == (judges is CHOICE)]
-        if part and (not cfg.judge or cfg.judge in judges):
+        if part := [row for row in rows if ("options" in row) == (judges is CHOICE)]:
             report(cfg, part, judges, [control[row["id"]] for row in part] if control else None, known)
 
 
@@ -496,47 +474,48 @@ def report(cfg, rows, judges, control, known):
     """Prints the tables of questions of one sort, open or with options. control: the same, asked blindly;
     known: [(question, answer, kind)], for guesses."""
     groups, seen = groups_of(rows), torch.tensor(["skipped" not in row for row in rows])
-    lines = {name: scores_of(rows, name) for name in judges if cfg.judge in ("", name)}
+    lines = {name: scores_of(rows, name) for name in judges}   # {name: scores (Q,), or None: not run}
     headline = next((name for name, values in lines.items() if values is not None), next(iter(lines)))
-    first = lines[headline]
-    lines |= {f"blind: {headline}": control and scores_of(control, headline)}
+    lines[f"blind: {headline}"] = control and scores_of(control, headline)
     lines |= guesses(cfg, rows, known) if judges is OPEN else blind_options(rows)
     if cfg.vocabulary:
         closed = {tuple(answer_words(text)) for text in frequent(cfg.vocabulary, cfg.top)}
-        there = [any(tuple(answer_words(text)) in closed for text in row["answer"]) for row in rows]
-        lines["in the vocabulary, the most that rank can"] = torch.tensor(there, dtype=torch.float64)
+        lines["in the vocabulary, the most that rank can"] = column(
+            any(tuple(answer_words(text)) in closed for text in row["answer"]) for row in rows)
     videos = len({row["video"] for row in rows})
     print(f"{cfg.file}: {len(rows)} questions about {videos} videos, in percent; 95 % intervals over "
           f"{groups.max() + 1} groups")
     if not seen.all():
         print(f"answered {seen.sum()} of {len(rows)}; the others count as wrong below, and without them "
-              f"{headline} is {cell(first, groups, seen)}")
+              f"{headline} is {cell(lines[headline][seen], groups[seen])}")
     width = max(map(len, lines)) + 2
     for name, values in lines.items():
-        hint = f"ask --how {HINTS[name]}" if name in HINTS else "--control FILE"
-        print(f"{name:{width}}{cell(values, groups):>22}" + f"  {hint}" * (values is None))
-    if headline == "exact" and "within" in lines and lines["within"].mean() - first.mean() > 0.1:
-        print("exact is far below within: answers are sentences; ask with --suffix for short ones")
-    if judges is CHOICE and any("prediction" in row for row in rows):
+        print(f"{name:{width}}{cell(values, groups):>22}")
+    if judges is CHOICE and lines["generated"] is not None:
         nameless = sum(not named(row) for row in rows if "prediction" in row)
         print(f"{nameless} answers name no option, which is wrong")
-    kinds = collections.defaultdict(list)   # "free: colour" counts as "free", too
-    for i, row in enumerate(rows):
-        for kind in dict.fromkeys([row["kind"].split(": ")[0], row["kind"]] if "kind" in row else []):
-            kinds[kind].append(i)
-    if kinds:
-        columns = {name: values for name, values in lines.items()
-                   if values is not None and (name == headline or name not in judges)}
-        print("\n" + " " * 26 + "".join(f"{re.split('[:,;]', name)[0]:>22}" for name in columns))
-        for kind, where in sorted(kinds.items()):
-            cells = "".join(f"{cell(values, groups, where):>22}" for values in columns.values())
-            print(f"{kind} ({len(where)})".ljust(26) + cells)
-        whole = [kinds[kind] for kind in {row["kind"]: 0 for row in rows if "kind" in row}]
-        means = (sum(values[where].mean() for where in whole) / len(whole) for values in columns.values())
-        print(f"mean over {len(whole)} kinds".ljust(26) + "".join(f"{100 * mean:>22.1f}" for mean in means))
+    print_kinds(rows, groups, {name: values for name, values in lines.items()
+                               if values is not None and (name == headline or name not in judges)})
     likelihoods(rows, control, groups)
     if judges is OPEN:
         two_and_numbers(rows)
+
+
+def print_kinds(rows, groups, lines):
+    """Prints a table of lines {name: scores (Q,)} for each kind of question, and their means over kinds."""
+    kinds = collections.defaultdict(list)   # {kind: places in rows}; "free: colour" counts as "free", too
+    for i, row in enumerate(rows):
+        for kind in {row["kind"].split(": ")[0], row["kind"]} if "kind" in row else ():
+            kinds[kind].append(i)
+    if not kinds:
+        return
+    print("\n" + " " * 26 + "".join(f"{re.split('[:,;]', name)[0]:>22}" for name in lines))
+    for kind, where in sorted(kinds.items()):
+        cells = "".join(f"{cell(values[where], groups[where]):>22}" for values in lines.values())
+        print(f"{kind} ({len(where)})".ljust(26) + cells)
+    whole = sorted({row["kind"] for row in rows if "kind" in row})
+    means = (sum(values[kinds[kind]].mean() for kind in whole) / len(whole) for values in lines.values())
+    print(f"mean over {len(whole)} kinds".ljust(26) + "".join(f"{100 * mean:>22.1f}" for mean in means))
 
 
 def guesses(cfg, rows, known):
@@ -552,50 +531,46 @@ def guesses(cfg, rows, known):
     if all(question for question, *_ in known):
         beginnings = metrics.Beginnings([(question, answer) for question, answer, _ in known])
         said[f"by question{here}"] = [beginnings.guess(row["question"]) for row in rows]
-    return {name: torch.tensor([float(exact(guess, row["answer"])) for guess, row in zip(answers, rows)],
-                               dtype=torch.float64) for name, answers in said.items()}
+    return {name: column(exact(guess, row["answer"]) for guess, row in zip(answers, rows))
+            for name, answers in said.items()}
 
 
 def blind_options(rows):
     """The same for options: the place that is most often right, the longest text; chance in its name."""
-    places = [[float(same(text, row["answer"])) for text in row["options"]] for row in rows]
-    longest = [max(range(len(row["options"])), key=lambda i: len(row["options"][i])) for row in rows]
-    places = [right + [0.0] * (len(LETTERS) - len(right)) for right in places]
-    best = max(range(len(LETTERS)), key=lambda i: sum(right[i] for right in places))
-    chance = 100 * sum(1 / len(row["options"]) for row in rows) / len(rows)
-    found = {f"best place, found here: {LETTERS[best]}": [right[best] for right in places],
-             f"longest option; chance is {chance:.1f}": [right[i] for right, i in zip(places, longest)]}
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+    right = [[same(text, row) for text in row["options"]] for row in rows]
+    places = list(map(column, itertools.zip_longest(*right, fillvalue=False)))
+    best = max(range(len(places)), key=lambda i: places[i].sum())
+    longest = column(same(max(row["options"], key=len), row) for row in rows)
+    chance = 100 * statistics.mean(1 / len(row["options"]) for row in rows)
+    return {f"best place, found here: {LETTERS[best]}": places[best],
+            f"longest option; chance is {chance:.1f}": longest}
 
 
 def likelihoods(rows, control, groups):
     """Prints how likely the right answers were, in nats a token, and how much of that the picture tells."""
     told = [i for i, sides in enumerate(zip(rows, control or rows))
             if all("answer_loglik" in row for row in sides)]
-    if not told:
-        return
-    mine, theirs = (torch.tensor([part[i]["answer_loglik"][0] / part[i]["answer_loglik_tokens"][0]
-                                  for i in told], dtype=torch.float64) for part in (rows, control or rows))
+    mine, blind = (column(part[i]["answer_loglik"][0] / part[i]["answer_loglik_tokens"][0] for i in told)
+                   for part in (rows, control or rows))
     said = f"log-likelihood of right answers, nats a token: {mine.mean():.3f}; blind: "
-    if control is None:
-        print(said + "not run")
-        return
-    gain = mine - theirs
-    half = interval(gain[:, None], groups[told]).item()
-    print(f"{said}{theirs.mean():.3f}; the picture tells {gain.mean():.3f} "
-          f"({gain.mean() - half:.3f} to {gain.mean() + half:.3f})")
+    if told and control:
+        gain, half = (mine - blind).mean(), interval((mine - blind)[:, None], groups[told]).item()
+        print(f"{said}{blind.mean():.3f}; the picture tells {gain:.3f} "
+              f"({gain - half:.3f} to {gain + half:.3f})")
+    elif told:
+        print(f"{said}not run")
 
 
 def two_and_numbers(rows):
     """Prints how far two predictions with one answer agree, and how far predicted numbers are off."""
     pairs = [[row.get("prediction", "") for row in pair] for pair in pairs_of(rows) if len(pair) == 2]
     if pairs:
-        values = torch.tensor([token_f1(one, [other]) for one, other in pairs], dtype=torch.float64)
+        values = column(token_f1(one, [other]) for one, other in pairs)
         print(f"f1 of two predictions with each other: {cell(values, torch.arange(len(pairs)))}")
     if all(row["answer"][0].isdecimal() for row in rows):
         said = [("".join(answer_words(row.get("prediction", ""))), int(row["answer"][0])) for row in rows]
         off = [(int(number) - right) ** 2 for number, right in said if number.isdecimal()]
-        error = f"; mean squared error {sum(off) / len(off):.2f}" if off else ""
+        error = f"; mean squared error {statistics.mean(off):.2f}" if off else ""
         print(f"{len(off)} of {len(rows)} predictions are a number{error}")
 
 
@@ -604,10 +579,10 @@ def known_answers(path):
     questions, or conversations. Raises UserError."""
     known = []
     for where, row in table_rows(path):
-        pairs = (data.turns(row, where) if "conversations" in row or "messages" in row else
-                 [(pick(row, "question", "Q", "q") or "", pick(row, "answer", "A", "a"))])
-        known += [(question, str(answer).strip(), pick(row, "kind", "type"))
-                  for question, answer in pairs if answer is not None]
+        pairs = [(pick(row, "question") or "", pick(row, "answer"))]
+        if "conversations" in row or "messages" in row:
+            pairs = data.turns(row, where)
+        known += [(q, str(answer).strip(), pick(row, "kind")) for q, answer in pairs if answer is not None]
     if not known:
         raise UserError(f"{path}: no answers in it")
     return known
@@ -629,16 +604,13 @@ def compare(cfg):
     if any(lacking):
         raise UserError(f"not the same questions: {lacking[0]} are not in {cfg.file}, "
                         f"{lacking[1]} not in {cfg.other}")
-    rows = list(sides[0].values())
-    others = [sides[1][row["id"]] for row in rows]
-    for judge in [cfg.judge] if cfg.judge else JUDGES:
-        part = [i for i, row in enumerate(rows) if ("options" in row) == (judge in CHOICE)]
-        a, b = (scores_of([side[i] for i in part], judge) if part else None for side in (rows, others))
+    for judge in JUDGES:
+        asked = [name for name, row in sides[0].items() if ("options" in row) == (judge in CHOICE)]
+        a, b = (scores_of([side[name] for name in asked], judge) for side in sides)
         if a is None or b is None:
             continue
-        gain = a - b
-        half = interval(gain[:, None], groups_of([rows[i] for i in part])).item()
-        mean = gain.mean().item()
+        gain, groups = (a - b)[:, None], groups_of([sides[0][name] for name in asked])
+        mean, half = gain.mean().item(), interval(gain, groups).item()
         counts = [int(((a == x) & (b == y)).sum()) for x, y in ((1, 1), (1, 0), (0, 1), (0, 0))]
         print(f"{judge:10} {100 * a.mean():.1f} and {100 * b.mean():.1f}: {100 * mean:+.1f} "
               f"({100 * (mean - half):.1f} to {100 * (mean + half):.1f})" + (judge != "f1") *
@@ -654,6 +626,15 @@ def pairs_of(rows):
     return list(found.values())
 
 
+def official(pair):
+    """One prediction, or two with one answer -> what the official scripts take: each some of these keys."""
+    row, answer, said = pair[0], pair[0]["answer"][0], [x.get("prediction", "") for x in pair]
+    found = {"id": row["id"], "video_name": row["video"], "answer": answer, "A": answer}
+    if len(pair) == 2:
+        return found | {"Q1": row["question"], "Q2": pair[1]["question"], "pred1": said[0], "pred2": said[1]}
+    return found | {"question": row["question"], "Q": row["question"], "pred": said[0]}
+
+
 def export(cfg):
     """Writes the file that Video-ChatGPT's and BT-Adapter's judging scripts take, each by keys of its own; of
     a set with hidden answers, what its server takes. Raises UserError."""
@@ -665,18 +646,17 @@ def export(cfg):
         chose = [row["options"].index(text) if (text := CHOICE[judge][1](row)) else 0 for row in rows]
         out = SUBMISSIONS[cfg.dataset](rows, chose)
     else:
-        out = []
-        for pair in pairs_of(answered(cfg.file)):
-            row, answer, said = pair[0], pair[0]["answer"][0], [x.get("prediction", "") for x in pair]
-            asked = {"question": row["question"], "Q": row["question"], "pred": said[0]}
-            if len(pair) == 2:
-                asked = {"Q1": row["question"], "Q2": pair[1]["question"], "pred1": said[0],
-                         "pred2": said[1]}
-            out.append({"id": row["id"], "video_name": row["video"], "answer": answer, "A": answer} | asked)
+        out = list(map(official, pairs_of(answered(cfg.file))))
     if os.path.exists(cfg.other):
         raise UserError(f"{cfg.other}: is there already; choose another name")
     cli.write_atomic(cfg.other, lambda f: f.write(json.dumps(out, indent=1).encode()))
     print(f"{cfg.other}: {len(out)} entries")
+
+
+def words_of(about):
+    """What finds a verdict: question, answer and prediction, or two and two with one answer."""
+    about = {name.lower(): text for name, text in about.items()}
+    return tuple(about.get(name) for name in ("q", "q1", "q2", "a", "pred", "pred1", "pred2"))
 
 
 def imported(cfg, rows):
@@ -684,17 +664,17 @@ def imported(cfg, rows):
     lines {"id", "verdict", "score"}. The official keys depend on an order, so words are compared."""
     if not cfg.judge_name:
         raise UserError("--verdicts needs --judge_name: which model judged, and when")
-    said, there = collections.defaultdict(list), data.read_rows(cfg.verdicts)
-    by_id = len(there) > 1 or "verdict" in there[0][1]
+    said = collections.defaultdict(list)   # {an id, or words: [(verdict, score)]}
     try:
-        for where, row in there:
-            for key, (verdict, about) in {row["id"]: (row, {})}.items() if by_id else row.items():
-                words = [about.get(name) for name in ("q", "q1", "q2", "a", "pred", "pred1", "pred2")]
-                text = str(verdict["verdict"] if by_id else verdict.get("pred", ""))
-                said[key if by_id else json.dumps(words)].append((text, float(verdict.get("score", 0))))
+        for where, row in data.read_rows(cfg.verdicts):
+            if by_id := "verdict" in row:
+                said[row["id"]].append((str(row["verdict"]), float(row.get("score", 0))))
+                continue
+            for verdict, about in row.values():
+                said[words_of(about)].append((str(verdict.get("pred", "")), float(verdict.get("score", 0))))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{where}: no verdicts of an official script, nor our own rows ({type(e).__name__})")
-    keys = [row["id"] for row in rows] if by_id else list(map(words_of, pairs_of(rows)))
+    keys = [row["id"] for row in rows] if by_id else [words_of(official(pair)) for pair in pairs_of(rows)]
     found = [said[key].pop(0) for key in keys if said[key]]
     foreign = sum(map(len, said.values()))
     print(f"{cfg.judge_name}: {len(found)} of {len(keys)} questions have a verdict, {foreign} belong to none")
@@ -702,15 +682,19 @@ def imported(cfg, rows):
         print(f"{cfg.judge_name}: {name} {value:.2f}")
 
 
-def words_of(pair):
-    """What finds the verdict about one prediction, or about two with one answer."""
-    q, pred = [row["question"] for row in pair], [row.get("prediction", "") for row in pair]
-    q, pred = ([x[0], None, None] if len(pair) == 1 else [None, *x] for x in (q, pred))
-    return json.dumps([*q, pair[0]["answer"][0], *pred])
-
-
 # ------------------------------------------------------------------------------------------------ data sets
-IDS = "question_id", "id", "key", "q_uid"   # what sets call the id of a question
+COLUMNS = {   # our names: those that sets have, of which the first counts
+    "id": ("question_id", "id", "key", "q_uid"),
+    "video": ("video_name", "videoID", "video_path", "video", "video_id", "gif_name", "q_uid"),
+    "question": ("question", "Q", "q", "Question"),
+    "answer": ("answer", "A", "a", "Answer", "answer_id", "correct_choice"),
+    "options": ("options", "candidates", "Answer_Choices"),
+    "kind": ("area", "kind", "question_type", "type", "Type", "duration_group")}
+
+
+def pick(row, column):
+    """What a row has in one of our columns, or None."""
+    return next((row[name] for name in COLUMNS[column] if row.get(name) is not None), None)
 
 
 def table_rows(path):
@@ -724,9 +708,8 @@ def table_rows(path):
     if not path.endswith((".csv", ".tsv")):
         return data.read_rows(path)
     lines = data.read_text(path).splitlines()
-    tabs = "\t" in lines[0]
-    rows = csv.DictReader(lines, delimiter="\t" if tabs else ",",
-                          quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in lines[0] else {}
+    rows = csv.DictReader(lines, **form)
     return [(f"{path}, line {rows.line_num}", row) for row in rows]
 
 
@@ -740,49 +723,34 @@ def folder_rows(path):
 def nested_rows(path):
     """Rows of {video: {kind: [question]}}."""
     [(where, whole)] = data.read_rows(path)
-    return [(f"{where}, {video}", row | {"video": video, "kind": kind}) for video, kinds in whole.items()
+    return [(f"{where}, {video}", {"kind": kind} | row | {"video": video}) for video, kinds in whole.items()
             for kind, rows in kinds.items() if isinstance(rows, list) for row in rows if "question" in row]
 
 
-def pick(row, *names):
-    """The first of some keys that a row has, or None."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
+def paired_rows(path):
+    """Rows of two questions with one answer, which become a group."""
+    return [(where, row | {"id": f"{number}.{i}", "question": row[f"Q{i}"], "group": f"pair {number}"})
+            for number, (where, row) in enumerate(data.read_rows(path)) for i in (1, 2)]
 
 
-def own(row, root):
-    return [dict(row)]
-
-
-def open_ended(row, root):
-    """Video, question and answer by the names that these sets have for them."""
-    name, answer = pick(row, *IDS), pick(row, "answer", "A")
-    found = {"video": str(pick(row, "video_name", "video", "video_id", "gif_name")),
-             "answer": None if answer is None else str(answer), "kind": pick(row, "type", "kind")}
-    found |= {"id": name} if name is not None else {}
-    if "Q1" not in row:
-        return [found | {"question": pick(row, "question", "Q")}]
-    both = {"group": f"pair {name if name is not None else row['Q1']}"}   # two questions with one answer
-    return [found | both | {"id": f"{both['group'][5:]}.{i}", "question": row[f"Q{i}"]} for i in (1, 2)]
-
-
+# Set.convert: a row with our names, and the folder of videos -> our row, or None if it is not to be asked
 def nextqa(row, root):
-    return [row | {"id": f"{row['video']}_{row['qid']}", "kind": row["type"], "answer": int(row["answer"]),
-                   "options": [row[f"a{i}"] for i in range(5)]}]
+    return row | {"id": f"{row['video']}_{row['qid']}", "answer": int(row["answer"]),
+                  "options": [row[f"a{i}"] for i in range(5)]}
 
 
 def egoschema(row, root):
-    options = [row[f"option {i}"] for i in range(5)]
-    return [row | {"id": row["q_uid"], "video": row["q_uid"], "options": options}]
+    return row | {"options": [row[f"option {i}"] for i in range(5)]}
 
 
 def mvbench(row, root):
     """The first revision shows parts of videos, a later one has cut them out: in folders of other names."""
     folder = next(folder for folder, tasks in MVBENCH.items() if row["task"] in tasks)
-    row = row | {"kind": row["task"], "options": row["candidates"]}
     if folder in SEGMENTS and not os.path.isdir(os.path.join(root, folder)):
         folder = SEGMENTS[folder]
-        row |= {"start": None, "end": None}
-    return [row | {"video": f"{folder}/{row['video']}", "frames_fps": 3 if "frames_fps3" in folder else None}]
+        row = row | {"start": None, "end": None}
+    return row | {"video": f"{folder}/{row['video']}", "kind": row["task"],
+                  "frames_fps": 3 if "frames_fps3" in folder else None}
 
 
 MVBENCH = {"star/Charades_v1_480": ("action_sequence", "action_prediction", "object_interaction"),
@@ -798,42 +766,34 @@ SEGMENTS = {"star/Charades_v1_480": "star/Charades_segment", "sta/sta_video": "s
 
 
 def videomme(row, root):
-    return [row | {"id": row["question_id"], "video": row["videoID"], "kind": row["duration"],
-                   "options": [re.sub(r"^[A-Z]\. ?", "", text) for text in row["options"]]}]
+    return row | {"kind": row["duration"],
+                  "options": [re.sub(r"^[A-Z]\. ?", "", text) for text in row["options"]]}
 
 
 def mlvu(row, root):
     """Tasks without candidates ask for descriptions, which takes a judge."""
-    return [row | {"video": f"{row['task']}/{row['video']}", "kind": row["question_type"],
-                   "options": row["candidates"]}] if "candidates" in row else []
+    return row | {"video": f"{row['task']}/{row['video']}"} if "candidates" in row else None
 
 
 def tempcompass(row, root):
     """Options stand in the question, a line each, and the answer is such a line."""
     mark = re.compile(r"(?:[A-Z]\.|(?:Option|Caption|Sentence) \w+:) *")
-    lines = row["question"].split("\n")
-    options = [mark.sub("", line, 1) for line in lines[1:] if mark.match(line)]
-    question = "\n".join(line for i, line in enumerate(lines) if i == 0 or not mark.match(line))
-    found = row | {"question": question, "answer": mark.sub("", row["answer"], 1)}
-    return [found | {"options": options} if options else found]
+    first, *lines = row["question"].split("\n")
+    options = [mark.sub("", line, 1) for line in lines if mark.match(line)]
+    question = "\n".join([first, *(line for line in lines if not mark.match(line))])
+    return row | {"question": question, "answer": mark.sub("", row["answer"], 1), "options": options or None}
 
 
 def perceptiontest(row, root):
-    return [row | {"id": f"{row['video']}_{row['id']}", "answer": row.get("answer_id"),
-                   "kind": row.get("area")}]
+    return row | {"id": f"{row['video']}_{row['id']}"}
 
 
 def videovista(row, root):
-    if row["Type"] == "Relation Reasoning-Image":   # shows a picture besides
-        return []
-    return [{"id": row["question_id"], "video": row["video_name"], "question": row["Question"],
-             "options": row["Answer_Choices"], "answer": row["Answer"], "kind": row["Type"]}]
+    return None if row["kind"] == "Relation Reasoning-Image" else row   # that shows a picture besides
 
 
 def longvideobench(row, root):
-    return [row | {"video": f"videos/{row['video_path']}", "kind": str(row["duration_group"]),
-                   "answer": row.get("correct_choice"),
-                   "options": [text for text in row["candidates"] if text != "N/A"]}]
+    return row | {"options": [text for text in row["options"] if text != "N/A"]}
 
 
 def submit_perceptiontest(rows, chose):
@@ -852,12 +812,13 @@ SUBMISSIONS = {   # of sets with hidden answers: predictions and the places that
 @dataclasses.dataclass
 class Set:
     """How a data set is read."""
-    convert: object         # (row, root) -> rows with keys as our own questions have them
-    sizes: tuple = ()       # of its files
-    counted: bool = False   # on the file itself; else another size only warns
+    sizes: tuple = ()           # of its files
+    counted: bool = False       # on the file itself; else another size only warns
     rows: object = table_rows   # path -> [(where, row)]
-    name: str = "{}"        # of a video's file, where it is not as in the questions
+    convert: object = lambda row, root: row   # what a row needs beside our names for its columns
+    name: str = "{}"            # of a video's file, where it is not as in the questions
     kinds: dict = dataclasses.field(default_factory=dict)   # its types -> kinds; "a: b" counts as "a", too
+    columns: tuple = tuple(COLUMNS)   # that it may call otherwise
 
 
 def numbered(*kinds):
@@ -865,22 +826,23 @@ def numbered(*kinds):
 
 
 SETS = {
-    "own": Set(own),
-    "activitynet_qa": Set(open_ended, (8000, 18000, 32000), True, name="v_{}", kinds=numbered(
+    "own": Set(columns=()),
+    "activitynet_qa": Set((8000, 18000, 32000), True, name="v_{}", kinds=numbered(
         "motion", "spatial", "temporal", "free: yes/no", "free: colour", "free: object", "free: location",
         "free: number", "free: other")),
-    "msvd_qa": Set(open_ended, (13157,), name="vid{}"),
-    "msrvtt_qa": Set(open_ended, (72821,), name="video{}"),
-    "tgif_frameqa": Set(open_ended, (13691,), True, kinds=numbered("object", "number", "colour", "location")),
-    "tgif_count": Set(open_ended, (3554,), True), "videochatgpt_generic": Set(open_ended, (1996,)),
-    "videochatgpt_temporal": Set(open_ended, (499,)), "videochatgpt_consistency": Set(open_ended, (998,)),
-    "nextqa": Set(nextqa, (4996, 8564), True, kinds={
+    "msvd_qa": Set((13157,), name="vid{}"), "msrvtt_qa": Set((72821,), name="video{}"),
+    "tgif_frameqa": Set((13691,), True, kinds=numbered("object", "number", "colour", "location")),
+    "tgif_count": Set((3554,), True), "videochatgpt_generic": Set((1996,)),
+    "videochatgpt_temporal": Set((499,)), "videochatgpt_consistency": Set((998,), rows=paired_rows),
+    "nextqa": Set((4996, 8564), True, convert=nextqa, kinds={
         **{x: f"{x[0]}: {x}" for x in ("CW", "CH", "TN", "TC", "DC", "DL", "DO")}, "TP": "T: TN"}),
-    "egoschema": Set(egoschema, (500, 5031), True), "mvbench": Set(mvbench, (4000,), rows=folder_rows),
-    "videomme": Set(videomme, (2700,)), "mlvu": Set(mlvu, (2175,), True, rows=folder_rows),
-    "tempcompass": Set(tempcompass, (1580, 2453, 1503), True, rows=nested_rows),
-    "perceptiontest": Set(perceptiontest, (19140,), rows=nested_rows),
-    "videovista": Set(videovista), "longvideobench": Set(longvideobench, (1337, 5341))}
+    "egoschema": Set((500, 5031), True, convert=egoschema),
+    "mvbench": Set((4000,), rows=folder_rows, convert=mvbench),
+    "videomme": Set((2700,), convert=videomme), "mlvu": Set((2175,), True, folder_rows, mlvu),
+    "tempcompass": Set((1580, 2453, 1503), True, nested_rows, tempcompass),
+    "perceptiontest": Set((19140,), rows=nested_rows, convert=perceptiontest),
+    "videovista": Set(convert=videovista),
+    "longvideobench": Set((1337, 5341), convert=longvideobench, name="videos/{}")}
 
 
 if __name__ == "__main__":

@@ -77,6 +77,12 @@ def grounding_scores(spans, events, asked, digits=None):
     return torch.stack([mine, *hits, right], dim=1).mean(0)
 
 
+def numbered(names):
+    """Names (Q,) -> (Q,) int64, equal numbers for equal names: the groups that interval takes."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([numbers[name] for name in names])
+
+
 def interval(values, groups):
     """Half the width of the normal 95 % interval of values.mean(0), clustered: values (Q, C), groups (Q,) the
     video of each -> (C,). Answers about one video stand or fall together, so what counts is how many videos

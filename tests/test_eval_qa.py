@@ -12,7 +12,7 @@ import torch
 from test_eval_grounding import write_rows
 
 import eval_qa
-from eval_qa import Config, place_of, read_questions
+from eval_qa import Config, option_of, read_questions
 from llm import generate, generate_batch
 from model import open_chat
 from plumbing import cli, quant, training
@@ -30,15 +30,15 @@ QUESTION = {"video": "a", "question": "What is it?", "answer": "red"}
 
 
 # ------------------------------------------------------------------------------------------------ questions
-@pytest.mark.parametrize("answer, place", [("2", 0), (2, 2), ("D", 3), ("3", None), ("(B)", 1), ("C. five", 2),
-                                           ("two", 0), ("E", None)])
-def test_a_right_answer_is_a_place_a_text_or_a_letter(answer, place):
-    assert place_of(answer, ["2", "1", "5", "4"], "row") == place
+@pytest.mark.parametrize("answer, option", [("2", "2"), (2, "5"), ("D", "4"), ("3", "3"), ("(B)", "1"), ("C. five", "5"),
+                                            ("two", "2"), ("E", "E")])
+def test_a_right_answer_is_a_place_a_text_or_a_letter(answer, option):
+    assert option_of(answer, ["2", "1", "5", "4"]) == option   # of "3" and "E" there is none
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"question": " "}, "needs 'question'"), ({"question": None}, "needs 'question'"), ({"answer": ""}, "an answer"),
-    ({"answer": []}, "an answer"), ({"answer": 3}, "an answer"), ({"video": ""}, "needs 'video'"),
+    ({"question": None}, "needs 'question'"), ({"answer": ""}, "an answer"), ({"answer": []}, "an answer"),
+    ({"video": ""}, "needs 'video'"),
     ({"options": []}, "2 to 26 texts"), ({"options": ["a", 2]}, "2 to 26 texts"),
     ({"options": ["a", "b"], "answer": 2}, "answer 2, but there are 2 options"),
     ({"start": 3, "end": 2}, "from 3 to 2 s"), ({"start": 3}, "two times"), ({"id": "0"}, "a second row of the id 0")])
@@ -48,14 +48,10 @@ def test_wrong_questions_are_one_line(tmp_path, row, message):
     assert "line 2" in str(error.value)
 
 
-def test_what_is_strange_but_may_be_is_counted(tmp_path):
-    rows = [QUESTION | {"options": ["red", "Red."]}, QUESTION | {"options": ["blue", ""]}]
-    with pytest.warns(UserWarning) as warned:
-        found = questions(tmp_path, rows)
-    assert [re.sub(".*: ", "", str(w.message)) for w in warned] == [
-        "1 with options of equal words", "1 with an empty option",
-        "1 with an answer that is no option"]
-    assert found[1]["answer"] == ["red"]
+def test_an_answer_that_no_option_has_is_counted(tmp_path):
+    with pytest.warns(UserWarning, match="1 with an answer that is no option"):
+        found = questions(tmp_path, [QUESTION | {"options": ["red", "Red."]}, QUESTION | {"options": ["blue", ""]}])
+    assert [row["answer"] for row in found] == [["red"], ["red"]]
 
 
 def test_a_conversation_asks_its_last_question(tmp_path):
@@ -123,15 +119,14 @@ def test_several_processes_leave_the_same_file_and_a_trial_goes_on(asked, monkey
             eval_qa.main(replaced(asked, **{name: value}))
     eval_qa.main(asked)
     whole = lines(asked)
-    os.remove(asked.out)
+    open(asked.out, "w").close()   # as the first process leaves it before the others begin
     monkeypatch.setattr(training, "gather_numbers", lambda *_: None)   # one after the other, nobody waits
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     for rank in (1, 0):
         world = training.World(rank, 2, torch.device("cpu"))
         monkeypatch.setattr(training, "start_distributed", lambda _, world=world: world)
         eval_qa.main(asked)
-        assert os.path.exists(asked.out) == (rank == 0) and os.path.exists(f"{asked.out}.part1") == (rank == 1)
-    assert lines(asked) == whole
+        assert (lines(asked) == whole) == (rank == 0) and os.path.exists(f"{asked.out}.part1") == (rank == 1)
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int8"])
@@ -180,8 +175,8 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_written(asked, fields, mes
 def test_predictions_of_another_run_or_damaged_ones_stay(asked):
     cli.make_folder(os.path.dirname(asked.out))
     row = json.dumps({"id": "one0", "video": "one", "question": "x", "run": "0"}) + "\n"
-    for text, message in ((row, "of another run"), ("{\n" + row, "line 1: not valid JSON"),
-                          (row + row, "a second prediction for the id one0")):
+    for text, message in ((row, "not a prediction of this run"), ("{\n" + row, "line 1: not valid JSON"),
+                          ("3\n", "not a prediction of this run")):
         with open(asked.out, "w") as f:
             f.write(text)
         with pytest.raises(UserError, match=message):
@@ -219,16 +214,15 @@ def test_a_score_has_its_controls_and_says_what_was_not_run(capsys, tmp_path):
     rows = [prediction(0, "red", "red", "a", kind="free: colour"), prediction(1, "Red.", "red", "a", kind="free: colour"),
             prediction(2, "It is 2", "two", "b", kind="motion"), prediction(3, "", "one", "b", kind="free: number")]
     out = scored(capsys, tmp_path, rows)
-    assert "exact 50.0 (0.0 to 100.0)\nwithin 75.0 (" in out and "rank not run ask --how rank" in out
-    assert "blind: exact not run --control" in out and "most frequent, found here: red 50.0 (" in out
-    assert "exact is far below within" in out
+    assert "exact 50.0 (0.0 to 100.0)\nwithin 75.0 (" in out and "rank not run" in out
+    assert "blind: exact not run" in out and "most frequent, found here: red 50.0 (" in out
     assert re.search(r"^free \(3\) 66\.7 ", out, re.M) and re.search(r"^motion \(1\) 0\.0 ", out, re.M)
     assert re.search(r"^mean over 3 kinds 33\.3 ", out, re.M)
     blind = write_rows(tmp_path / "blind.jsonl", [row | {"prediction": "red"} for row in rows])
     train = write_rows(tmp_path / "train.jsonl", [{"question": "What is 2?", "answer": "two", "type": 1}] * 6
                        + [{"question": "Why?", "answer": "Red", "type": 2}] * 7)
-    out = scored(capsys, tmp_path, rows, control=blind, train=train, judge="exact")
-    assert "blind: exact 50.0 (0.0 to 100.0)" in out and "within" not in out
+    out = scored(capsys, tmp_path, rows, control=blind, train=train)
+    assert "blind: exact 50.0 (0.0 to 100.0)" in out
     assert "most frequent: Red 50.0" in out and "by question 25.0" in out
 
 
@@ -399,7 +393,7 @@ CONSISTENT = [{"video_name": "s", "Q1": "one", "Q2": "two", "A": "yes", "id": 4}
      ("8", "g", 'is "it', None, ["two"], "number")),
     ("tgif_count", "q.csv", "gif_name\tquestion\tanswer\tkey\ng\thow often\t3\t8\n", ("8", "g", "how often", None, ["3"], None)),
     ("videochatgpt_generic", "q.json", [{"video_name": "s", "Q": "what", "A": "x"}], ("0", "s", "what", None, ["x"], None)),
-    ("videochatgpt_consistency", "q.json", CONSISTENT, ("4.1", "s", "one", None, ["yes"], None)),
+    ("videochatgpt_consistency", "q.json", CONSISTENT, ("0.1", "s", "one", None, ["yes"], None)),
     ("nextqa", "val.csv", NEXT, ("9_4", "9", "why did it", ["a b", "c", "d", "e", "f"], ["c"], "T: TN")),
     ("egoschema", "q.json", [EGO], ("u", "u", "what", [f"o{i}" for i in range(5)], None, None)),
     ("videomme", "q.jsonl", [MME], ("1-1", "y", "what", ["up", "down", "in", "out"], ["down"], "short")),
@@ -409,7 +403,7 @@ CONSISTENT = [{"video_name": "s", "Q1": "one", "Q2": "two", "A": "yes", "id": 4}
      ("0", "12", "Is it?", None, ["no"], "speed")),
     ("perceptiontest", "q.json", TEST, ("video_1_5", "video_1", "what", ["a b", "c", "d"], ["d"], "memory")),
     ("videovista", "q.json", VISTA, ("1", "z.mp4", "what", ["a b", "c"], ["c"], "Action")),
-    ("longvideobench", "q.json", [LONG], ("l_0", "videos/l.mp4", "what", ["a b", "c"], ["c"], "600"))])
+    ("longvideobench", "q.json", [LONG], ("l_0", "l.mp4", "what", ["a b", "c"], ["c"], "600"))])
 @pytest.mark.filterwarnings("ignore:.* left out")
 def test_each_set_is_read_as_its_files_are(tmp_path, dataset, name, text, expected):
     (tmp_path / name).write_text(text if isinstance(text, str) else json.dumps(text))
