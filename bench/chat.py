@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bench.frames import SHORT_GOP, make
-from bench.measure import HERE, TINY, best, call, filled, heading, multiplying, reading, table
+from bench.measure import HERE, TINY, best, call, heading, multiplying, of_numbers, reading
 from clip import CLIP, CLIPConfig, load_clip, read_clip, save_clip
 from linvt import LinVT
 from llm import KVCache, LLaMA, LLaMAConfig, add_lora, load_llama, save_adapter, save_llama
@@ -36,14 +36,12 @@ def make_weights(cfg, config=LLaMAConfig(), clip_config=CLIPConfig()):
     folder = os.path.abspath(os.path.join(cfg.data, f"chat_{config.layers}_layers_of_{config.width}"))
     if not os.path.exists(os.path.join(folder, "branch.pth")):   # the last of the files
         cli.say(f"making {folder}")
-        with torch.device("meta"):
-            clip, llama = CLIP(clip_config), LLaMA(config)
-        clip, D = filled(clip), clip_config.vision_width
+        clip, D = of_numbers(CLIP, clip_config), clip_config.vision_width
         save_clip(os.path.join(folder, "clip"), clip, load_clip(os.path.join(TINY, "clip"))[1])
         projector = {"model.mm_projector.weight": torch.randn(config.width, D) * 0.02,
                      "model.mm_projector.bias": torch.zeros(config.width)}
         words = os.path.join(TINY, "llava", "tokenizer.model")
-        save_llama(os.path.join(folder, "llava"), filled(llama), words, projector, torch.bfloat16)
+        save_llama(os.path.join(folder, "llava"), of_numbers(LLaMA, config), words, projector, torch.bfloat16)
         branch = branch_tensors(Branch.beside(clip), "backbone.", torch.float16)
         training.save_checkpoint(os.path.join(folder, "branch.pth"), {"state_dict": branch})
     return folder
@@ -137,7 +135,7 @@ def chat(cfg, config=LLaMAConfig(), clip_config=CLIPConfig()):
         product = whole if scheme in ("int8", "int4") else floats
         rows.append([name, prompt, prompt / theirs[0], work / prompt / product, 1 / token, theirs[1] / token,
                      matrices / token / read, memory])
-    table(["who", "s for the prompt", "to transformers", "share of the machine's product", "tokens/s",
+    cli.table(["who", "s for the prompt", "to transformers", "share of the machine's product", "tokens/s",
            "to transformers", "share of reading memory", "MB without imports"], rows)
 
 
@@ -146,10 +144,9 @@ def chat(cfg, config=LLaMAConfig(), clip_config=CLIPConfig()):
 def condensing(config, clip_config, frames):
     """-> s in which LinVT makes a picture's worth of rows, for a question, of what CLIP saw of frames."""
     N, D = clip_config.patch_tokens, clip_config.vision_width
-    with torch.device("meta"):
-        linvt = LinVT(config.width, N, width=512, heads=8, layers=2)
-        kind = LinVTTokens(nn.Linear(D, config.width), None, linvt)
-    kind, mask = filled(kind), torch.ones(1, 20, dtype=torch.bool)
+    kind = of_numbers(lambda: LinVTTokens(
+        nn.Linear(D, config.width), None, LinVT(config.width, N, width=512, heads=8, layers=2)))
+    mask = torch.ones(1, 20, dtype=torch.bool)
     seen, words = torch.randn(1, frames, N, D).bfloat16(), torch.randn(1, 20, config.width).bfloat16()
     return best(lambda: kind(seen, words, mask), count=1)
 
@@ -157,9 +154,8 @@ def condensing(config, clip_config, frames):
 @torch.inference_mode()
 def prefill(config, rows):
     """-> s in which a LLaMA reads so many rows: those of one layer, times the layers."""
-    with torch.device("meta"):
-        layer = LLaMA(dataclasses.replace(config, layers=1, context_length=rows))
-    layer, embeds = filled(layer), torch.randn(1, rows, config.width, dtype=torch.bfloat16)
+    layer = of_numbers(LLaMA, dataclasses.replace(config, layers=1, context_length=rows))
+    embeds = torch.randn(1, rows, config.width, dtype=torch.bfloat16)
     return config.layers * best(lambda: layer(embeds=embeds, last_only=True), count=1)
 
 
@@ -174,7 +170,7 @@ def linvt(cfg, config=LLaMAConfig(), clip_config=CLIPConfig(), counts=(8, 30, 12
             read = statistics.median(call(prefill, config, tokens + 50)[0] for _ in range(cfg.runs))
             cache = 4 * config.layers * config.width * (tokens + 50)   # bytes: keys and values in bf16
             rows.append([name, str(frames), str(tokens), making, memory, read, making / read, cache / 1e9])
-    table(["rows", "frames", "tokens", "s to make them", "MB for it", "s for the prompt", "share of it",
+    cli.table(["rows", "frames", "tokens", "s to make them", "MB for it", "s for the prompt", "share of it",
            "GB of KV cache"], rows)
 
 
@@ -212,7 +208,7 @@ def line(cfg, clips=LINE):
         rows.append([*map(statistics.median, zip(*runs[1:]))])   # the first is cold
         cli.say(f"{video.title}: {rows[-1][1]:.2f} s to the first token")
     what = ["video tokens", "s to the first token", "of it s for the video", "s for a second question", "GB"]
-    table(["video", *what, "s to the shortest"],
+    cli.table(["video", *what, "s to the shortest"],
           [[video.title, *row, row[1] / rows[0][1]] for video, row in zip(clips, rows)])
     cli.make_folder(cfg.pictures)
     panels = [(f"{what[i]}, by the length of the video in minutes",

@@ -15,7 +15,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import Colorspace
 
 import data
-from bench.measure import call, heading, table
+from bench.measure import call, heading
 from plumbing import cli
 from toy.world import join
 
@@ -115,6 +115,6 @@ def frames(cfg, cases=FRAMES):
     """Ours against decord, with the ratio of ours to it."""
     heading(cfg, "decord")
     found = [compare(cfg, clip, count) for clip, count in cases]
-    table(["video", "T", "who", *COST, "CPU: ours / it"],
+    cli.table(["video", "T", "who", *COST, "CPU: ours / it"],
           [[clip.title, str(count), name, *costs[name], costs["ours"][0] / costs[name][0]]
            for (clip, count), costs in zip(cases, found) for name in WHO])

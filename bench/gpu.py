@@ -20,7 +20,7 @@ if importlib.util.find_spec("av") is None:   # nothing here decodes, and a machi
     parts = "av", "av.error", "av.stream", "av.video", "av.video.frame", "av.video.reformatter"
     sys.modules |= dict.fromkeys(parts, mock.MagicMock())
 
-from bench.measure import TINY, best, filled, multiplying, reading, table
+from bench.measure import TINY, best, filled, multiplying, of_numbers, reading
 from clip import CLIP, CLIPConfig, load_clip
 from llm import KVCache, LLaMA, LLaMAConfig, add_lora, generate
 from model import (VIDEO_INDEX, Branch, BranchTokens, FrameCLS, Pretraining, STPool, VideoChat, VideoEncoder,
@@ -56,20 +56,20 @@ def errors(device):
         apart = [((found[what] - true).norm() / true.norm()).item() for what, true in reference.items()]
         same = found["logits"].argmax(-1) == reference["logits"].argmax(-1)
         rows.append([kind, *apart, same.float().mean().item()])
-    table(["error to fp32 on the CPU", *reference, "likeliest words alike"], rows)
+    cli.table(["error to fp32 on the CPU", *reference, "likeliest words alike"], rows)
 
 
 # -------------------------------------------------------------------------------- training
-def pretraining(device, dtype):
-    """-> (model, loss of a step): pretrain.py's, with the frozen towers in `dtype`."""
-    clip = load_clip(os.path.join(TINY, "clip"))[0].to(dtype)
+def pretraining(clip, device, dtype, checkpointed=False):
+    """-> model, loss(video, ids, hidden): of pretrain.py, with the frozen towers in `dtype`."""
+    clip = clip.to(dtype)
     clip.vision_model.post_layernorm.float()   # through these two goes the branch's gradient
     clip.visual_projection.float()
-    model = Pretraining(VideoEncoder(clip, Branch.beside(clip, drop_path=0.1))).to(device)
-    video, ids = random_pixels(device, 8, 8, 3, 64, 64), torch.arange(8 * 32, device=device).view(8, 32)
+    branch = Branch.beside(clip, drop_path=0.1, checkpointed=checkpointed)
+    model = Pretraining(VideoEncoder(clip, branch)).to(device)
 
-    def loss():
-        kept = tube_mask(8, clip.config.patch_tokens, 0.7).to(device)
+    def loss(video, ids, hidden):
+        kept = tube_mask(len(video), clip.config.patch_tokens, hidden).to(device)
         states, text = model.see(video, ids, kept)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             feature, patches, mbta = model(states, kept)
@@ -77,18 +77,30 @@ def pretraining(device, dtype):
     return model, loss
 
 
-def chat_tuning(device, dtype):
-    """-> (model, loss of a step): the video tokens of two conversations, beside a frozen LLaMA."""
-    chat = open_chat(TINY).load().to(device)
-    chat.video_tokens.requires_grad_(True)
-    turns = [[("What does the shape do?", f"It moves {way}.")] for way in ("left", "up")]
-    prompts, video = [prompt_ids(chat.tokenizer, t) for t in turns], random_pixels(device, 2, 8, 3, 64, 64)
+def chat_tuning(chat, device, dtype):
+    """-> chat, loss(video, prompts): of chat_tune.py."""
+    chat.to(device)
 
-    def loss():
+    def loss(video, prompts):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             total, learned = chat(video, prompts)
             return total / learned
     return chat, loss
+
+
+def tiny_pretraining(device, dtype):
+    model, loss = pretraining(load_clip(os.path.join(TINY, "clip"))[0], device, dtype)
+    video, ids = random_pixels(device, 8, 8, 3, 64, 64), torch.arange(8 * 32, device=device).view(8, 32)
+    return model, functools.partial(loss, video, ids, 0.7)
+
+
+def tiny_chat_tuning(device, dtype):
+    """Two conversations. What is learned are the video tokens, beside a frozen LLaMA."""
+    chat, loss = chat_tuning(open_chat(TINY).load(), device, dtype)
+    chat.video_tokens.requires_grad_(True)
+    turns = [[("What does the shape do?", f"It moves {way}.")] for way in ("left", "up")]
+    prompts = [prompt_ids(chat.tokenizer, t) for t in turns]
+    return chat, functools.partial(loss, random_pixels(device, 2, 8, 3, 64, 64), prompts)
 
 
 def train(make, device, dtype, count):
@@ -121,21 +133,15 @@ def train(make, device, dtype, count):
 
 def steps(device, count=20):
     rows = []
-    for make in (pretraining, chat_tuning):
+    for what, make in (("pretraining", tiny_pretraining), ("chat_tuning", tiny_chat_tuning)):
         for name, dtype in {"fp32": torch.float32, **HALVES}.items():
             once, again, seconds = train(make, device, dtype, count)
             apart = max(abs(a - b) for a, b in zip(once[count // 2:], again))
-            rows.append([make.__name__, name, once[0], once[-1], apart, 1000 * seconds])
-    table([f"{count} steps", "autocast", "first loss", "last loss", "resumed, apart", "ms a step"], rows)
+            rows.append([what, name, once[0], once[-1], apart, 1000 * seconds])
+    cli.table([f"{count} steps", "autocast", "first loss", "last loss", "resumed, apart", "ms a step"], rows)
 
 
 # -------------------------------------------------------------------------------- a chat
-def clip_of_numbers(c, device):
-    with torch.device("meta"):
-        clip = CLIP(c)
-    return filled(clip, device)
-
-
 def llama_of_numbers(config, device, scheme=None):
     """A LLaMA of random numbers in bf16; of a scheme, random bytes, since no error is measured here."""
     with torch.device("meta"):
@@ -151,10 +157,10 @@ def llama_of_numbers(config, device, scheme=None):
 @torch.inference_mode()
 def seeing(device, c, frames):
     """Who looks at so many frames -> {who: s}."""
-    clip, pixels = clip_of_numbers(c, device), random_pixels(device, 1, frames, 3, c.image_size, c.image_size)
-    with torch.device("meta"):
-        branch = Branch(c.vision_width, c.vision_heads, c.vision_mlp)
-    tokens = BranchTokens(nn.Identity(), filled(branch, device))
+    clip = of_numbers(CLIP, c, device=device)
+    pixels = random_pixels(device, 1, frames, 3, c.image_size, c.image_size)
+    branch = of_numbers(Branch, c.vision_width, c.vision_heads, c.vision_mlp, device=device)
+    tokens = BranchTokens(nn.Identity(), branch)
     found = {"CLIP and branch": best(lambda: tokens.see(clip, pixels), device),
              "CLIP alone": best(lambda: STPool(nn.Identity()).frozen(clip, pixels), device)}
     if importlib.util.find_spec("transformers"):
@@ -189,11 +195,9 @@ def ours(device, config, prompt, answer, scheme=None):
 def theirs(device, config, prompt, answer):
     """The same of transformers, in bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    with torch.device("meta"):
-        llama = LlamaForCausalLM(LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.mlp,
-            num_hidden_layers=config.layers, num_attention_heads=config.heads))
-    llama = filled(llama, device)
+    llama = of_numbers(LlamaForCausalLM, LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.mlp,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads), device=device)
     llama.model.rotary_emb = type(llama.model.rotary_emb)(llama.config).to(device)   # no parameters
     ids, times, cache = torch.ones(1, prompt, dtype=torch.long, device=device), [], None
     prefill = best(lambda: llama(ids, use_cache=True, logits_to_keep=1), device)
@@ -213,7 +217,7 @@ def speed(device, c, config, frames=100, prompt=300, answer=100):
     L, D = 1 + c.patch_tokens, c.vision_width   # operations of a frame, up to the last layer but one:
     work = (c.vision_layers - 1) * (4 * L * D * (2 * D + c.vision_mlp) + 4 * L * L * D)
     seen = seeing(device, c, frames)
-    table([f"{frames} frames, bf16", "s", "frames/s", "share of the product, CLIP"],
+    cli.table([f"{frames} frames, bf16", "s", "frames/s", "share of the product, CLIP"],
           [[who, s, frames / s, work * frames / s / product] for who, s in seen.items()])
     who = {f"ours, {scheme or 'bf16'}": functools.partial(ours, scheme=scheme)
            for scheme in (None, "int8", "int4")}
@@ -224,7 +228,7 @@ def speed(device, c, config, frames=100, prompt=300, answer=100):
         prefill, token, matrices = measure(device, config, prompt, answer)
         first = seen["CLIP and branch"] + prefill
         rows.append([name, prefill, first, 1 / token, matrices / token / bandwidth])
-    table([f"LLaMA of {config.layers} layers", f"s for a prompt of {prompt}", f"after {frames} frames",
+    cli.table([f"LLaMA of {config.layers} layers", f"s for a prompt of {prompt}", f"after {frames} frames",
            "tokens/s", "share of reading memory"], rows)
 
 
@@ -236,64 +240,57 @@ def peak_of(step, device):
     return best(step, device, 3), torch.cuda.max_memory_allocated() / 1e9
 
 
+def stepping(model, loss):
+    """-> a step of training, a function of what the loss is a function of."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+
+    def step(*batch):
+        optimizer.zero_grad()
+        loss(*batch).backward()
+        nn.utils.clip_grad_norm_(trained, 5.0)
+        optimizer.step()
+    return step
+
+
 def batches(device, c, sizes=(2, 8, 32, 52), frames=8):
     """Steps of pretrain.py in bf16: the share of the frozen trunk, what hiding saves, memory."""
     rows, fits = [], []
     for checkpointed in ("no", "yes"):
-        clip = clip_of_numbers(c, device)
-        clip.vision_model.post_layernorm.float()
-        clip.visual_projection.float()
-        branch = Branch.beside(clip, drop_path=0.1, checkpointed=checkpointed == "yes")
-        model = Pretraining(VideoEncoder(clip, branch)).to(device).train()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-6)
-
-        def step():
-            states, text = model.see(video, ids, kept)
-            with torch.autocast(device.type, torch.bfloat16):
-                feature, patches, mbta = model(states, kept)
-            optimizer.zero_grad()
-            (vtc_loss(feature, text) + 0.1 * mbca_loss(patches, text) + 0.8 * mbta).backward()
-            nn.utils.clip_grad_norm_(trained, 5.0)
-            optimizer.step()
+        clip = of_numbers(CLIP, c, device=device)
+        model, loss = pretraining(clip, device, torch.bfloat16, checkpointed == "yes")
+        step = stepping(model, loss)
         for B, hidden in [(sizes[-1], 0.0), *((B, 0.7) for B in sizes)]:
             video = random_pixels(device, B, frames, 3, c.image_size, c.image_size)
             ids = torch.ones(B, 64, dtype=torch.long, device=device)
             kept = tube_mask(B, c.patch_tokens, hidden).to(device)
-            seconds, memory = peak_of(step, device)
+            seconds, memory = peak_of(lambda: step(video, ids, hidden), device)
             trunk = best(lambda: model.see(video, ids, kept), device, 3)
             rows.append([checkpointed, f"{hidden:.0%}", B, B / seconds, trunk / seconds, memory])
         (few, *_, less), (many, *_, more) = (row[2:] for row in rows[-2:])   # a line through the largest two
         each = (more - less) / (many - few)
         fits.append([checkpointed, 1000 * each,
                      *(int(many + (0.95 * size - more) / each) for size in (24, 40, 80))])
-    table(["--checkpointed", "hidden", "clips", "clips/s", "share of the trunk", "GB"], rows)
-    table(["--checkpointed", "MB a clip", "clips in 24 GB", "in 40 GB", "in 80 GB"], fits)
+    cli.table(["--checkpointed", "hidden", "clips", "clips/s", "share of the trunk", "GB"], rows)
+    cli.table(["--checkpointed", "MB a clip", "clips in 24 GB", "in 40 GB", "in 80 GB"], fits)
 
 
 def tuning(device, c, config, lora, checkpointed, frames=100, words=300):
     """A step of chat_tune.py in bf16 about one conversation: LoRA learns, or the video tokens -> s, GB."""
-    clip, llama = clip_of_numbers(c, device), llama_of_numbers(config, device)
+    clip, llama = of_numbers(CLIP, c, device=device), llama_of_numbers(config, device)
     if lora:
         llama, projector = add_lora(llama), nn.Linear(c.projection_dim, config.width, dtype=torch.bfloat16)
         kind = FrameCLS(projector)
     else:
         kind = BranchTokens(nn.Linear(c.vision_width, config.width), Branch.beside(clip))
-    chat = VideoChat(clip, kind, llama, open_chat(TINY).chat.tokenizer).to(device).train()
     llama.checkpointed = checkpointed
+    chat = VideoChat(clip, kind, llama, open_chat(TINY).chat.tokenizer).train()
     for p in chat.parameters():
         p.requires_grad_(p.dtype == torch.float32)   # what is frozen is in bf16
-    optimizer = torch.optim.AdamW([p for p in chat.parameters() if p.requires_grad], lr=1e-6)
-    ids = [1, VIDEO_INDEX, *range(3, 3 + words)]
+    step = stepping(*chat_tuning(chat, device, torch.bfloat16))
     pixels = random_pixels(device, 1, frames, 3, c.image_size, c.image_size)
-
-    def step():
-        with torch.autocast(device.type, torch.bfloat16):
-            total, count = chat(pixels, [(ids, ids)])
-        optimizer.zero_grad()
-        (total / count).backward()
-        optimizer.step()
-    return peak_of(step, device)
+    ids = [1, VIDEO_INDEX, *range(3, 3 + words)]
+    return peak_of(lambda: step(pixels, [(ids, ids)]), device)
 
 
 def gpu(cfg):
@@ -305,7 +302,7 @@ def gpu(cfg):
     steps(device)
     speed(device, c, config)
     batches(device, c)
-    table(["a conversation about 100 frames", "--checkpointed", "s a step", "GB"],
+    cli.table(["a conversation about 100 frames", "--checkpointed", "s a step", "GB"],
           [["LoRA" if lora else "projector and branch", "yes" if checkpointed else "no",
             *tuning(device, c, config, lora, checkpointed)]
            for lora, checkpointed in itertools.product((False, True), repeat=2)])

@@ -69,17 +69,16 @@ def multiplying(rows, K, N, dtype=torch.float32, device=torch.device("cpu")):
     return 2 * rows * K * N / best(lambda: multiply(x, w.T), device)
 
 
-def filled(module, device="cpu", dtype=torch.bfloat16):
-    """A module made on the meta device -> the same with random numbers."""
-    module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+def of_numbers(make, *arguments, device="cpu"):
+    """-> what make(*arguments) makes, in bf16 with random numbers."""
+    with torch.device("meta"):
+        module = make(*arguments)
+    return filled(module, device)
+
+
+def filled(module, device="cpu"):
+    """A module made on the meta device -> the same in bf16 with random numbers."""
+    module = module.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
     for name, p in module.named_parameters():
         p.normal_("norm" in name, 0.02)
     return module
-
-
-def table(columns, rows):
-    """Markdown, on standard output."""
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row) + " |")
-    print(flush=True)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import json
 import os
 import re
 import signal
@@ -131,6 +132,15 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def table(columns, rows):
+    """Markdown on standard output, each row as soon as it is there. A cell is a text or a number."""
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for row in rows:
+        cells = (cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row)
+        print("| " + " | ".join(cells) + " |", flush=True)
+    print(flush=True)
+
+
 def show_briefly(text):
     """On a terminal alone; what comes next goes over it."""
     if sys.stderr.isatty():
@@ -242,6 +252,11 @@ def write_atomic(path, write):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def write_rows(path, rows):
+    """JSON, one object a line; see write_atomic."""
+    write_atomic(path, lambda f: f.writelines(f"{json.dumps(row)}\n".encode() for row in rows))
 
 
 def append_lines(path, lines):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.cli import UserError, make_folder, write_atomic
+from plumbing.cli import UserError, make_folder, write_atomic, write_rows
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -207,8 +207,7 @@ class Log:
             with open(self.path) as f:
                 rows = [json.loads(line) for line in f if line.endswith("\n")]   # a kill cuts one
             self.rows = [row for row in rows if row["step"] <= start]
-        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomic(self.path, lambda f: f.write(lines.encode()))
+        write_rows(self.path, self.rows)
 
     def add(self, **row):
         self.rows.append(row)

@@ -7,7 +7,6 @@ does not have is answered by NOTHING.
 import dataclasses
 import functools
 import gzip
-import json
 import math
 import os
 import re
@@ -309,5 +308,4 @@ def annotate(folder, pairs, seed):
             files["watch_captions"] = [row for i, row in enumerate(captions) if i // 2 % 8 == 0]
             files["test_options"] = choices
         for name, rows in files.items():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            cli.write_atomic(os.path.join(folder, f"{name}.jsonl"), lambda f: f.write(text.encode()))
+            cli.write_rows(os.path.join(folder, f"{name}.jsonl"), rows)

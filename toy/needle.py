@@ -112,12 +112,11 @@ def teach(cfg, seed):
 def main(cfg):
     torch.set_num_threads(1)
     taught = [teach(cfg, seed) for seed in range(cfg.seeds)]
-    print(f"| rows | colours | 1 frame | 4 | 16 | 64 |\n{'|---' * 6}|")
-    for name in taught[0][1]:
-        for column, colours in (("seen", (0, SEEN)), ("never seen", (SEEN, COLOURS))):
-            cells = [spread([right(world, kinds[name], T, colours) for world, kinds in taught])
-                     for T in (1, 4, 16, 64)]
-            print(f"| {name} | {column} | {' | '.join(cells)} |")
+    rows = ([name, column, *(spread([right(world, kinds[name], T, colours) for world, kinds in taught])
+                             for T in (1, 4, 16, 64))]
+            for name in taught[0][1]
+            for column, colours in (("seen", (0, SEEN)), ("never seen", (SEEN, COLOURS))))
+    cli.table(["rows", "colours", "1 frame", "4", "16", "64"], rows)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ import collections
 import copy
 import functools
 import itertools
-import json
 import os
 
 import numpy as np
@@ -55,6 +54,7 @@ from toy.tiny_models import fit
 # kinds of questions: the topic, and by which look the scene is named
 KINDS = "colour by shape", "motion by shape", "motion by colour", "motion by both"
 COUNTS, BATCH, TOGETHER = (1, 4, 16, 64), 16, 32   # scenes in tests; videos a step; videos tested at once
+HEADS = [f"{count} scenes" for count in COUNTS]
 
 
 # -------------------------------------------------------------------------------- long videos
@@ -121,8 +121,7 @@ def write(cfg):
         for _ in range(cfg.questions):
             add("test_scenes", test, *test.draw(kind, count, rng), kind=f"{kind}, {count:2} scenes")
     for name, rows in files.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        cli.write_atomic(os.path.join(cfg.data, f"{name}.jsonl"), lambda f: f.write(text.encode()))
+        cli.write_rows(os.path.join(cfg.data, f"{name}.jsonl"), rows)
 
 
 def sample(cfg):
@@ -183,10 +182,9 @@ class World:
         return 100 * sum(right) / len(right)
 
     def row(self, name, column, trained, kind, **options):
-        """Prints a line of a table about trained kinds of video tokens, one a seed."""
-        cells = [spread([self.right(tokens, count, kind, **options) for tokens in trained])
-                 for count in COUNTS]
-        print(f"| {name} | {column} | {' | '.join(cells)} |", flush=True)
+        """A row of a table about trained kinds of video tokens, one a seed."""
+        return [name, column, *(spread([self.right(tokens, count, kind, **options) for tokens in trained])
+                                for count in COUNTS)]
 
     def train(self, tokens, learned, seed, pool=lambda x: x, kinds=KINDS, colours=world.COLOURS):
         """Trains modules of a kind of video tokens as the stage linvt of chat_tune.py does."""
@@ -205,22 +203,24 @@ class World:
         return tokens
 
 
+def compared(cfg, folders, test, train):
+    """Yields what a row is of: its name, trained kinds of video tokens, options of World.right."""
+    for name, pool in POOLS.items():
+        yield name, [VideoTokens(test.projector)], {"pool": pool}
+    yield "`branch` over all frames", [test.branch], {"pixels": True}
+    means, pool = [VideoTokens(copy.deepcopy(test.projector)) for _ in range(cfg.seeds)], lambda x: x.mean(1)
+    means = [train.train(tokens, tokens.mm_projector, seed, pool) for seed, tokens in enumerate(means)]
+    yield "mean, its projector trained", means, {"pool": pool}
+    yield "LinVT", [open_chat(folder, "branch+linvt").load().video_tokens for folder in folders], {}
+
+
 def table(cfg):
     """Right answers about one scene of a long video of the test world, for every kind of rows."""
     folders = cfg.weights.split(",")
     test, train = (World(cfg, split, folders[0]) for split in ("test", "train"))
-
-    def add(name, trained, **options):
-        for kind in KINDS:
-            test.row(name, kind, trained, kind, **options)
-    print(f"| rows | question | {' | '.join(f'{count} scenes' for count in COUNTS)} |\n{'|---' * 6}|")
-    for name, pool in POOLS.items():
-        add(name, [VideoTokens(test.projector)], pool=pool)
-    add("`branch` over all frames", [test.branch], pixels=True)
-    means, pool = [VideoTokens(copy.deepcopy(test.projector)) for _ in range(cfg.seeds)], lambda x: x.mean(1)
-    means = [train.train(tokens, tokens.mm_projector, seed, pool) for seed, tokens in enumerate(means)]
-    add("mean, its projector trained", means, pool=pool)
-    add("LinVT", [open_chat(folder, "branch+linvt").load().video_tokens for folder in folders])
+    cli.table(["rows", "question", *HEADS], (
+        test.row(name, kind, trained, kind, **options)
+        for name, trained, options in compared(cfg, folders, test, train) for kind in KINDS))
 
 
 @torch.no_grad()
@@ -275,17 +275,19 @@ def principle(cfg):
     test, train = (World(cfg, split, cfg.weights) for split in ("test", "train"))
     held = ("orange", "cyan")
     known = [colour for colour in world.COLOURS if colour not in held]
-    print(f"| rows | colours | {' | '.join(f'{count} scenes' for count in COUNTS)} |\n{'|---' * 6}|")
-    for terms, options in (("a + b", {"top_k": None}), ("a + b + c + d", {"content": True, "top_k": 64})):
-        for name, module in (("averages", LinVT), ("value and output matrices", WithMatrices)):
-            trained = []
-            for seed in range(cfg.seeds):
-                torch.manual_seed(seed)
-                linvt = module(128, 17, **options)
-                tokens = WindowTokens(test.projector, test.branch.branch, linvt)
-                trained.append(train.train(tokens, linvt, seed, kinds=KINDS[:1], colours=known))
-            for column, colours in (("trained", known), ("never asked about", held)):
-                test.row(f"{name}, {terms}", column, trained, KINDS[0], colours=colours)
+
+    def rows():
+        for terms, options in (("a + b", {"top_k": None}), ("a + b + c + d", {"content": True, "top_k": 64})):
+            for name, module in (("averages", LinVT), ("value and output matrices", WithMatrices)):
+                trained = []
+                for seed in range(cfg.seeds):
+                    torch.manual_seed(seed)
+                    linvt = module(128, 17, **options)
+                    tokens = WindowTokens(test.projector, test.branch.branch, linvt)
+                    trained.append(train.train(tokens, linvt, seed, kinds=KINDS[:1], colours=known))
+                for column, colours in (("trained", known), ("never asked about", held)):
+                    yield test.row(f"{name}, {terms}", column, trained, KINDS[0], colours=colours)
+    cli.table(["rows", "colours", *HEADS], rows())
 
 
 STAGES = {"write": write, "sample": sample, "table": table, "turns": turns, "principle": principle}

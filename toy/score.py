@@ -36,8 +36,11 @@ def static_accuracy(video, clips, features):
 
 
 def spread(values):
-    mean = f"{sum(values) / len(values):.1f}"
-    return f"{mean} ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else mean
+    """One number, or the mean of several with the lowest and the highest; NaN: not measured."""
+    mean = sum(values) / len(values)
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:.1f} ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else f"{mean:.1f}"
 
 
 def score(cfg):
@@ -45,7 +48,7 @@ def score(cfg):
     annotations = os.path.join(cfg.data, "test_captions.jsonl")
     dataset = data.RetrievalDataset(data.read_captions(annotations), cfg.data, 8, SIZE)
     clips = read_clips(annotations)
-    rows, by_motion = {}, {}   # {model, or motions of twins and how many: [a seed's metrics, or accuracy]}
+    rows, by_motion = {}, {}   # {model, or motions of twins and how many: a list over seeds}
     for file in cfg.branches.split(","):
         encoder, tokenizer = load_encoder(cfg.out, file)
         memory.choose_threads(encoder)
@@ -62,18 +65,16 @@ def score(cfg):
         right = twin_accuracy(branch, text)
         for pair, (forwards, backwards, _) in enumerate(MOTIONS):
             which = torch.tensor([TURNS[clip.motion][0] == pair for clip in clips])
-            kind = f"{forwards} / {backwards} | {which.sum() // 2}"
+            kind = f"{forwards} / {backwards}", which.sum().item() // 2
             by_motion.setdefault(kind, []).append(100 * right[which].mean().item())
 
     columns = ["twins", "static", "R@1", "R@5", "R@10"]
     print(f"\n{len(clips) // 2} pairs of held-out twins, {len(rows['branch'])} seeds: "
           "mean (lowest to highest), in percent\n")
-    print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
-    for name, found in rows.items():
-        print(f"| {name} | " + " | ".join(spread([metrics[c] for metrics in found]) for c in columns) + " |")
-    print("\n| branch, twins of | pairs | told apart |\n|---|---|---|")
-    for name, values in by_motion.items():
-        print(f"| {name} | {spread(values)} |")
+    cli.table(["", *columns], ([name, *(spread([metrics[column] for metrics in found]) for column in columns)]
+                               for name, found in rows.items()))
+    cli.table(["branch, twins of", "pairs", "told apart"],
+              ([kind, str(pairs), spread(values)] for (kind, pairs), values in by_motion.items()))
 
 
 # -------------------------------------------------------------------------------- a picture
@@ -157,10 +158,8 @@ def times(cfg):
         rows.setdefault(os.path.basename(file).removesuffix(".jsonl"), []).append(scores)
     columns = [*GROUNDING, "order", "static"]
     print(f"{len(asked)} events of {len(stories)} held-out stories, in percent: mean (lowest to highest)\n")
-    print("| | seeds | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns))
-    for name, seeds in rows.items():
-        cells = " | ".join(map(spread, zip(*seeds))).replace(" (nan to nan)", "").replace("nan", "–")
-        print(f"| {name} | {len(seeds)} | {cells} |")
+    cli.table(["", "seeds", *columns], ([name, str(len(seeds)), *map(spread, zip(*seeds))]
+                                        for name, seeds in rows.items()))
 
 
 def scores_of(answers):

@@ -7,7 +7,6 @@ them stands for about a hundredth of it.
 """
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
 from fractions import Fraction
@@ -48,10 +47,10 @@ class Story:
         ground = 30 + int(60 * self.events[0].jitter[3])   # as `draw` has it
         return np.full((size, size, 3), ground, np.uint8)
 
-    def times(self):
-        """{"<s0>": seconds, "<e0>": seconds, ...}: the words for times in conversations."""
-        return {f"<{'se'[j]}{i}>": round(span[j] * self.duration, 3)
-                for i, span in enumerate(self.spans) for j in (0, 1)}
+    @property
+    def seconds(self):
+        """When each event starts and ends."""
+        return [[round(share * self.duration, 3) for share in span] for span in self.spans]
 
 
 def spread_out(count, rng):
@@ -151,22 +150,20 @@ def render(cfg):
         events, talks = [], []
         for i, (story, name) in enumerate(zip(stories, names)):
             rng = np.random.default_rng([cfg.seed, 9, i])
-            spans = [dict(zip(("start", "end"), (round(t * story.duration, 3) for t in span)))
-                     for span in story.spans]
-            events.append({"video": name, "duration": story.duration,
-                           "events": [{**span, "text": text} for span, text in zip(spans, story.said)]})
-            asked, meta = ordinary(story, rng), {"duration": story.duration, "token": story.times()}
+            events.append({"video": name, "duration": story.duration, "events": [
+                {"start": start, "end": end, "text": text}
+                for (start, end), text in zip(story.seconds, story.said)]})
+            asked = ordinary(story, rng)
             if split == "train":   # half of what the third stage reads has no clock in it
                 turns = [asked[k][1:] for k in rng.permutation(len(asked))[:4]]
+                words = {f"<{edge}{k}>": t for k, span in enumerate(story.seconds) for edge, t in zip("se", span)}
+                meta = {"duration": story.duration, "token": words}   # the words for times
                 talks.append(conversation(f"{name}-talk", turns, video=name))
                 talks.append(conversation(f"{name}-when", moments(story, rng), video=name, meta=meta))
             else:
                 for kind in ("order", "static"):
-                    questions = [turn for what, *turn in asked if what == kind]
-                    if questions:
-                        talks.append(conversation(f"{name}-{kind}", [choice(rng, questions)], kind=kind,
-                                                  video=name))
+                    if questions := [turn for what, *turn in asked if what == kind]:
+                        turn = choice(rng, questions)
+                        talks.append(conversation(f"{name}-{kind}", [turn], kind=kind, video=name))
         for what, rows in (("events", events), ("talks", talks)):
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            cli.write_atomic(os.path.join(cfg.stories, f"{split}_{what}.jsonl"),
-                             lambda f: f.write(text.encode()))
+            cli.write_rows(os.path.join(cfg.stories, f"{split}_{what}.jsonl"), rows)
