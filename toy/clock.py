@@ -60,10 +60,11 @@ from tqdm import tqdm
 
 import data
 from llm import add_lora, generate, rope_tables, rotate, save_adapter, stream_text
-from metrics import GROUNDING, grounding_scores, read_spans
+from metrics import GROUNDING, read_spans
 from model import IGNORE_INDEX, VIDEO_INDEX, WHEN, open_chat, prompt_ids
 from plumbing import training
 from toy.language import choice, sentence
+from toy.score import scores_of
 from toy.stories import FRAMES, KINDS, spread_out
 from toy.tiny_models import fit
 from toy.world import COLOURS, MOTIONS, SHAPES
@@ -80,20 +81,19 @@ def read_stories(cfg, chat, split):
 
     What CLIP says of a story becomes a file NAME.npy, as VTimeLLM has them."""
     cli.make_folder(cfg.features)
-    stories, kind = [], chat.video_tokens
+    stories = []
     rows = data.read_rows(os.path.join(cfg.stories, f"{split}_events.jsonl"))
     for where, row in tqdm(rows, f"features {split}"):
         clip = data.timed(row, where)
         path = os.path.join(cfg.features, f"{os.path.splitext(clip['video'])[0]}.npy")
         if not os.path.exists(path):
-            found = data.sample_frames(os.path.join(cfg.stories, clip["video"]), T, kind.rule)
-            size = chat.clip.config.image_size
-            pixels = torch.cat([kind.pixels(picture[None], size) for _, picture in found])
-            seen = kind.frozen(chat.clip, pixels[None])[0].half().numpy()
-            cli.write_atomic(path, lambda f: np.save(f, seen))
+            video = os.path.join(cfg.stories, clip["video"])
+            pixels, _ = chat.video_tokens.watch(video, chat.clip.config.image_size)
+            seen = chat.video_tokens.frozen(chat.clip, pixels[None])[0]
+            cli.write_atomic(path, lambda f: np.save(f, seen.half().numpy()))
         spans = [(start / clip["duration"], end / clip["duration"]) for start, end, _ in clip["events"]]
-        seen = torch.from_numpy(np.load(path)).float()
-        stories.append(([text for *_, text in clip["events"]], spans, seen))
+        said = [text for *_, text in clip["events"]]
+        stories.append((said, spans, torch.from_numpy(np.load(path)).float()))
     return stories
 
 
@@ -277,19 +277,16 @@ def attention_on(block, x, cos, sin, batch, marks, frames):
 # -------------------------------------------------------------------------------- does it listen?
 @torch.inference_mode()
 def listens(chat, stories, number=100):
-    """Asks when events happen, `number` of all, drawn -> percent of GROUNDING (5,); chance of the last."""
+    """Asks when events happen, `number` of all, drawn -> percent of each of GROUNDING; chance of the last."""
     asked = [(*story, event) for story in stories for event in range(len(story[0]))]
     asked = [asked[k] for k in np.random.default_rng(0).permutation(len(asked))[:number]]
-    scores, chance = [], []
+    answers = []
     for said, spans, seen, event in asked:
-        ids, _ = prompt_ids(chat.tokenizer, [(WHEN.format(said[event]), None)], chat.video_tokens.template)
-        prompt = chat.splice(ids, chat.video_tokens(seen))[None]
+        prompt = chat.prompt(seen[None], [(WHEN.format(said[event]), None)])
         new = generate(chat.llm, embeds=prompt, max_new_tokens=16, stop_ids=chat.tokenizer.stop_ids)
-        found = read_spans("".join(stream_text(chat.tokenizer, new)), 1.0)[:1] or [[math.nan] * 2]
-        true = torch.tensor(spans, dtype=torch.float64)
-        scores.append(grounding_scores(true.new_tensor(found), true, event))
-        chance.append(1 / len(true))
-    return 100 * torch.stack(scores).mean(0), 100 * np.mean(chance)
+        found = read_spans("".join(stream_text(chat.tokenizer, new)), 1.0)[:1]
+        answers.append((found, torch.tensor(spans, dtype=torch.float64), event))
+    return scores_of(answers), 100 * np.mean([1 / len(spans) for _, spans, _ in answers])
 
 
 def main(cfg):
@@ -312,7 +309,7 @@ def main(cfg):
     def loss_of(step):
         if cfg.watch and step % cfg.watch == 0:
             found, chance = listens(chat, watched)
-            found = ", ".join(f"{name} {value:.1f}" for name, value in zip(GROUNDING, found.tolist()))
+            found = ", ".join(f"{name} {value:.1f}" for name, value in zip(GROUNDING, found))
             print(f"step {step}: {found} (chance {chance:.1f})", flush=True)
         rng = np.random.default_rng([cfg.seed, 13, step])
         told = [told_anew(*stories[i], rng) for i in rng.integers(len(stories), size=cfg.batch_size)]

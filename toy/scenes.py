@@ -42,7 +42,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
 from linvt import LinVT, diagonal
 from model import IGNORE_INDEX, VIDEO_INDEX, VideoTokens, WindowTokens, open_chat
 from plumbing.store import Store, state_of
@@ -157,17 +156,15 @@ class World:
         names, store = ("clip", "chat.bin"), Store(cfg.out)
         key = [split, *(state_of(os.path.join(folder, name)) for name in names), len(self.scenes.clips)]
         if not store.get(key):
-            kind = WindowTokens(self.projector, self.branch.branch)
-            seen = [kind.frozen(self.chat.clip, self.pixels(i)[None])[0]
-                    for i in tqdm(range(len(self.scenes.clips)), f"see {split}")]
+            numbers = tqdm(range(len(self.scenes.clips)), f"see {split}")
+            seen = [self.branch.see(self.chat.clip, self.pixels(i)[None]) for i in numbers]
             store.put(key, {"seen": torch.cat(seen).half()})
         self.seen = store.get(key)[0]["seen"]   # (clips, N, D)
 
     @functools.lru_cache(2000)   # 200 MB: a test asks about its clips again and again
     def pixels(self, i):
         """The number of a clip -> (8, 3, H, W) uint8."""
-        found = data.sample_frames(os.path.join(self.cfg.data, self.scenes.files[i]), 8, "uniform")
-        return torch.cat([data.squash(picture[None], world.SIZE) for _, picture in found])
+        return self.branch.watch(os.path.join(self.cfg.data, self.scenes.files[i]), world.SIZE)[0]
 
     def right(self, tokens, count, kind, pool=lambda x: x, pixels=False, colours=world.COLOURS):
         """Per cent of questions that are answered exactly. tokens: the kind of video tokens. It gets windows

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 from llm import generate, stream_text
 from metrics import GROUNDING, grounding_scores, read_spans, retrieval_metrics, twin_accuracy
-from model import encode_pairs, encode_texts, load_encoder, open_chat, prompt_ids
+from model import encode_pairs, encode_texts, load_encoder, open_chat
 from plumbing import cli, memory
 from toy.world import COLOURS, MOTIONS, SAMPLE, SHAPES, SIZE, TURNS, draw, read_clips
 
@@ -115,19 +115,22 @@ def answers(cfg):
         file = os.path.join(cfg.chats, f"chat_{kind}", "chat.bin")
         chats[kind] = open_chat(cfg.out, kind, chat_file=file).load()
     places, left = [i for i, talk in enumerate(dataset.talks) if talk.kind == "temporal"], {True: 6, False: 2}
-    print("| clip | question | " + " | ".join(chats) + " | right |\n" + "|---" * (3 + len(chats)) + "|")
+    rows = []
     for i in places[::29]:
         pixels, [(question, right), *_], _ = dataset[i]
-        said = []
-        for chat in chats.values():
-            ids, _ = prompt_ids(chat.tokenizer, [(question, None)])
-            embeds = chat.splice(ids, chat.embed_video(pixels[None])[0])[None]
-            new = generate(chat.llm, embeds=embeds, max_new_tokens=40, stop_ids=chat.tokenizer.stop_ids)
-            said.append("".join(stream_text(chat.tokenizer, new)).strip())
+        said = [reply(chat, pixels, question) for chat in chats.values()]
         left[said[0] == right] -= 1
         if left[said[0] == right] >= 0:
             shown = (answer if answer == right else f"*{answer}*" for answer in said)   # wrong: in italics
-            print("|", " | ".join([dataset.talks[i].files[0], question, *shown, right]), "|", flush=True)
+            rows.append([dataset.talks[i].files[0], question, *shown, right])
+    cli.table(["clip", "question", *chats, "right"], rows)
+
+
+def reply(chat, pixels, question):
+    """pixels (T, 3, H, W) uint8 -> what a chat says of them."""
+    prompt = chat.prompt(chat.video_tokens.see(chat.clip, pixels[None]), [(question, None)])
+    new = generate(chat.llm, embeds=prompt, max_new_tokens=40, stop_ids=chat.tokenizer.stop_ids)
+    return "".join(stream_text(chat.tokenizer, new)).strip()
 
 
 # -------------------------------------------------------------------------------- when does it happen?
@@ -144,14 +147,14 @@ def times(cfg):
     rows = {}
     for name, spans in (("whole video", [[0.0, 1.0]]), ("middle third", [[1 / 3, 2 / 3]]),
                         ("a true event picked blindly", None)):
-        guesses = [(true.new_tensor(spans) if spans else true, true, event) for true, event in asked]
+        guesses = [(spans or true.tolist(), true, event) for true, event in asked]
         rows[name] = [scores_of(guesses) + [math.nan] * 2]
     for file in sorted(glob.glob(os.path.join(cfg.out, "seed*", "*.jsonl"))):
-        answers = [row for row in map(json.loads, open(file)) if row.get("event")]
         found = []
-        for row in answers:
-            (true, said), span = stories[row["video"]], read_spans(row["answer"], row["duration"])[:1]
-            found.append((true.new_tensor(span or [[math.nan] * 2]), true, said.index(row["event"])))
+        for row in map(json.loads, open(file)):
+            if row.get("event"):
+                true, said = stories[row["video"]]
+                found.append((read_spans(row["answer"], row["duration"])[:1], true, said.index(row["event"])))
         scores, log = scores_of(found), os.path.join(file.removesuffix(".jsonl"), "log.jsonl")
         last = json.loads(open(log).readlines()[-1]) if os.path.exists(log) else {}
         scores = scores + [last.get(kind, math.nan) for kind in ("order", "static")]
@@ -163,5 +166,8 @@ def times(cfg):
 
 
 def scores_of(answers):
-    """[(spans (K, 2), events (E, 2), which is asked)] -> the means of GROUNDING, in percent."""
-    return (100 * torch.stack([grounding_scores(*answer) for answer in answers]).mean(0)).tolist()
+    """[(spans [(start, end)] as of grounding_scores, none where an answer has none, events (E, 2), which is
+    asked)] -> means of GROUNDING, in percent."""
+    scores = [grounding_scores(events.new_tensor(spans or [[math.nan] * 2]), events, asked)
+              for spans, events, asked in answers]
+    return (100 * torch.stack(scores).mean(0)).tolist()

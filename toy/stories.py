@@ -156,7 +156,8 @@ def render(cfg):
             asked = ordinary(story, rng)
             if split == "train":   # half of what the third stage reads has no clock in it
                 turns = [asked[k][1:] for k in rng.permutation(len(asked))[:4]]
-                words = {f"<{edge}{k}>": t for k, span in enumerate(story.seconds) for edge, t in zip("se", span)}
+                words = {f"<{edge}{k}>": t
+                         for k, span in enumerate(story.seconds) for edge, t in zip("se", span)}
                 meta = {"duration": story.duration, "token": words}   # the words for times
                 talks.append(conversation(f"{name}-talk", turns, video=name))
                 talks.append(conversation(f"{name}-when", moments(story, rng), video=name, meta=meta))
