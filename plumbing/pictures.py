@@ -65,7 +65,7 @@ def nice_ticks(low, high):
     return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def bars(path, title, rows, unit=""):
+def bars(path, title, rows):
     """Horizontal bars from zero as a PNG, with a whisker from the lowest to the highest. rows: [(label,
     value, lowest, highest)]."""
     font, longest = ImageFont.load_default(15), max(high for *_, high in rows) or 1
@@ -80,8 +80,7 @@ def bars(path, title, rows, unit=""):
         draw.rectangle((left, top, value_x, top + 24), "#1f77b4")
         if high > low:
             draw.line((low_x, top + 12, high_x, top + 12), "black", 2)
-        text = f"{value:.{1 if longest >= 10 else 2}f}{unit}"
-        draw.text((max(value_x, high_x) + 8, top + 3), text, "black", font)
+        draw.text((max(value_x, high_x) + 8, top + 3), f"{value:.1f}", "black", font)
     write_atomic(path, lambda f: image.save(f, "PNG"))
 
 

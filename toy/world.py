@@ -164,11 +164,11 @@ def film(clip, size=SIZE):
     return [draw(clip, (i + 0.5) / FRAMES, size) for i in range(FRAMES)]
 
 
-def write_video(path, frames, qp=18, rate=FPS, group=1):
+def write_video(path, frames, rate=FPS, group=1):
     """Pictures (size, size, 3) uint8 -> H.264 in MP4, with one quantiser. rate: frames a second, a whole
     number or a Fraction; group: frames from one key frame to the next."""
     with av.open(path, "w") as container:
-        options = {"qp": str(qp), "g": str(group), "threads": "1"}
+        options = {"qp": "18", "g": str(group), "threads": "1"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
         for frame in frames:

@@ -176,7 +176,7 @@ def test_answers_of_three_kinds_of_tokens_stand_side_by_side(world, tmp_path, ca
         os.symlink(os.path.join(TINY, "chat.bin"), tmp_path / f"chat_{kind}" / "chat.bin")
     (world / "test_talks.jsonl").write_text((world / "talks.jsonl").read_text())
     score.answers(toy.Config("answers", data=str(world), out=TINY, chats=str(tmp_path)))
-    head, _, row = capsys.readouterr().out.splitlines()
+    head, _, row = capsys.readouterr().out.strip().splitlines()
     _, file, question, *said, right, _ = row.split("|")
     assert head == "| clip | question | branch | mean | st_pool | right |" and file == " 0.mp4 "
     talk = json.loads((world / "talks.jsonl").read_text().splitlines()[0])["conversations"]
