@@ -53,7 +53,6 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
-import glob
 import json
 import math
 import re
@@ -121,39 +120,28 @@ class Seen:
 
 
 class Viewer:
-    """Looks at videos for a chat, and keeps what was seen on disk."""
-    def __init__(self, cfg, opened, made_with):
-        """opened: an OpenChat. made_with: what else its rows follow from, the files of the weights and the
-        precision."""
+    """Looks at videos for a chat, and keeps what was seen on disk. precision: of the chat, in words."""
+    def __init__(self, cfg, opened, precision):
         self.kind, self.size = opened.chat.video_tokens, opened.chat.clip.config.image_size
         self.frames_of = functools.partial(self.kind.frames_of, cfg.num_frames, self.size)   # of seconds
         code = code_of(clip, model, data, video, pictures, quant)
-        self.key = [cfg.num_frames, self.kind.rule, opened.tokens, opened.description, code, *made_with]
+        self.key = [cfg.num_frames, self.kind.rule, opened.tokens, opened.states["clip"],
+                    opened.states["branch"], precision, code]
         folder = cfg.cache_dir or cli.own_folder("XDG_CACHE_HOME", "~/.cache")
         self.store = Store(folder, max_bytes=1 << 30) if cfg.cache else None
-
-    def cached(self, act, *given):
-        """Store.get or Store.put. The cache saves time and nothing else, so an error of it is only said."""
-        try:
-            return act(self.store, *given) if self.store else None
-        except UserError as e:
-            say(f"({e}; going on without it)")
 
     def decode(self, path, window, left):
         """-> pixels (T, 3, size, size) uint8, small pictures (T, 3, h, w) uint8, T times. `left`: an Event
         that ends it at the next frame. Raises VideoError."""
-        T, times = self.frames_of(window[1] - window[0]), []
-        pixels = torch.empty(T, 3, self.size, self.size, dtype=torch.uint8)
+        T, pixels, frames, times = self.frames_of(window[1] - window[0]), [], [], []
         found = data.sample_frames(path, T, self.kind.rule, window=window)
         for t, picture in tqdm(found, "frames", T, leave=False, disable=None, delay=2):
             if left.is_set():
                 return None
-            small = pictures.thumbnail(picture)
-            if not times:
-                frames = torch.empty(T, *small.shape, dtype=torch.uint8)
-            frames[len(times)], pixels[len(times)] = small, self.kind.pixels(picture[None], self.size)[0]
+            pixels.append(self.kind.pixels(picture[None], self.size))
+            frames.append(pictures.thumbnail(picture))
             times.append(t)
-        return pixels, frames, times
+        return torch.cat(pixels), torch.stack(frames), times
 
     @contextlib.contextmanager
     def looking(self, path, window=None):
@@ -164,8 +152,8 @@ class Viewer:
         start, end = map(float, window or (0, math.inf))
         with data.open_regular(path):   # a folder is refused before all that is in it is looked at
             key = [state_of(path), start, end, *self.key]
-        tensors, about = self.cached(Store.get, key) or (None, {"duration": data.probe(path).duration})
-        duration = float(about["duration"])
+        tensors, about = (self.store and self.store.get(key)) or (None, {})
+        duration = json.loads(about["duration"]) if about else data.probe(path).duration
         window = start, min(end, duration)
         if not start < window[1]:
             until = f" to {end:g}" if end < math.inf else ""
@@ -191,8 +179,12 @@ class Viewer:
                 rows = chat.video_tokens.see(chat.clip, pixels).cpu()
                 damage = [str(w.message) for w in noticed if w.category is video.DamagedVideo]
                 tensors = {"times": torch.tensor(times, dtype=torch.float64), "frames": frames, "rows": rows}
-                about = {"duration": repr(duration), "damage": json.dumps(damage)}
-                self.cached(Store.put, key, tensors, about)
+                about = {"duration": json.dumps(duration), "damage": json.dumps(damage)}
+                try:
+                    if self.store:
+                        self.store.put(key, tensors, about)
+                except UserError as e:   # a home that is read-only costs time and nothing else
+                    say(f"({e}; going on without it)")
                 return Seen(path, duration, window, times, frames, rows)
             try:
                 yield see
@@ -372,33 +364,16 @@ class Session:
         return tokens
 
 
-def write_out(text):
-    """Part of an answer -> standard output, at once. Raises UserError, but not for a reader who has left."""
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as e:
-        cli.forget_output(sys.stdout)
-        raise UserError(f"standard output: cannot write: {e.strerror}")
-
-
 def answer_line(session, question):
-    """A question in a conversation of its own -> its answer, or JSON, as a line. Commands are run as in a
-    conversation. -> False where one asks to leave."""
-    if question.startswith("/"):
-        return run_command(session, question)
+    """Asks in a conversation of its own -> the answer as a line, or as a JSON object."""
     pieces, session.turns, session.forgotten = [], [], 0
     session.ask(question, pieces.append)
     answer, cost = "".join(pieces), session.cost
-    if session.cfg.json:
-        first = cost.times[0] if cost.times else None
-        row = {"question": question, "answer": answer.strip(), "seconds_to_first_token": first,
-               "tokens": len(cost.times), "cached": cost.cached, "cut": cost.cut}
-        write_out(json.dumps(row) + "\n")
-    else:
-        write_out(" ".join(answer.split()) + "\n")
-    return True
+    if not session.cfg.json:
+        return " ".join(answer.split())
+    return json.dumps({
+        "question": question, "answer": answer.strip(), "tokens": len(cost.times), "cached": cost.cached,
+        "seconds_to_first_token": cost.times[0] if cost.times else None, "cut": cost.cut})
 
 
 # ------------------------------------------------------------------------------------- when does it happen?
@@ -428,9 +403,9 @@ def when(session, event, likely):
         nothing = {"event": event or None, **dict.fromkeys(("start", "end", "from", "to"))}
         for row in rows or [nothing]:
             row |= {"answer": answer.strip(), "p_start": bars[0], "p_end": bars[1]}
-            write_out(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
     else:   # half a step of the clock; and times are written in tenths
-        write_out(terminal.span_lines(rows, max(step / 2, 0.05), texts=not event))
+        print(terminal.span_lines(rows, max(step / 2, 0.05), texts=not event), end="", flush=True)
     if not rows:
         return say(f"(the model did not name a time: {' '.join(answer.split())})")
     if event:
@@ -502,10 +477,7 @@ def settings(session, name=None, value=None):
     if name not in (None, *SETTINGS):
         raise UserError(f"/set {name}: can be changed are {', '.join(SETTINGS)}")
     if value is not None:
-        try:
-            value = getattr(cli.parse(Config, [f"--{name}={value}"]), name)
-        except UserError as e:   # which names a flag
-            raise UserError(str(e).replace("--", "/set ", 1))
+        value = getattr(cli.parse(Config, [f"--{name}={value}"]), name)
         session.cfg = dataclasses.replace(session.cfg, **{name: value})
     for setting in SETTINGS if name is None else [name]:
         say(f"{setting} {getattr(session.cfg, setting)}")
@@ -566,7 +538,7 @@ def converse(session):
                 if not run_command(session, line):
                     return
             elif question := terminal.rest_of(line) if line.startswith(terminal.QUOTES) else line:
-                session.ask(question, write_out)
+                session.ask(question, functools.partial(print, end="", flush=True))
         except KeyboardInterrupt:
             say("(stopped)")
         except UserError as e:
@@ -577,14 +549,11 @@ def converse(session):
 def begin(cfg):
     """Opens the weights and looks at the video -> Session. Raises UserError."""
     began, device = time.perf_counter(), training.pick_device(cfg.device)
-    parts = sorted(glob.glob(os.path.join(glob.escape(cfg.weights), "*")))
-    files = [state_of(file) for file in (*parts, cfg.branch, cfg.chat)   # before they are read
-             if file and os.path.exists(file) and os.path.basename(file) != "linvt.bin"]   # it sees nothing
     opened = open_chat(cfg.weights, cfg.tokens, cfg.branch, cfg.chat if cfg.tuned else False)
     memory.choose_threads(opened.chat)
     parameters = sum(p.numel() for p in opened.chat.llm.parameters())
     dtype, scheme, precision = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
-    viewer = Viewer(cfg, opened, [files, precision, device.type])
+    viewer = Viewer(cfg, opened, f"{precision} on {device.type}")
     memory.check(opened.need, dtype, scheme, device, viewer.frames_of())   # of the longest video
     with viewer.looking(cfg.video, (cfg.start, math.inf if cfg.end is None else cfg.end)) as see:
         filled = dataclasses.replace(cfg, tokens=opened.tokens, template=cfg.template or viewer.kind.template)
@@ -603,12 +572,8 @@ def begin(cfg):
 
 def main(cfg):
     cli.check(cfg, tokens=VIDEO_TOKENS, template=TEMPLATES, dtype=memory.DTYPES, quantize=memory.SCHEMES)
-    if not all(map(str.strip, cfg.question or ())):
-        raise UserError("--question: it is empty")
-    if cfg.explain and not cfg.question:
-        raise UserError("--explain: goes with -q; in a conversation, it is /explain PNG")
-    if cfg.json and not cfg.question and sys.stdin.isatty():
-        raise UserError("--json: is for -q and piped questions; in a conversation, /save FILE writes JSON")
+    if not cfg.question and sys.stdin.isatty() and (cfg.json or cfg.explain):
+        raise UserError("--json and --explain: go with -q; a conversation has /save FILE and /explain PNG")
     session = begin(cfg)
     if cfg.explain:   # now, not after the answer
         session.need_linvt()
@@ -627,9 +592,12 @@ def main(cfg):
         sys.stdin.reconfigure(encoding="utf-16" if utf16 else "utf-8-sig",
                               errors="replace" if utf16 else "surrogateescape")
         lines = sys.stdin
-    for line in lines:
-        if (question := line.strip()) and not answer_line(session, question):
-            break
+    for line in map(str.strip, lines):
+        if line.startswith("/"):
+            if not run_command(session, line):
+                break
+        elif line:
+            print(answer_line(session, line), flush=True)
     if cfg.explain:
         explain(session, cfg.explain)
 

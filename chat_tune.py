@@ -93,8 +93,8 @@ import data
 from clip import load_clip
 from linvt import save_linvt
 from llm import add_lora, load_llama, save_adapter, save_llama, tokenizer_path
-from model import (ADAPTERS, IGNORE_INDEX, TEMPLATES, VIDEO_TOKENS, VideoChat, VideoTokens, base_name,
-                   is_marked, load_branch, make_projector, open_chat, save_chat)
+from model import (ADAPTERS, IGNORE_INDEX, TEMPLATES, VIDEO_TOKENS, VideoChat, VideoTokens, config_of_llava,
+                   load_branch, make_projector, open_chat, save_chat)
 from plumbing import memory, pictures, training
 from plumbing.cli import UserError
 from plumbing.store import state_of
@@ -223,7 +223,7 @@ def build(cfg, dtype):
         branch = load_branch(cfg.branch, clip, skip_last=1, drop_path=cfg.drop_path)
         if branch.balance2 is None:   # the layout of a tuned file cannot say so; it would come back with some
             raise UserError(f"{cfg.branch}: a branch without gates cannot be tuned; pretrain with --gated")
-    marked = cfg.stage != "video" or is_marked(cfg.llm)   # the others make a LLaVA with the two rows
+    marked = cfg.stage != "video" or config_of_llava(cfg.llm).get("mm_use_im_start_end", True)
     chat = in_precision(cfg, VideoChat(clip, kind(mm_projector, branch), llm, tokenizer, marked), dtype)
     if cfg.stage == "align":   # as loud as words: in louder rows the LLaMA does not hear what its layers add
         size = clip.config.image_size
@@ -250,7 +250,8 @@ def save_result(cfg, chat):
             parts = {name: os.path.join(cfg.weights, name) for name in ("clip", "llava", *ADAPTERS)}
         if "lora_" in STAGES[cfg.stage]["learned"]:
             new = adapter_of(cfg)
-            save_adapter(os.path.join(cfg.out, new), chat.llm, base_name(parts["llava"]), cfg.lora_dropout)
+            base = config_of_llava(parts["llava"]).get("_name_or_path") or ""
+            save_adapter(os.path.join(cfg.out, new), chat.llm, base, cfg.lora_dropout)
             if cfg.tune_projector:   # counts before all others
                 training.save_checkpoint(os.path.join(cfg.out, new, "non_lora_trainables.bin"), projector)
         if chat.video_tokens.reads_linvt:

@@ -697,7 +697,7 @@ ADAPTED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
            "mlp.up_proj", "mlp.down_proj")   # Linears of a layer that LoRA may change; lm_head is none
 PEFT = re.compile(r"(.*)\.lora_([AB])(?:\.default)?\.weight")   # names in its files; .default. in training
 ARITHMETIC = (   # settings of peft with which W + alpha / r * B A is not what was trained
-    "fan_in_fan_out", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "bias", "fan_in_fan_out", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
     "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
 
 
@@ -767,22 +767,25 @@ class Adapter:
     """What LoRA has learned for a LLaMA, as it lies in a folder."""
     changes: dict   # {name of a Linear: (alpha / r, A (r, K), B (N, r))}, mapped
     extra: dict     # {name: tensor} of a projector that was trained along
-    base: str       # the LLaMA that was frozen, as the folder calls it, or ""
 
 
-def read_adapter(folder, model):
-    """peft's folder: adapter_config.json, adapter_model.safetensors or .bin -> Adapter for this LLaMA.
+def read_adapter(folder, model, name=None):
+    """peft's folder: adapter_config.json, adapter_model.safetensors or .bin -> Adapter for this LLaMA. Warns
+    where its `name` is not that of the one that was frozen.
 
     Raises UserError for what does not fit or is not plain LoRA, with the first offender."""
-    description, along, *files = (os.path.join(folder, name) for name in (
+    description, along, *files = (os.path.join(folder, file) for file in (
         "adapter_config.json", "non_lora_trainables.bin", "adapter_model.safetensors", "adapter_model.bin"))
     stated, file = read_json(description), next(filter(os.path.exists, files), files[-1])
-    r, alpha = stated.get("r"), stated.get("lora_alpha")
+    r, alpha, base = map(stated.get, ("r", "lora_alpha", "base_model_name_or_path"))
     if not r or not alpha:
         raise UserError(f"{description}: not that of LoRA: it lacks r or lora_alpha")
-    for key, usual in {"bias": "none", **dict.fromkeys(ARITHMETIC)}.items():
-        if (value := stated.get(key)) and value != usual:
-            raise UserError(f"{description}: {key} is {shown(value)}; only plain LoRA is read")
+    for key in ARITHMETIC:
+        if stated.get(key) not in (None, False, {}, [], "none"):
+            raise UserError(f"{description}: {key} is {shown(stated[key])}; only plain LoRA is read")
+    one, other = (os.path.basename(os.path.normpath(str(path))).lower() for path in (name, base))
+    if name and base and one != other:
+        warnings.warn(f"{folder}: trained on {shown(base)}, and not on {shown(name)}: answers may be wrong")
     linears, tensors = layer_linears(model), {}
     for key, t in read_file(file).items():
         name, half = found.groups() if (found := PEFT.fullmatch(key)) else (key, None)
@@ -800,7 +803,7 @@ def read_adapter(folder, model):
     extra = read_file(along) if os.path.exists(along) else {}
     if strange := [key for key in extra if not key.startswith(EXTRA)]:
         raise UserError(f"{along}: {shown(strange[0])} is neither LoRA nor a projector; not read")
-    return Adapter(changes, extra, str(stated.get("base_model_name_or_path") or ""))
+    return Adapter(changes, extra)
 
 
 def save_adapter(folder, model, base="", dropout=0.0, dtype=torch.float32):

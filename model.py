@@ -749,33 +749,14 @@ def added_rows(words, tokenizer, named):
     return words[-2:] if 2 <= len(words) - tokenizer.vocab_size <= 8 else None
 
 
-def is_marked(llava):
-    """Whether a LLaVA was trained with a start and an end row. LLaVA-1.5 says no, Meta's folders nothing."""
-    path = os.path.join(llava, "config.json")
-    return bool(weightfile.read_json(path).get("mm_use_im_start_end", True)) if os.path.exists(path) else True
+def config_of_llava(folder):
+    """What its config.json says, {} for a folder of Meta. `mm_use_im_start_end`: LLaVA-1.5 has no start and
+    end row; `_name_or_path`: adapters tell on which LLaMA they were trained."""
+    path = os.path.join(folder, "config.json")
+    return weightfile.read_json(path) if os.path.exists(path) else {}
 
 
 ADAPTERS = "stage2", "stage3"   # folders of what VTimeLLM's last two stages taught the LLaMA, in this order
-
-
-def base_name(llava):
-    """What a LLaMA's folder says that it is, or "": adapters tell on which they were trained."""
-    config = os.path.join(llava, "config.json")
-    return str(weightfile.read_json(config).get("_name_or_path") or "") if os.path.exists(config) else ""
-
-
-def read_adapters(paths, language_model, llava):
-    """Folders of adapters -> [llm.Adapter]. Warns where the LLaMA says that it is another than they know."""
-    own = base_name(llava)
-    adapters = [llm.read_adapter(path, language_model) for path in paths]
-    for path, adapter in zip(paths, adapters):
-        bare = [os.path.basename(os.path.normpath(str(name))).lower() for name in (own, adapter.base)]
-        if own and adapter.base and bare[0] != bare[1]:
-            warnings.warn(f"{path}: trained on {weightfile.shown(adapter.base)}, but {llava} says that it is "
-                          f"{weightfile.shown(own)}: answers may be wrong")
-    return adapters
-
-
 LONGEST = 8192   # tokens of a conversation, also where a LLaMA reads more: its KV cache must fit
 
 
@@ -786,9 +767,8 @@ class OpenChat:
     tokens: str         # its kind of video tokens
     description: str    # what it was tuned for
     kept_in: str        # the folder for what is rounded to fewer bits
-    state: list         # store.state_of the folders of LLaMA and adapters, from before they were read
-    clip_state: list    # the same of CLIP
-    adapters: list = dataclasses.field(default_factory=list)   # llm.Adapters to be merged into its LLaMA
+    adapters: list      # llm.Adapters to be merged into its LLaMA
+    states: dict        # {part: store.state_of its files from before they were read}
 
     def need(self, dtype, scheme, device, num_frames):
         """{part: bytes} of a chat about `num_frames` frames, with the arguments of load: the sizes of its
@@ -816,12 +796,12 @@ class OpenChat:
         """-> the VideoChat in eval mode. scheme: a key of quant.SCHEMES for the LLaMA; dtype: of all else."""
         chat = self.chat
         if scheme:   # adapters are merged one matrix at a time, and what is kept is rounded
-            quant.quantized(chat.llm, scheme, self.kept_in, self.state, self.merged)
+            quant.quantized(chat.llm, scheme, self.kept_in, self.states["llama"], self.merged)
         elif self.adapters:
             for name, linear in llm.layer_linears(chat.llm).items():
                 linear.weight.data = self.merged(name, linear.weight)
         if clip_in_int8(scheme, device):
-            quant.quantized(chat.clip.vision_model, "int8", self.kept_in, self.clip_state, prefix="clip_")
+            quant.quantized(chat.clip.vision_model, "int8", self.kept_in, self.states["clip"], prefix="clip_")
         for layer in tqdm(chat.llm.model.layers, "weights", leave=False, disable=None, delay=2):
             layer.to(device=device, dtype=dtype)
         return chat.to(device=device, dtype=dtype).eval()
@@ -862,8 +842,8 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None, new_linvt=N
         raise UserError(f"{chat_file}: has a branch of its own, tuned with its projector, not {branch_file}")
     learned_for = learned and weightfile.read_metadata(chat_file).get("tokens")
     stages = [name for name in ADAPTERS if os.path.exists(os.path.join(folder, name))]
-    if stages != [*ADAPTERS[:len(stages)]]:
-        raise UserError(f"{folder}: has {stages[0]} without {ADAPTERS[0]}, on which it was trained")
+    if stages == ["stage3"]:
+        raise UserError(f"{folder}: has stage3 without stage2, on which it was trained")
     tokens = tokens or learned_for or ("frame_cls" if stages else "branch")
     if tokens not in VIDEO_TOKENS:
         raise UserError(f"{chat_file}: tuned for {weightfile.shown(tokens)}, no kind of video tokens here")
@@ -879,36 +859,37 @@ def open_chat(folder, tokens=None, branch_file=None, chat_file=None, new_linvt=N
         warnings.warn(f"{chat_file}: tuned for {weightfile.shown(learned_for)}, not for {tokens}: answers "
                       "may be wrong; --no-tuned passes it by")
     tuned_in = [os.path.join(folder, name) for name in stages]
-    state, clip_state = sum(map(state_of, (llava, *tuned_in)), []), state_of(clip_path)
+    states = {"llama": sum(map(state_of, (llava, *tuned_in)), []), "clip": state_of(clip_path),
+              "branch": state_of(branch_file) if kind.reads_branch else None}
     clip = read_clip(clip_path).image_only()
     language_model, tokenizer, extra = llm.load_llama(llava)
-    adapters = read_adapters(tuned_in, language_model, llava)
+    about, width = config_of_llava(llava), language_model.config.width
+    adapters = [llm.read_adapter(path, language_model, about.get("_name_or_path")) for path in tuned_in]
     sources = {chat_file: learned, **{path: a.extra for path, a in zip(tuned_in[::-1], adapters[::-1])},
-               projector_file: given, llava: extra}   # a projector of the first one counts
-    width = language_model.config.width
-    source = next((file for file, tensors in sources.items() if tensors), llava)
-    mm_projector = make_projector(sources[source], kind.width(clip.config), width, source)
+               projector_file: given}   # a projector of the first one counts
+    source = next(filter(sources.get, sources), llava)
+    mm_projector = make_projector(sources.get(source, extra), kind.width(clip.config), width, source)
     branch = load_branch(branch_file, clip, skip_last=1) if kind.reads_branch else None
     tokens_of_unit, linvt = clip.config.patch_tokens + kind.reads_branch, None
     if kind.reads_linvt:
         linvt = (load_linvt(linvt_file, tokens_of_unit, width) if new_linvt is None
                  else LinVT(width, tokens_of_unit, **new_linvt))
-    chat = VideoChat(clip, kind(mm_projector, branch, linvt), language_model, tokenizer, is_marked(llava))
-    for file in (projector_file, chat_file):   # the later one counts
-        rows = sources[file].get("model.video_start_end.weight")   # of our own files
-        words = sources[file].get("model.embed_tokens.weight", sources[file].get("embed_tokens.weight"))
+    chat = VideoChat(clip, kind(mm_projector, branch, linvt), language_model, tokenizer,
+                     about.get("mm_use_im_start_end", True))
+    for tensors in (given, learned):   # the later one counts
+        rows = tensors.get("model.video_start_end.weight")   # of our own files
+        words = tensors.get("model.embed_tokens.weight", tensors.get("embed_tokens.weight"))
         if rows is None and words is not None:   # the released ones have all words
             same = len(words) == language_model.config.vocab_size
             rows = added_rows(words, tokenizer, tokenizer.added if same else {})
         if rows is not None and TEMPLATES[kind.template].marked:   # else there is no place for them
             chat.start_end.data = rows
     description = [f"tuned for {learned_for or 'video'}"] * bool(learned)
-    if branch and with_branch and os.path.exists(pretrained):
-        description.append("branch.pth unused")
+    description += ["branch.pth unused"] * (kind.reads_branch and with_branch and os.path.exists(pretrained))
     description += [f"with {' and '.join(stages)}"] * bool(stages)
     description = ", ".join(description) or "without chat.bin"
     kept_in = (llava, *tuned_in)[-1]   # another adapter, another folder: one LLaMA may serve several chats
-    return OpenChat(chat.requires_grad_(False), tokens, description, kept_in, state, clip_state, adapters)
+    return OpenChat(chat.requires_grad_(False), tokens, description, kept_in, adapters, states)
 
 
 def save_chat(path, chat, dtype=torch.float16):

@@ -143,7 +143,7 @@ def test_what_is_saved_is_read_again_and_goes_on_as_it_was(tmp_path, file):
         torch.save({name: t.clone() for name, t in tensors.items()}, tmp_path / file)
         os.remove(tmp_path / "adapter_model.safetensors")
     read = read_adapter(tmp_path, llama())
-    assert read.base == "vicuna" and read.extra == {} and len(read.changes) == 14
+    assert read.extra == {} and len(read.changes) == 14
     again = add_lora(llama(), adapter=read)
     assert torch.equal(again(IDS), model(IDS))
     assert sum(p.requires_grad for p in again.parameters()) == 28
@@ -506,7 +506,7 @@ def test_an_adapter_of_another_base_is_said(released, adapter):
     config.write_text(json.dumps({**json.loads(STATED["base_config"]), "_name_or_path": "lmsys/Vicuna-7b"}))
     adapter("stage2", base_model_name_or_path="./checkpoints/vicuna-7b/")
     adapter("stage3", base_model_name_or_path="./checkpoints/vicuna-13b")
-    with pytest.warns(UserWarning, match="stage3: trained on ./checkpoints/vicuna-13b, but .*llava") as said:
+    with pytest.warns(UserWarning, match="stage3: trained on ./checkpoints/vicuna-13b, and not on lmsys/Vicuna-7b") as said:
         open_chat(released)
     assert len(said) == 1
 

@@ -56,7 +56,7 @@ def opened(tokens="branch", **sizes):
         branch = model.Branch(depth=3, gated=False) if tokens == "branch" else None
         kind = model.VIDEO_TOKENS[tokens](torch.nn.Linear(1024, 4096), branch)
         words = dataclasses.make_dataclass("Words", ["vocab_size", "added"])(32000, {})
-        return model.OpenChat(model.VideoChat(clip, kind, llama, words), tokens, "", "", [])
+        return model.OpenChat(model.VideoChat(clip, kind, llama, words), tokens, "", "", [], {})
 
 
 def test_a_7b_needs_what_is_known_of_it():
