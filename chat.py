@@ -68,7 +68,7 @@ from tqdm import tqdm
 import clip
 import data
 import model
-from llm import KVCache, generate, number_probabilities, stream_text
+from llm import generate, number_probabilities, stream_text
 from metrics import SPAN, read_events, read_spans
 from model import ALL_EVENTS, LONGEST, TEMPLATES, VIDEO_INDEX, VIDEO_TOKENS, WHEN, open_chat, prompt_ids
 from plumbing import memory, pictures, quant, terminal, training, video
@@ -214,8 +214,7 @@ class Session:
     these rows on is worked through anew. cost: of the last answer, None before it."""
     def __init__(self, cfg, chat, viewer):
         self.cfg, self.chat, self.viewer, self.cost, self.mark = cfg, chat, viewer, None, VIDEO_INDEX
-        words, context = chat.llm.model.embed_tokens.weight, min(chat.llm.config.context_length, LONGEST)
-        self.kv_cache = KVCache(chat.llm.config, 1, context, words.device, words.dtype)
+        self.kv_cache = chat.llm.new_cache(1, min(chat.llm.config.context_length, LONGEST))
 
     @torch.inference_mode()
     def rows_for(self, question, seen):

@@ -200,17 +200,21 @@ class LLaMA(nn.Module):
         if self.config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def new_cache(self, batch, max_len):
+        """-> an empty KVCache where the weights are, in their dtype."""
+        words = self.model.embed_tokens.weight
+        return KVCache(self.config, batch, max_len, words.device, words.dtype)
+
     def forward(self, ids=None, embeds=None, kv_cache=None, last_only=False, apart=False):
         """ids (B, S) int64, or embeds (B, S, D) -> logits (B, S, V) fp32, or (B, 1, V) if last_only.
 
         Positions go on from kv_cache.length, and the cache takes in the S tokens. A batch padded on the right
         needs no mask: only padding sees padding. apart: the S tokens do not follow each other, each is a next
         one after the P in the cache. Raises UserError if context or cache hold less than P + S."""
-        assert (ids is None) != (embeds is None), "give exactly one of ids and embeds"
-        weight, P, longest = self.model.embed_tokens.weight, 0, self.config.context_length
+        words, P, longest = self.model.embed_tokens, 0, self.config.context_length
         if kv_cache is not None:
             P, longest = kv_cache.length, min(longest, kv_cache.max_len)
-        x = self.model.embed_tokens(ids) if embeds is None else embeds.to(weight.dtype)   # (B, S, D)
+        x = words(ids) if embeds is None else embeds.to(words.weight.dtype)   # (B, S, D)
         S = x.shape[1]
         if P + S > longest:
             raise UserError(f"{P + S} tokens, but this language model reads at most {longest} at once here")
@@ -238,11 +242,9 @@ class LLaMA(nn.Module):
 
     def resize_vocab(self, n):
         """Grows embed_tokens and lm_head to n rows, for tokens that LLaVA adds; new rows are the mean."""
-        old = self.config.vocab_size
-        assert n >= old, f"cannot shrink a vocabulary of {old} to {n}"
         for module in (self.model.embed_tokens, self.lm_head):
             rows = module.weight.detach()
-            new = rows.float().mean(0).to(rows.dtype).expand(n - old, -1)
+            new = rows.float().mean(0).to(rows.dtype).expand(n - len(rows), -1)
             module.weight = nn.Parameter(torch.cat((rows, new)), module.weight.requires_grad)   # (n, D)
         self.model.embed_tokens.num_embeddings = self.lm_head.out_features = self.config.vocab_size = n
         self.tie()
@@ -254,10 +256,8 @@ def sample(logits, temperature, top_p, generator):
 
     top_p (Holtzman et al. 2019, arXiv 1904.09751): draws from the fewest likeliest tokens that together have
     at least that probability. On the CPU, so that a seed means the same on every device."""
-    assert temperature >= 0 and 0 < top_p <= 1, f"temperature {temperature}, top_p {top_p}"
     if logits.isnan().any():
-        raise UserError("the language model gives no numbers; are the weights damaged, or does --dtype fp32 "
-                        "help?")
+        raise UserError("the language model gives no numbers; damaged weights, or does --dtype fp32 help?")
     if temperature == 0:
         return int(logits.argmax())
     logits = logits.double().cpu()   # where fp32 would take a low temperature for 0
@@ -312,16 +312,14 @@ def generate(model, ids=None, embeds=None, *, max_new_tokens, temperature=0.0, t
     Ends at a token of stop_ids, which is not yielded, after max_new_tokens, or with context or cache full.
     If kv_cache holds the start of the prompt, `ids` or `embeds` is its rest. Afterwards it holds all but the
     last token, or all if a stop id followed. Raises UserError for a prompt too long."""
-    S, weight = (ids if embeds is None else embeds).shape[1], model.model.embed_tokens.weight
     if kv_cache is None:
-        kv_cache = KVCache(model.config, 1, S + max_new_tokens, weight.device, weight.dtype)
-    used, limit = kv_cache.length + S, min(model.config.context_length, kv_cache.max_len)
-    if used >= limit:
-        raise UserError(f"the prompt has {used} tokens, which leaves no room for an answer in {limit}")
+        S = (ids if embeds is None else embeds).shape[1]
+        kv_cache = model.new_cache(1, S + max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     logits = model(ids, embeds, kv_cache, last_only=True)   # (1, 1, V): prefill, then decode
-    step = GraphedStep(model, kv_cache) if weight.is_cuda else None
-    for left in reversed(range(min(max_new_tokens, limit - used))):
+    step = GraphedStep(model, kv_cache) if logits.is_cuda else None
+    room = min(model.config.context_length, kv_cache.max_len) - kv_cache.length
+    for left in reversed(range(min(max_new_tokens, room))):
         token = sample(logits[0, 0], temperature, top_p, generator)
         if token in stop_ids:
             return
@@ -335,12 +333,9 @@ def generate_batch(model, embeds, *, max_new_tokens, stop_ids):
     """Greedy answers to B prompts of one length, embeds (B, S, D) -> [(ids, cut)], B of them: the ids that
     `generate` yields of each alone, and by what an answer was cut: "max_new_tokens", "context" or None.
     Without padding no row can touch another. Raises UserError for prompts too long."""
-    (B, S, _), weight = embeds.shape, model.model.embed_tokens.weight
-    room = model.config.context_length - S
-    if room <= 0:
-        raise UserError(f"the prompt has {S} tokens, which leaves no room for an answer in {S + room}")
-    limit = min(max_new_tokens, room)
-    kv_cache = KVCache(model.config, B, S + limit, weight.device, weight.dtype)
+    B, S, _ = embeds.shape
+    limit = min(max_new_tokens, model.config.context_length - S)
+    kv_cache = model.new_cache(B, S + limit)
     logits = model(embeds=embeds, kv_cache=kv_cache, last_only=True)   # (B, 1, V)
     answers, going = [[] for _ in range(B)], [True] * B
     for left in reversed(range(limit)):
@@ -350,7 +345,7 @@ def generate_batch(model, embeds, *, max_new_tokens, stop_ids):
             answers[i] += tokens[i:i + 1] * going[i]
         if not any(going) or not left:   # what has ended goes on unread until all have
             break
-        logits = model(torch.tensor(tokens, device=weight.device)[:, None], kv_cache=kv_cache)
+        logits = model(torch.tensor(tokens, device=embeds.device)[:, None], kv_cache=kv_cache)
     cut = "max_new_tokens" if limit == max_new_tokens else "context"
     return [(ids, cut if on else None) for ids, on in zip(answers, going)]
 
@@ -358,15 +353,15 @@ def generate_batch(model, embeds, *, max_new_tokens, stop_ids):
 def after_prompt(model, embeds, longest):
     """Reads a prompt, embeds (1, S, D) -> after(ids), for at most `longest` ids, maybe none: log P of what
     stands in the place of each and of what comes after them, (1 + ids, V)."""
-    S, weight = embeds.shape[1], model.model.embed_tokens.weight
-    kv_cache = KVCache(model.config, 1, S + longest, weight.device, weight.dtype)
+    S = embeds.shape[1]
+    kv_cache = model.new_cache(1, S + longest)
     first = model(embeds=embeds, kv_cache=kv_cache, last_only=True)[0].log_softmax(-1)   # (1, V)
 
     def after(ids):
         if not ids:
             return first
         kv_cache.truncate(S)
-        rest = model(torch.tensor([ids], device=weight.device), kv_cache=kv_cache)[0]
+        rest = model(torch.tensor([ids], device=embeds.device), kv_cache=kv_cache)[0]
         return torch.cat([first, rest.log_softmax(-1)])
     return after
 
@@ -414,7 +409,7 @@ def number_probabilities(model, kv_cache, before, digits):
     kv_cache: all tokens up to `before`, the last one, which it lacks. digits: the ids of 0 to 9. As p(ab) is
     p(a) p(b | a), it takes one pass for the ten p(a), and one for all p(b | a), in which ten continuations
     share the cache. Afterwards it is as long as before."""
-    P, device = kv_cache.length, model.model.embed_tokens.weight.device
+    P, device = kv_cache.length, kv_cache.k[0].device
     first, second = torch.tensor([[before]], device=device), torch.tensor([digits], device=device)
     tens = model(first, kv_cache=kv_cache)[0].softmax(-1)[:, digits]                  # (1, 10)
     units = model(second, kv_cache=kv_cache, apart=True)[0].softmax(-1)[:, digits]    # (10, 10): p(b | a)
@@ -806,7 +801,7 @@ def read_adapter(folder, model, name=None):
     return Adapter(changes, extra)
 
 
-def save_adapter(folder, model, base="", dropout=0.0, dtype=torch.float32):
+def save_adapter(folder, model, base="", dropout=0.0):
     """Writes what the LoRALinears of a model have learned as read_adapter, and peft, read it.
 
     base: what the frozen LLaMA is called. dropout: of training, only noted down. Raises UserError."""
@@ -814,7 +809,7 @@ def save_adapter(folder, model, base="", dropout=0.0, dtype=torch.float32):
     one, tensors = next(iter(loras.values())), {}
     for name, lora in loras.items():
         for half, t in zip("AB", lora.change[1:]):
-            tensors[f"base_model.model.{name}.lora_{half}.weight"] = t.to(dtype)
+            tensors[f"base_model.model.{name}.lora_{half}.weight"] = t
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
         "r": one.lora_A.out_features, "lora_alpha": one.alpha, "lora_dropout": dropout,

@@ -22,7 +22,7 @@ from bench.frames import SHORT_GOP, make
 from bench.measure import HERE, TINY, best, call, heading, multiplying, of_numbers, reading
 from clip import CLIP, CLIPConfig, load_clip, read_clip, save_clip
 from linvt import LinVT
-from llm import KVCache, LLaMA, LLaMAConfig, add_lora, load_llama, save_adapter, save_llama
+from llm import LLaMA, LLaMAConfig, add_lora, load_llama, save_adapter, save_llama
 from model import ADAPTERS, Branch, LinVTTokens, branch_tensors
 from plumbing import cli, pictures, quant, store, training
 
@@ -85,8 +85,7 @@ def ours(path, scheme):
     model = quant.quantized(load_llama(path)[0], scheme, path, store.state_of(path)).eval()
 
     def begin():
-        words = model.model.embed_tokens.weight
-        cache = KVCache(model.config, 1, PROMPT + TOKENS, words.device, words.dtype)
+        cache = model.new_cache(1, PROMPT + TOKENS)
         return lambda ids: model(ids, kv_cache=cache, last_only=True)
     return rounds(begin)
 

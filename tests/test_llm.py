@@ -219,13 +219,6 @@ def test_ids_and_their_embeddings_give_the_same_logits():
         assert torch.equal(model(ids), model(embeds=model.model.embed_tokens(ids)))
 
 
-def test_exactly_one_of_ids_and_embeds_is_taken():
-    model, ids = tiny(), torch.zeros(1, 3, dtype=torch.int64)
-    for inputs in ({}, {"ids": ids, "embeds": torch.zeros(1, 3, 32)}):
-        with pytest.raises(AssertionError, match="exactly one"):
-            model(**inputs)
-
-
 def test_padding_on_the_right_does_not_reach_the_text():
     model, ids = tiny(), torch.randint(64, (1, 12))
     padded = torch.cat((ids, torch.zeros(1, 5, dtype=torch.int64)), dim=1)
@@ -307,8 +300,6 @@ def test_resize_vocab_keeps_old_rows_and_fills_new_ones_with_their_mean(tied):
         assert torch.allclose(new[64:], old.mean(0).expand(3, -1))
     assert model(torch.tensor([[66]])).shape == (1, 1, 67) and model.config.vocab_size == 67
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    with pytest.raises(AssertionError, match="shrink"):
-        model.resize_vocab(60)
 
 
 @pytest.mark.parametrize("sizes", [
@@ -361,9 +352,9 @@ def test_generation_ends_when_the_context_is_full():
     assert len(list(generate(model, ids, max_new_tokens=100, kv_cache=cache_of(model, max_len=13)))) == 3
 
 
-def test_a_prompt_without_room_for_an_answer_is_refused():
-    with pytest.raises(UserError, match="16 tokens.*no room"):
-        next(generate(tiny(context_length=16), torch.zeros(1, 16, dtype=torch.int64), max_new_tokens=1))
+def test_a_prompt_beyond_the_context_is_refused():
+    with pytest.raises(UserError, match="17 tokens, .* at most 16"):
+        next(generate(tiny(context_length=16), torch.zeros(1, 17, dtype=torch.int64), max_new_tokens=1))
 
 
 LOGITS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]).log()
@@ -401,12 +392,6 @@ def test_temperature_towards_zero_becomes_greedy():
     assert sample(-LOGITS, 1e-40, 1.0, torch.Generator()) == 2   # logits / temperature would be inf
     for temperature, top_p in ((1e-50, 1.0), (1e-300, 0.5), (1.0, 1e-50), (1e-50, 1e-300)):   # 0 in fp32
         assert sample(LOGITS, temperature, top_p, torch.Generator()) == 1
-
-
-@pytest.mark.parametrize("temperature, top_p", [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.5)])
-def test_sampling_settings_out_of_range_are_refused(temperature, top_p):
-    with pytest.raises(AssertionError, match="temperature"):
-        sample(LOGITS, temperature, top_p, torch.Generator())
 
 
 # ---------------------------------------------------------------------------------------- text
