@@ -549,7 +549,7 @@ def begin(cfg):
     """Opens the weights and looks at the video -> Session. Raises UserError."""
     began, device = time.perf_counter(), training.pick_device(cfg.device)
     opened = open_chat(cfg.weights, cfg.tokens, cfg.branch, cfg.chat if cfg.tuned else False)
-    memory.choose_threads(opened.chat)
+    memory.prepare_cpu(opened.chat)
     parameters = sum(p.numel() for p in opened.chat.llm.parameters())
     dtype, scheme, precision = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
     viewer = Viewer(cfg, opened, f"{precision} on {device.type}")

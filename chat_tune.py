@@ -313,7 +313,7 @@ def main(cfg):
     # ----------------------------------------------------------------------------------------------- model
     dtype = training.pick_precision(cfg.precision, device)
     chat = build(cfg, dtype).to(device)
-    memory.choose_threads(chat)
+    memory.prepare_cpu(chat)
     chat.llm.checkpointed = cfg.checkpointed
     if chat.video_tokens.branch:
         chat.video_tokens.branch.checkpointed = cfg.checkpointed

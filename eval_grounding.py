@@ -154,7 +154,7 @@ def ask(cfg, clips):
     answers = read_answers(cfg.save)
     parameters = sum(p.numel() for p in opened.chat.llm.parameters())
     dtype, scheme, _ = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
-    memory.choose_threads(opened.chat.llm)
+    memory.prepare_cpu(opened.chat.llm)
     for row in new_answers(cfg, opened.load(dtype, scheme, device), device, clips, answers):
         answers[key(row, row["event"])] = row
         cli.append_lines(cfg.save, [json.dumps(row)])

@@ -222,7 +222,7 @@ def ask(cfg):
         cfg.dtype, cfg.quantize, here.device, sum(p.numel() for p in opened.chat.llm.parameters()))
     num_frames = opened.chat.video_tokens.frames_of(cfg.num_frames, opened.chat.clip.config.image_size)
     memory.check(opened.need, dtype, scheme, here.device, num_frames)
-    memory.choose_threads(opened.chat)
+    memory.prepare_cpu(opened.chat)
     digests = {name: hashlib.sha256(data.read_text(getattr(cfg, name)).encode()).hexdigest()
                for name in ("annotations", "answers", "vocabulary") if os.path.isfile(getattr(cfg, name))}
     record = {name: getattr(cfg, name)

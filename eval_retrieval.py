@@ -83,7 +83,7 @@ def main(cfg):
     setting, here = SETTINGS[cfg.dataset], training.start_distributed(cfg.device)
     # -------------------------------------------------------------------------------------- model and data
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, here.device)
-    memory.choose_threads(encoder)
+    memory.prepare_cpu(encoder)
     if bool(cfg.classes) != bool(setting.classes) and cfg.dataset != "own":
         raise UserError(f"--dataset {cfg.dataset}: {'needs' if setting.classes else 'has no'} --classes")
     classes = read_classes(cfg.classes, setting.classes) if cfg.classes else []

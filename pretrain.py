@@ -177,7 +177,7 @@ def main(cfg):
     clip.vision_model.post_layernorm.float()   # the gradient passes the image tower's last two steps
     clip.visual_projection.float()
     model = Pretraining(VideoEncoder(clip, branch)).to(device)
-    memory.choose_threads(model)
+    memory.prepare_cpu(model)
     ddp = nn.parallel.DistributedDataParallel(model) if here.size > 1 else model
     # ------------------------------------------------------------------------------------------- optimizer
     trained = {f"backbone.{name}": p for name, p in branch.named_parameters()}

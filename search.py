@@ -63,7 +63,7 @@ def main(cfg):
     require(cfg.weights, {"clip": clip} if cfg.branch else {"clip": clip, "branch": branch})
     weights = [VERSION, state_of(clip), state_of(branch)]   # before they are read
     encoder, tokenizer = load_encoder(cfg.weights, cfg.branch, device)
-    memory.choose_threads(encoder)
+    memory.prepare_cpu(encoder)
     if cfg.what == "index":
         return index(cfg, store, weights, encoder, device)
     search(cfg, store, weights, encode_texts(encoder, tokenizer, [cfg.what], TEXT_LENGTH, device, cfg.amp)[0])

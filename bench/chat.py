@@ -25,6 +25,7 @@ from linvt import LinVT
 from llm import LLaMA, LLaMAConfig, add_lora, load_llama, save_adapter, save_llama
 from model import ADAPTERS, Branch, LinVTTokens, branch_tensors
 from plumbing import cli, pictures, quant, store, training
+from plumbing.memory import prepare_cpu
 
 PROMPT, TOKENS = 300, 16   # tokens of a prompt and of an answer
 
@@ -83,6 +84,7 @@ def rounds(begin):
 
 def ours(path, scheme):
     model = quant.quantized(load_llama(path)[0], scheme, path, store.state_of(path)).eval()
+    prepare_cpu(model)
 
     def begin():
         cache = model.new_cache(1, PROMPT + TOKENS)

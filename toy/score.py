@@ -51,7 +51,7 @@ def score(cfg):
     rows, by_motion = {}, {}   # {model, or motions of twins and how many: a list over seeds}
     for file in cfg.branches.split(","):
         encoder, tokenizer = load_encoder(cfg.out, file)
-        memory.choose_threads(encoder)
+        memory.prepare_cpu(encoder)
         features = static_features(clips, lambda texts: encode_texts(encoder, tokenizer, texts, 32, CPU))
         branch, mean, text = encode_pairs(encoder, tokenizer, dataset, CPU, 64)
         for name, video in (("mean-pooled CLIP", mean), ("branch", branch)):

@@ -1,7 +1,10 @@
 """plumbing/memory.py and model.OpenChat.need: what a chat needs, what a machine has, what is said of both."""
+import ctypes
 import dataclasses
 import mmap
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from llm import LLaMA, LLaMAConfig
 from plumbing import memory
 from plumbing.cli import UserError
 
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 G = 10 ** 9
 
@@ -44,8 +48,29 @@ def test_one_thread_computes_a_small_model(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     for width in (10_000, 100):
-        memory.choose_threads(torch.nn.Linear(width, width, device="meta"))
+        memory.prepare_cpu(torch.nn.Linear(width, width, device="meta"))
     assert chosen == [1]
+
+
+def test_tensors_take_memory_that_was_freed():
+    """In a process of its own: whatever ran in this one may have had memory kept already."""
+    program = """if True:
+        import resource, torch
+        from plumbing.memory import prepare_cpu
+        def faults():   # of pages, while three tensors of 17 MB come and go
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(5):
+                [torch.ones(4 << 20) for _ in range(3)]
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        given_back = faults()
+        prepare_cpu(torch.nn.Linear(1, 1))
+        faults()
+        print(given_back, faults())"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("another C library than glibc keeps freed memory in its own way")
+    assert kept < given_back / 20
 
 
 # ------------------------------------------------------------------------------------------------------- need
