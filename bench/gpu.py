@@ -103,32 +103,42 @@ def tiny_chat_tuning(device, dtype):
     return chat, functools.partial(loss, random_pixels(device, 2, 8, 3, 64, 64), prompts)
 
 
-def train(make, device, dtype, count):
-    """Some steps; then the second half of them again, from what was kept in the middle -> the losses of both
-    ways, s a step."""
-    torch.manual_seed(0)
-    model, loss_of = make(device, dtype)
+def stepping(model, loss_of, dtype):
+    """-> step(*batch), of training as the scripts do it, which returns loss_of(*batch); all that has a state."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts, losses = (model, optimizer, scaler), []
-    for step in [*range(count), *range(count // 2, count)]:
-        if len(losses) == count // 2:
-            middle = copy.deepcopy([part.state_dict() for part in parts])
-        elif len(losses) == count:
-            for part, state in zip(parts, middle):
-                part.load_state_dict(state)
-            began = time.perf_counter()   # now, since the first steps warm up
-        training.seed_step(0, step)
-        loss = loss_of()
+    scaler = torch.amp.GradScaler(trained[0].device.type, enabled=dtype == torch.float16)
+
+    def step(*batch):
+        loss = loss_of(*batch)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(trained, 5.0)
         scaler.step(optimizer)
         scaler.update()
-        losses.append(loss.item())
-    return losses[:count], losses[count:], (time.perf_counter() - began) / (count - count // 2)
+        return loss.item()
+    return step, (model, optimizer, scaler)
+
+
+def train(make, device, dtype, count):
+    """Some steps; then the second half of them again, from what was kept in the middle -> the losses of both
+    ways, s a step."""
+    torch.manual_seed(0)
+    step, parts = stepping(*make(device, dtype), dtype)
+
+    def losses(numbers):
+        for number in numbers:
+            training.seed_step(0, number)
+            yield step()
+    once = list(losses(range(count // 2)))
+    middle = copy.deepcopy([part.state_dict() for part in parts])
+    once += losses(range(count // 2, count))
+    for part, state in zip(parts, middle):
+        part.load_state_dict(state)
+    began = time.perf_counter()   # now, since the first steps warm up
+    again = list(losses(range(count // 2, count)))
+    return once, again, (time.perf_counter() - began) / len(again)
 
 
 def steps(device, count=20):
@@ -240,26 +250,13 @@ def peak_of(step, device):
     return best(step, device, 3), torch.cuda.max_memory_allocated() / 1e9
 
 
-def stepping(model, loss):
-    """-> a step of training, a function of what the loss is a function of."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6)
-
-    def step(*batch):
-        optimizer.zero_grad()
-        loss(*batch).backward()
-        nn.utils.clip_grad_norm_(trained, 5.0)
-        optimizer.step()
-    return step
-
-
 def batches(device, c, sizes=(2, 8, 32, 52), frames=8):
     """Steps of pretrain.py in bf16: the share of the frozen trunk, what hiding saves, memory."""
     rows, fits = [], []
     for checkpointed in ("no", "yes"):
         clip = of_numbers(CLIP, c, device=device)
         model, loss = pretraining(clip, device, torch.bfloat16, checkpointed == "yes")
-        step = stepping(model, loss)
+        step, _ = stepping(model, loss, torch.bfloat16)
         for B, hidden in [(sizes[-1], 0.0), *((B, 0.7) for B in sizes)]:
             video = random_pixels(device, B, frames, 3, c.image_size, c.image_size)
             ids = torch.ones(B, 64, dtype=torch.long, device=device)
@@ -287,7 +284,7 @@ def tuning(device, c, config, lora, checkpointed, frames=100, words=300):
     chat = VideoChat(clip, kind, llama, open_chat(TINY).chat.tokenizer).train()
     for p in chat.parameters():
         p.requires_grad_(p.dtype == torch.float32)   # what is frozen is in bf16
-    step = stepping(*chat_tuning(chat, device, torch.bfloat16))
+    step, _ = stepping(*chat_tuning(chat, device, torch.bfloat16), torch.bfloat16)
     pixels = random_pixels(device, 1, frames, 3, c.image_size, c.image_size)
     ids = [1, VIDEO_INDEX, *range(3, 3 + words)]
     return peak_of(lambda: step(pixels, [(ids, ids)]), device)
