@@ -132,15 +132,16 @@ def questions(said, spans, rng):
 @dataclasses.dataclass
 class Batch:
     """The rows of a step. The T frames stand from `first` on. Each mark is (row, which event of its story,
-    the token that writes what an aid is about)."""
+    the token that writes what an aid is about, the frames (T,) bool that this token should look at)."""
     stories: list             # B of (said, spans, features)
     embeds: torch.Tensor      # (B, S, D)
     target: torch.Tensor      # (B, S - 1): what comes next, IGNORE_INDEX where that is not learned
     mask: torch.Tensor        # (B, 1, S, S) bool
-    positions: torch.Tensor   # (B, S)
+    cos: torch.Tensor         # (B, 1, S, d): as sin, of the positions
+    sin: torch.Tensor
     first: int
     starts: list              # marks: the first digit of a start
-    ends: list                # the first digit of an end
+    ends: list                # the first digit of an end, and the gap behind its event
     words: list               # a word of an event
     asked: list               # those of `starts` whose event the question names
 
@@ -155,7 +156,8 @@ def assemble(chat, stories, rng):
     numerals = {tokenizer.encode(str(digit))[-1] for digit in range(10)}
     tokens = chat.video_tokens(torch.stack([seen for *_, seen in stories]))   # (B, T, D)
     for row, (said, spans, _) in enumerate(stories):
-        ids, labels, turn = [], [], []
+        ids, labels, turn, here = [], [], [], [within(span) for span in spans]
+        behind = [within((end, after)) for (_, end), (after, _) in zip(spans, [*spans[1:], (1.0, 1.0)])]
         for i, (question, answer, dated, told) in enumerate(questions(said, spans, rng)):
             new, learned = prompt_ids(tokenizer, [(question, answer)], chat.video_tokens.template)
             at = new.index(VIDEO_INDEX)
@@ -163,13 +165,13 @@ def assemble(chat, stories, rng):
             answered = [writes + j for j, label in enumerate(learned[at + 1:]) if label != IGNORE_INDEX]
             digits = [writes + j for j, label in enumerate(learned[at + 1:]) if label in numerals]
             for event, k in zip(dated, range(0, len(digits), 4)):   # two of its start, two of its end
-                starts.append((row, event, digits[k]))
-                ends.append((row, event, digits[k + 2]))
+                starts.append((row, event, digits[k], here[event]))
+                ends.append((row, event, digits[k + 2], behind[event]))
                 asked += starts[-1:] * (not told)
             begins = [digit + 1 for digit in digits[3::4]] or answered[:1]
             ends_at = [digit - 2 for digit in digits[4::4]] + answered[-1:]   # before " From " and </s>
             for event, first, last in zip(told, begins, ends_at):
-                words += [(row, event, place) for place in range(first, last)]
+                words += [(row, event, place, here[event]) for place in range(first, last)]
             ids, labels = ids + new[at + 1:], labels + learned[at + 1:]
             turn += [i] * (len(ids) - len(turn))
         rows.append(chat.splice(new[:at + 1] + ids, tokens[row]))
@@ -180,16 +182,16 @@ def assemble(chat, stories, rng):
     sees = (turn[:, None] == -1) | (turn[:, :, None] == turn[:, None])    # (B, S, S)
     mask = (sees & torch.ones(sees.shape[1:], dtype=torch.bool).tril())[:, None]
     target = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:]
-    return Batch(stories, embeds, target, mask, mask[:, 0].sum(2) - 1, at, starts, ends, words, asked)
+    cos, sin = rope_tables(chat.llm.config, mask[:, 0].sum(2) - 1)
+    return Batch(stories, embeds, target, mask, cos[:, None], sin[:, None], at, starts, ends, words, asked)
 
 
 def states_of(llm, batch):
-    """-> what each layer reads, and what the last one leaves, each (B, S, D); cos, sin (B, 1, S, d)."""
-    cos, sin = (table[:, None] for table in rope_tables(llm.config, batch.positions))
+    """-> what each layer reads, and what the last one leaves, each (B, S, D)."""
     states = [batch.embeds]
     for block in llm.model.layers:
-        states.append(block(states[-1], cos, sin, batch.mask, None))
-    return states, cos, sin
+        states.append(block(states[-1], batch.cos, batch.sin, batch.mask, None))
+    return states
 
 
 class Aids(nn.Module):
@@ -201,7 +203,7 @@ class Aids(nn.Module):
         self.asked, self.shown = nn.Linear(width, words), nn.Linear(width, words)
         self.motion = nn.Linear(width, len(WORDS["motion"]))
 
-    def forward(self, layers, batch, states, cos, sin, late):
+    def forward(self, layers, batch, states, late):
         """layers: of the LLaMA. late: whether the second half of the run has begun -> added to the loss."""
         h2, h3 = (F.layer_norm(states[n], states[n].shape[-1:]) for n in (2, 3))   # after layers 2 and 3
         edges = [torch.tensor([0, *np.ravel(spans)]) for _, spans, _ in batch.stories]
@@ -217,29 +219,21 @@ class Aids(nn.Module):
                 shown[row, within(span)] = classes(text)
         look = words_loss(self.shown(h2[:, batch.video]), shown)
         if batch.asked:
-            asked = torch.stack([classes(batch.stories[row][0][event]) for row, event, _ in batch.asked])
-            rows, _, places = torch.tensor(batch.asked).T
-            look = look + words_loss(self.asked(h2[rows, places]), asked)
+            rows, events, places, _ = map(list, zip(*batch.asked))
+            asked = [classes(batch.stories[row][0][event]) for row, event in zip(rows, events)]
+            look = look + words_loss(self.asked(h2[rows, places]), torch.stack(asked))
         motion = F.cross_entropy(self.motion(h3[:, batch.video]).flatten(0, 1), shown[..., 2].flatten(),
                                  ignore_index=IGNORE_INDEX)
 
         half, loss = self.heads // 2, 0.4 * clock + 0.5 * look + motion
         for marks in filter(None, (batch.starts, late and batch.words)):   # point, tell
-            frames = torch.stack([within(batch.stories[row][1][event]) for row, event, _ in marks])
             for n in (-2, -1):
-                share = attention_on(layers[n], states[n - 1], cos, sin, batch, marks, frames)
+                share = attention_on(layers[n], states[n - 1], batch, marks)
                 loss = loss - share[:, :half].mean()
-        gaps = [(mark, within(behind(batch.stories[mark[0]][1], mark[1]))) for mark in batch.ends]
-        if gaps := [(mark, gap) for mark, gap in gaps if gap.any()]:   # some are shorter than a frame
-            marks, frames = zip(*gaps)
-            share = attention_on(layers[-1], states[-2], cos, sin, batch, marks, torch.stack(frames))
+        if marks := [mark for mark in batch.ends if mark[3].any()]:   # some gaps are shorter than a frame
+            share = attention_on(layers[-1], states[-2], batch, marks)
             loss = loss - 0.5 * share[:, half:].mean()
         return loss
-
-
-def behind(spans, event):
-    """-> the gap after an event, (start, end)."""
-    return spans[event][1], spans[event + 1][0] if event + 1 < len(spans) else 1.0
 
 
 def classes(text):
@@ -262,16 +256,16 @@ def words_loss(logits, wanted):
                for part, column in zip(parts, wanted.flatten(0, -2).T))
 
 
-def attention_on(block, x, cos, sin, batch, marks, frames):
-    """A layer that reads x (B, S, D): how much of its attention at Q marks lies on frames (Q, T) bool -> the
-    log, for each head (Q, H). Computed once more beside the model."""
-    attn, z, (rows, _, places) = block.self_attn, block.input_layernorm(x), torch.tensor(marks).T
-    q, k = (rotate(proj(z).unflatten(2, (-1, attn.head_dim)).transpose(1, 2), cos, sin)
+def attention_on(block, x, batch, marks):
+    """A layer that reads x (B, S, D): how much of its attention at Q marks lies on their frames -> the log,
+    for each head (Q, H). Computed once more beside the model."""
+    attn, z, (rows, _, places, frames) = block.self_attn, block.input_layernorm(x), map(list, zip(*marks))
+    q, k = (rotate(proj(z).unflatten(2, (-1, attn.head_dim)).transpose(1, 2), batch.cos, batch.sin)
             for proj in (attn.q_proj, attn.k_proj))                                          # (B, H, S, d)
     logits = torch.einsum("qhd,qhsd->qhs", q[rows, :, places], k[rows]) / math.sqrt(attn.head_dim)
     logits = logits.masked_fill(~batch.mask[rows, 0, places][:, None], -math.inf)
     on_video = logits.log_softmax(-1)[..., batch.video]                                      # (Q, H, T)
-    return on_video.masked_fill(~frames[:, None], -math.inf).logsumexp(-1)
+    return on_video.masked_fill(~torch.stack(frames)[:, None], -math.inf).logsumexp(-1)
 
 
 # -------------------------------------------------------------------------------- does it listen?
@@ -314,14 +308,13 @@ def main(cfg):
         rng = np.random.default_rng([cfg.seed, 13, step])
         told = [told_anew(*stories[i], rng) for i in rng.integers(len(stories), size=cfg.batch_size)]
         batch = assemble(chat, told, rng)
-        states, cos, sin = states_of(chat.llm, batch)
+        states = states_of(chat.llm, batch)
         learned = batch.target != IGNORE_INDEX
         logits = chat.llm.lm_head(chat.llm.model.norm(states[-1][:, :-1][learned]))
         loss = F.cross_entropy(logits, batch.target[learned])
         note = f"answers {loss.item():.3f}"
         if cfg.aids:
-            late = step >= cfg.steps // 2
-            loss = loss + aids(chat.llm.model.layers, batch, states, cos, sin, late)
+            loss = loss + aids(chat.llm.model.layers, batch, states, late=step >= cfg.steps // 2)
         return loss, note
     fit("clock", trained, loss_of, cfg.steps, round(0.03 * cfg.steps), cfg.seed, cfg.lr, 0, 1)
     save_adapter(os.path.join(cfg.out, "stage2"), chat.llm)

@@ -229,7 +229,7 @@ def beginner():
 def test_each_question_of_a_row_is_answered_as_if_it_were_alone(beginner):
     chat, told = beginner
     batch = clock.assemble(chat, told, np.random.default_rng(2))
-    states, *_ = clock.states_of(chat.llm, batch)
+    states = clock.states_of(chat.llm, batch)
     logits = chat.llm.lm_head(chat.llm.model.norm(states[-1]))
     rng, compared = np.random.default_rng(2), 0
     for row, (said, spans, seen) in enumerate(told):
@@ -246,7 +246,7 @@ def test_each_question_of_a_row_is_answered_as_if_it_were_alone(beginner):
 def test_the_aid_that_points_sees_the_attention_that_the_model_has(beginner, monkeypatch):
     chat, told = beginner
     batch = clock.assemble(chat, told, np.random.default_rng(2))
-    states, cos, sin = clock.states_of(chat.llm, batch)
+    states = clock.states_of(chat.llm, batch)
     block, given = chat.llm.model.layers[-1], {}
     attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -254,10 +254,11 @@ def test_the_aid_that_points_sees_the_attention_that_the_model_has(beginner, mon
         given["weights"] = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, -math.inf).softmax(-1)
         return attention(q, k, v, mask, **options)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", keep)
-    block(states[-2], cos, sin, batch.mask, None)
-    rows, _, places = torch.tensor(batch.starts).T
+    block(states[-2], batch.cos, batch.sin, batch.mask, None)
+    rows, _, places, _ = map(list, zip(*batch.starts))
     frames = torch.rand(len(rows), 100) < 0.3
-    share = clock.attention_on(block, states[-2], cos, sin, batch, batch.starts, frames).exp()
+    marks = [(*mark[:3], some) for mark, some in zip(batch.starts, frames)]
+    share = clock.attention_on(block, states[-2], batch, marks).exp()
     video = given["weights"][rows, :, places][..., batch.video]
     torch.testing.assert_close(share, (video * frames[:, None]).sum(-1))
 
@@ -268,11 +269,14 @@ def test_aids_are_about_the_tokens_that_write_digits_and_words(beginner):
     for seed in range(12):   # some list all events, some ask for words
         batch = clock.assemble(chat, told, np.random.default_rng(seed))
         for edge, marks in enumerate((batch.starts, batch.ends)):
-            for row, event, at in marks:
+            for row, event, at, frames in marks:
+                spans = [*told[row][1], (1.0, 1.0)]
+                span = spans[event] if edge == 0 else (spans[event][1], spans[event + 1][0])
+                assert torch.equal(frames, clock.within(span))
                 wanted = f"{min(round(100 * told[row][1][event][edge]), 99):02d}"
                 assert chat.tokenizer.decode(batch.target[row, at:at + 2].tolist()) == wanted
         for row, event in {mark[:2] for mark in batch.words}:
-            places = [at for *where, at in batch.words if (row, event) == tuple(where)]
+            places = [at for *where, at, _ in batch.words if (row, event) == tuple(where)]
             written = chat.tokenizer.decode(batch.target[row, places].tolist())
             alone, listed = language.sentence(told[row][0][event]), f", {told[row][0][event]}."
             assert written in (alone, listed)
