@@ -3,7 +3,6 @@
 Both decode in one thread, which costs them the fewest CPU seconds. The pictures are compared: who shows
 others than ours is pointed at.
 """
-import collections
 import dataclasses
 import importlib.util
 import os
@@ -90,7 +89,6 @@ LONG_GOP, SHORT_GOP = Clip(1920, 1080, 60, 250, 6), Clip(1920, 1080, 60, 30, 4)
 FRAMES = [(LONG_GOP, 8), (SHORT_GOP, 8), (SHORT_GOP, 100), (dataclasses.replace(LONG_GOP, copies=10), 8),
           (Clip(854, 480, 10, 250, 1.5), 8), (Clip(596, 336, 18, 250, 0.7), 8)]   # the last: as WebVid's
 SAME = 2.0   # grey levels of mean difference up to which two pictures are one frame, converted differently
-COST = ["CPU s without imports", "MB without imports", "our frames"]
 
 
 # -------------------------------------------------------------------------------- measuring
@@ -98,23 +96,22 @@ def thinned(function, *arguments):
     return function(*arguments)[:, 8::16, 8::16].astype(np.int16)   # enough to tell frames apart
 
 
-def compare(cfg, clip, count):
-    """-> {name: COST}, the medians."""
-    path, costs, shown = make(cfg.data, clip), collections.defaultdict(list), {}
-    for run in range(cfg.runs + 1):
-        cli.say(f"{clip.title}, {count} frames: round {run} of {cfg.runs}")
-        for name, function in WHO.items():
-            shown[name], *cost = call(thinned, function, path, count)
-            costs[name] += [cost] * (run > 0)
-    alike = {name: "yes" if np.abs(seen - shown["ours"]).mean((1, 2, 3)).max() <= SAME
-             else "other frames than ours!" for name, seen in shown.items()}
-    return {name: [*map(statistics.median, zip(*found)), alike[name]] for name, found in costs.items()}
-
-
 def frames(cfg, cases=FRAMES):
     """Ours against decord, with the ratio of ours to it."""
     heading(cfg, "decord")
-    found = [compare(cfg, clip, count) for clip, count in cases]
-    cli.table(["video", "T", "who", *COST, "CPU: ours / it"],
-          [[clip.title, str(count), name, *costs[name], costs["ours"][0] / costs[name][0]]
-           for (clip, count), costs in zip(cases, found) for name in WHO])
+    rows = []
+    for clip, count in cases:
+        path, costs, shown = make(cfg.data, clip), {name: [] for name in WHO}, {}
+        for run in range(cfg.runs + 1):
+            cli.say(f"{clip.title}, {count} frames: round {run} of {cfg.runs}")
+            for name, function in WHO.items():
+                shown[name], *cost = call(thinned, function, path, count)
+                costs[name] += [cost] * (run > 0)
+        for name in WHO:
+            seconds, memory = map(statistics.median, zip(*costs[name]))
+            apart = np.abs(shown[name] - shown["ours"]).mean((1, 2, 3)).max()
+            alike = "yes" if apart <= SAME else "other frames than ours!"
+            ratio = statistics.median(s for s, _ in costs["ours"]) / seconds
+            rows.append([clip.title, str(count), name, seconds, memory, alike, ratio])
+    cli.table(["video", "T", "who", "CPU s without imports", "MB without imports", "our frames",
+               "CPU: ours / it"], rows)

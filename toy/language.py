@@ -4,6 +4,7 @@ A fact is a topic and its answer, {"colour": "It is red."}; toy/questions.txt ha
 Static facts are seen in any frame, temporal ones in none: twins show the same frames. Whatever the world
 does not have is answered by NOTHING.
 """
+import collections
 import dataclasses
 import functools
 import gzip
@@ -283,29 +284,29 @@ def test_talks(clip, name, video, rng):
 
 def annotate(folder, pairs, seed):
     """Captions, conversations, stills -> JSON lines. In the test world twins are asked the same."""
+    files = collections.defaultdict(list)
     for split, clips, shares in splits(pairs, seed):
-        captions, talks, stills, choices = [], [], [], []
+        train = split == "train"
+        captions, talks, stills = (files[f"{split}_{what}"] for what in ("captions", "talks", "stills"))
         for i, clip in enumerate(clips):
             rng = np.random.default_rng([seed, 8, i // 2])   # one for both twins
             name = f"{i // 2:05d}{'ab'[i % 2]}"
             video = f"{split}/{name}.mp4"
             captions.append({"video": video, "caption": clip.caption, **dataclasses.asdict(clip)})
-            if split == "train":   # one about time in each: the first would answer a second, without a look
+            if train:   # one about time in each: the first would answer a second, without a look
                 for k in range(2):
                     turns = ask(moves(clip), clip, 1, rng) + ask(looks(clip), clip, 1, rng, aside=0.5)
                     turns = [turns[j] for j in rng.permutation(len(turns))]
                     talks.append(conversation(f"{name}-{k}", turns, video=video))
             else:
                 talks += test_talks(clip, name, video, rng)
+                if i // 2 % 8 == 0:   # some pairs, to watch while training
+                    files["watch_captions"].append(captions[-1])
                 if i % 2:
-                    choices += four_options([talks[-7], talks[-3]], clips[i - 1:i + 1], clips, rng)
+                    files["test_options"] += four_options(talks[-7::4], clips[i - 1:i + 1], clips, rng)
             if i % 2 == 0:
-                facts, train = still_caption(clip, shares[i // 2])[1], split == "train"
+                _, facts = still_caption(clip, shares[i // 2])
                 turns = ask(facts, clip, 4 if train else 1, rng, aside=0.5 * train)
                 stills.append(conversation(name, turns, image=f"{split}/{i // 2:05d}.png"))
-        files = {f"{split}_captions": captions, f"{split}_talks": talks, f"{split}_stills": stills}
-        if split == "test":   # every eighth pair, to watch while training
-            files["watch_captions"] = [row for i, row in enumerate(captions) if i // 2 % 8 == 0]
-            files["test_options"] = choices
-        for name, rows in files.items():
-            cli.write_rows(os.path.join(folder, f"{name}.jsonl"), rows)
+    for name, rows in files.items():
+        cli.write_rows(os.path.join(folder, f"{name}.jsonl"), rows)
