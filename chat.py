@@ -38,8 +38,8 @@ class Config:
     max_new_tokens: cli.Count = 256  # an answer's length at most
     seed: cli.Whole = 0              # every answer starts from it: the same question, the same answer
     device: cli.Device = "auto"      # where to compute
-    dtype: str = "auto"              # fp32, bf16, fp16 for what is not rounded; auto: what is quick
-    quantize: str = "auto"           # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
+    dtype: cli.Precision = "auto"   # fp32, bf16, fp16 for what is not rounded; auto: what is quick
+    quantize: cli.Scheme = "auto"   # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
     cache: bool = True               # keep what the model saw of a video on disk
     cache_dir: str | None = None     # where; None: $XDG_CACHE_HOME/nanobt or ~/.cache/nanobt
     json: bool = False               # one JSON object a question on standard output
@@ -570,7 +570,7 @@ def begin(cfg):
 
 
 def main(cfg):
-    cli.check(cfg, tokens=VIDEO_TOKENS, template=TEMPLATES, dtype=memory.DTYPES, quantize=memory.SCHEMES)
+    cli.check(cfg, tokens=VIDEO_TOKENS, template=TEMPLATES)
     if not cfg.question and sys.stdin.isatty() and (cfg.json or cfg.explain):
         raise UserError("--json and --explain: go with -q; a conversation has /save FILE and /explain PNG")
     session = begin(cfg)

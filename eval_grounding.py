@@ -36,8 +36,8 @@ class Config:
     num_frames: cli.Count | None = None   # frames that the model sees; None: 100, or 8 for the toy world
     max_new_tokens: cli.Count = 256  # of an answer
     device: cli.Device = "auto"      # where to compute
-    dtype: str = "auto"              # fp32, bf16, fp16 for what is not rounded; auto: what is quick
-    quantize: str = "auto"           # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
+    dtype: cli.Precision = "auto"   # fp32, bf16, fp16 for what is not rounded; auto: what is quick
+    quantize: cli.Scheme = "auto"   # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
 
 
 if __name__ == "__main__":
@@ -64,7 +64,7 @@ from plumbing.store import state_of
 
 def main(cfg):
     # ----------------------------------------------------------------------------------------------- setup
-    cli.check(cfg, tokens=VIDEO_TOKENS, dtype=memory.DTYPES, quantize=memory.SCHEMES)
+    cli.check(cfg, tokens=VIDEO_TOKENS)
     if bool(cfg.save) == bool(cfg.from_):
         raise UserError("give --save FILE to ask a model, or --from FILE to score answers again")
     cfg = dataclasses.replace(cfg, ask=cfg.ask or WHEN, ask_all=cfg.ask_all or ALL_EVENTS)

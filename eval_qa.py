@@ -49,8 +49,8 @@ class Config:
     max_new_tokens: cli.Whole = 0    # of an answer; 0: 64, or 256 for Video-ChatGPT's questions
     batch_size: cli.Whole = 0        # answers at a time, and videos in hand; 0: 16 on a GPU, else 1
     device: cli.Device = "auto"      # where to compute
-    dtype: str = "auto"              # fp32, bf16, fp16 for what is not rounded; auto: what is quick
-    quantize: str = "auto"           # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
+    dtype: cli.Precision = "auto"   # fp32, bf16, fp16 for what is not rounded; auto: what is quick
+    quantize: cli.Scheme = "auto"   # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
     control: str = ""                # of score: predictions of a blind run
     train: str = ""                  # of score: where frequent answers are from; default: the file itself
     verdicts: str = ""               # of score: what another judge said, see docs/qa.md
@@ -90,7 +90,7 @@ LIST = "{}\n{}\nAnswer with the letter of the right option."   # a question and 
 
 
 def main(cfg):
-    cli.check(cfg, dataset=SETS, dtype=memory.DTYPES, quantize=memory.SCHEMES)
+    cli.check(cfg, dataset=SETS)
     needed = {"ask": ["--annotations", "--out"], "score": ["file"]}.get(cfg.command, ["file", "other"])
     if lacking := [name for name in needed if not getattr(cfg, name.strip("-"))]:
         raise UserError(f"{cfg.command} needs {lacking[0]}")

@@ -26,8 +26,7 @@ from llm import KVCache, LLaMA, LLaMAConfig, add_lora, generate
 from model import (VIDEO_INDEX, Branch, BranchTokens, FrameCLS, Pretraining, STPool, VideoChat, VideoEncoder,
                    mbca_loss, open_chat, prompt_ids, tube_mask, vtc_loss)
 from plumbing import cli, quant, training
-
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+from plumbing.training import PRECISIONS
 
 
 def random_pixels(device, *shape):
@@ -42,7 +41,7 @@ def answers(kind, device):
     if rounded:
         quant.quantize(chat.clip.vision_model, kind)
         quant.quantize(chat.llm, kind)
-    chat.to(device, HALVES.get("fp16" if rounded and device.type == "cuda" else kind, torch.float32))
+    chat.to(device, PRECISIONS.get("fp16" if rounded and device.type == "cuda" else kind, torch.float32))
     rows = chat.embed_video(random_pixels(device, 2, 8, 3, 64, 64))
     ids, _ = prompt_ids(chat.tokenizer, [("What does the shape do last?", None)])
     logits = chat.llm(embeds=torch.stack([chat.splice(ids, tokens) for tokens in rows]))
@@ -144,7 +143,7 @@ def train(make, device, dtype, count):
 def steps(device, count=20):
     rows = []
     for what, make in (("pretraining", tiny_pretraining), ("chat_tuning", tiny_chat_tuning)):
-        for name, dtype in {"fp32": torch.float32, **HALVES}.items():
+        for name, dtype in PRECISIONS.items():
             once, again, seconds = train(make, device, dtype, count)
             apart = max(abs(a - b) for a, b in zip(once[count // 2:], again))
             rows.append([what, name, once[0], once[-1], apart, 1000 * seconds])

@@ -25,7 +25,8 @@ Amount = typing.Annotated[float, 0, 1e9]
 Share = typing.Annotated[float, 0, 1]
 Rate = typing.Annotated[float, 0, 0.99]   # of what is left out
 Device = typing.Annotated[str, "auto", "cpu", "cuda"]
-Precision = typing.Annotated[str, "auto", "fp32", "bf16", "fp16"]   # auto: fp32 on a CPU, else a half one
+Precision = typing.Annotated[str, "auto", "fp32", "bf16", "fp16"]
+Scheme = typing.Annotated[str, "auto", "none", "int8", "int4"]
 TIME = r"\d{1,9}(?::[0-5]?\d){0,2}(?:\.\d*)?"   # seconds, m:ss or h:mm:ss, as one types it
 
 

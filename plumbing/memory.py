@@ -6,9 +6,8 @@ import torch
 
 from plumbing.cli import UserError
 from plumbing.quant import fast_bf16
+from plumbing.training import PRECISIONS
 
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SCHEMES = {"auto": None, "none": None, "int8": "int8", "int4": "int4"}
 SMALL = 3e7   # parameters; below, threads wait for each other longer than they work
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3   # malloc.h
 LARGE = 1e9   # parameters of a LLaMA; from there on, what it reads for every token decides how fast it is
@@ -27,9 +26,9 @@ def choose(dtype, quantize, device, parameters):
     if dtype == "auto":
         bf16 = large and (quantize != "int8" or fast_bf16())
         dtype = "fp16" if device.type == "cuda" else "bf16" if bf16 else "fp32"
-    quickest = "bf16" if dtype == "bf16" and device.type == "cpu" else None
-    words = dtype if quantize == "none" else f"{quantize} and {dtype}"
-    return DTYPES[dtype], SCHEMES[quantize] or quickest, words
+    if quantize == "none":
+        return PRECISIONS[dtype], "bf16" if dtype == "bf16" and device.type == "cpu" else None, dtype
+    return PRECISIONS[dtype], quantize, f"{quantize} and {dtype}"
 
 
 def prepare_cpu(module):
