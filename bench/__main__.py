@@ -3,6 +3,7 @@
     python -m bench frames    # frames of a video, beside decord   -> a table
     python -m bench line      # a chat about 5 seconds, a minute, ten minutes, an hour   -> a table, a picture
     python -m bench chat      # prompts and answers of a 7B, beside transformers   -> a table
+    python -m bench clip      # a frame in CLIP, beside the machine's products   -> a table
     python -m bench linvt     # LinVT of a 7B's size, beside all tokens of its frames   -> a table
     python -m bench gpu       # what a GPU computes and how fast: 7 minutes at most   -> tables
 
@@ -21,7 +22,7 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: Annotated[str, "frames", "line", "chat", "linvt", "gpu"]   # what to measure
+    stage: Annotated[str, "frames", "line", "chat", "clip", "linvt", "gpu"]   # what to measure
     data: str = "out/bench"   # where the clips and weights are, or will be
     pictures: str = "docs"    # folder for the picture
     runs: cli.Count = 5       # measurements of each; the medians are shown
@@ -29,11 +30,9 @@ class Config:
     layers: cli.Count = 32    # of the 7B; fewer for a quick look, the work of a layer stays the same
 
 
-STAGES = {"frames": "frames", "line": "chat", "chat": "chat", "linvt": "chat", "gpu": "gpu"}   # stage: file
-
-
 def main(cfg):
-    getattr(importlib.import_module(f"bench.{STAGES[cfg.stage]}"), cfg.stage)(cfg)
+    file = cfg.stage if cfg.stage in ("frames", "gpu") else "chat"
+    getattr(importlib.import_module(f"bench.{file}"), cfg.stage)(cfg)
 
 
 if __name__ == "__main__":

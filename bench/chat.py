@@ -23,7 +23,7 @@ from bench.measure import HERE, TINY, best, call, heading, multiplying, of_numbe
 from clip import CLIP, CLIPConfig, load_clip, read_clip, save_clip
 from linvt import LinVT
 from llm import LLaMA, LLaMAConfig, add_lora, load_llama, save_adapter, save_llama
-from model import ADAPTERS, Branch, LinVTTokens, branch_tensors
+from model import ADAPTERS, Branch, LinVTTokens, backbone_states, branch_tensors, frames_at_once
 from plumbing import cli, pictures, quant, store, training
 from plumbing.memory import prepare_cpu
 
@@ -138,6 +138,34 @@ def chat(cfg, config=LLaMAConfig(), clip_config=CLIPConfig()):
                      matrices / token / read, memory])
     cli.table(["who", "s for the prompt", "to transformers", "share of the machine's product", "tokens/s",
            "to transformers", "share of reading memory", "MB without imports"], rows)
+
+
+# -------------------------------------------------------------------------------- CLIP
+@torch.inference_mode()
+def looking(config, scheme):
+    """-> s in which CLIP sees a frame, of as many as go together on a CPU; operations/s of its largest
+    product with as many rows."""
+    clip = of_numbers(CLIP, config).float()
+    if scheme:
+        quant.quantize(clip.vision_model, scheme)
+    prepare_cpu(clip)
+    frames, size, D = frames_at_once(config, torch.device("cpu")), config.image_size, config.vision_width
+    video = torch.randint(256, (1, frames, 3, size, size), dtype=torch.uint8)
+    whole = torch.int8 if scheme == "int8" else torch.float32
+    return (best(lambda: backbone_states(clip, video, 1)) / frames,
+            multiplying(frames * (1 + config.patch_tokens), D, config.vision_mlp, whole))
+
+
+def clip(cfg, config=CLIPConfig()):
+    """A frame in CLIP, in floats and in int8, beside the products of matrices that it is made of."""
+    heading(cfg)
+    D, rows = config.vision_width, []
+    work = 2 * (1 + config.patch_tokens) * config.vision_layers * D * (4 * D + 2 * config.vision_mlp)
+    found = {scheme: [call(looking, config, scheme)[0] for _ in range(cfg.runs)] for scheme in (None, "int8")}
+    for scheme, runs in found.items():
+        seconds, product = map(statistics.median, zip(*runs))
+        rows.append([scheme or "fp32", seconds, 100 * seconds, work / seconds / product])
+    cli.table(["CLIP in", "s a frame", "s for 100", "share of the machine's product"], rows)
 
 
 # -------------------------------------------------------------------------------- LinVT beside all tokens

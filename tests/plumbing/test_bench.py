@@ -137,6 +137,13 @@ def test_chat_measures_every_scheme(cfg, capsys, monkeypatch, here):
     assert all(float(row[columns.index("tokens/s")]) > 0 for row in rows)
 
 
+def test_a_frame_in_clip_takes_longer_than_the_products_in_it(cfg, capsys, here):
+    chat.clip(cfg, CLIP)
+    columns, _, *rows = cells(capsys)
+    assert [row[0] for row in rows] == ["fp32", "int8"]
+    assert all(0 < float(row[-1]) < 1 and float(row[2]) == pytest.approx(100 * float(row[1])) for row in rows)
+
+
 def test_linvt_reads_as_many_rows_whatever_the_video_has(cfg, capsys, here):
     chat.linvt(cfg, LLAMA, CLIP, counts=(2, 5))
     columns, _, *rows = cells(capsys)
