@@ -52,6 +52,7 @@ if __name__ == "__main__":
     CONFIG = cli.start(Config, **FLAGS)   # before the slow imports: a typing error shows at once
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -154,10 +155,8 @@ class Viewer:
             key = [state_of(path), start, end, *self.key]
         tensors, about = (self.store and self.store.get(key)) or (None, {})
         duration = json.loads(about["duration"]) if about else data.probe(path).duration
+        data.clip_length(path, (start, end), duration)   # raises its error for a part that there is not
         window = start, min(end, duration)
-        if not start < window[1]:
-            until = f" to {end:g}" if end < math.inf else ""
-            raise UserError(f"{path}: nothing is from {start:g}{until} s, of a video of {duration:.2f} s")
         if tensors:
             for message in json.loads(about["damage"]):
                 say(message)
@@ -309,17 +308,15 @@ class Session:
 
     @contextlib.contextmanager
     def aside(self, question):
-        """Within it, `question` can be asked in a conversation of its own, which is greedy. Afterwards this
-        one goes on, and nothing of it has to be worked through again."""
-        names = "cfg", "turns", "forgotten", "cached_ids", "video_tokens"
-        before = {name: getattr(self, name) for name in names}
+        """Yields another conversation, in which `question` can be asked, greedily. Afterwards this one goes
+        on, and nothing of it has to be worked through again."""
+        other = copy.copy(self)
+        other.cfg, other.turns, other.forgotten = dataclasses.replace(self.cfg, temperature=0.0), [], 0
+        _, prompt, same, _ = other.prompt(question)
         try:
-            self.cfg, self.turns, self.forgotten = dataclasses.replace(self.cfg, temperature=0.0), [], 0
-            _, prompt, same, _ = self.prompt(question)
             with self.kv_cache.aside(same, len(prompt) + self.cfg.max_new_tokens + 10):   # 10: the digits
-                yield
+                yield other
         finally:
-            vars(self).update(before)
             self.cached_ids = self.cached_ids[:self.kv_cache.length]   # shorter after a second Ctrl-C
 
     def ask(self, question, show):
@@ -381,22 +378,21 @@ def when(session, event, likely):
     clip; if `likely`, two more, of how likely each start and end was. /when: a line for each event that the
     model sees; /when --srt FILE also writes them as subtitles. Raises UserError."""
     if not session.viewer.kind.has_clock:
-        able = " or ".join(name for name, kind in VIDEO_TOKENS.items() if kind.has_clock)
-        raise UserError(f"/when: these weights have no clock; those for {able} have, as weights/tiny_time "
-                        "and VTimeLLM's (python -m weights get vtimellm)")
-    path = terminal.path_of(event.removeprefix("--srt ").strip()) if event.startswith("--srt ") else None
-    if path and os.path.lexists(path):
-        raise UserError(f"{path}: is there already; choose another name")
-    event, (begin, end) = event if path is None else "", session.seen.window
+        raise UserError("/when: these weights have no clock; those for frame_cls have: weights/tiny_time, and "
+                        "VTimeLLM's (python -m weights get vtimellm)")
+    path, (begin, end) = None, session.seen.window
+    if event.startswith("--srt "):
+        event, path = "", terminal.path_of(event.removeprefix("--srt ").strip())
+        if os.path.lexists(path):
+            raise UserError(f"{path}: is there already; choose another name")
     question = WHEN.replace("{}", event.lower().rstrip(".")) if event else ALL_EVENTS
-    with session.aside(question):
-        tokens = session.ask(question, lambda piece: None)
-        bars = start_and_end(session, tokens) if likely else [None, None]
-    answer, step = CONTROL.sub("\ufffd", session.chat.tokenizer.decode(tokens)), (end - begin) / 100
-    timed = [(*span, event) for span in read_spans(answer, end - begin)]
-    timed = timed if event else sorted(read_events(answer))
-    rows = [{"event": text, "start": round(begin + min(a, b) * (end - begin), 3),
-             "end": round(begin + max(a, b) * (end - begin), 3),
+    with session.aside(question) as other:
+        tokens = other.ask(question, lambda piece: None)
+        bars = start_and_end(other, tokens) if likely else [None, None]
+    answer, length = CONTROL.sub("\ufffd", session.chat.tokenizer.decode(tokens)), end - begin
+    timed = [(*span, event) for span in read_spans(answer, length)] if event else sorted(read_events(answer))
+    rows = [{"event": text, "start": round(begin + min(a, b) * length, 3),
+             "end": round(begin + max(a, b) * length, 3),
              "from": min(round(100 * a), 99), "to": min(round(100 * b), 99)} for a, b, text in timed]
     if session.cfg.json:
         nothing = {"event": event or None, **dict.fromkeys(("start", "end", "from", "to"))}
@@ -404,13 +400,13 @@ def when(session, event, likely):
             row |= {"answer": answer.strip(), "p_start": bars[0], "p_end": bars[1]}
             print(json.dumps(row), flush=True)
     else:   # half a step of the clock; and times are written in tenths
-        print(terminal.span_lines(rows, max(step / 2, 0.05), texts=not event), end="", flush=True)
+        print(terminal.span_lines(rows, max(length / 200, 0.05), texts=not event), end="", flush=True)
     if not rows:
         return say(f"(the model did not name a time: {' '.join(answer.split())})")
     if event:
         inside = {k for row in rows for k in (row["from"], *range(*sorted((row["from"], row["to"]))))}
         terminal.show_bars({"start": bars[0], "end": bars[1], "": [k in inside for k in range(100)]})
-    say(f"(a step of the clock, of 100, is {step:.2f} s)")
+    say(f"(a step of the clock, of 100, is {length / 100:.2f} s)")
     if path:
         cli.write_atomic(path, lambda f: f.write(terminal.subtitles(rows).encode()))
         say(f"wrote {path}")

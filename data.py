@@ -322,10 +322,10 @@ def clip_length(path, window=None, duration=None):
     """Seconds of a video, or of its part in a window. duration: of the video, where that is known. Raises
     VideoError."""
     start, end = window or (0, math.inf)
-    length = min(end, duration or probe(path).duration) - start
-    if length <= 0:
-        raise VideoError(path, f"is over before its window, which begins at {start} s")
-    return length
+    duration = duration or probe(path).duration
+    if not start < min(end, duration):
+        raise VideoError(path, f"nothing is from {start:g} to {end:g} s, of a video of {duration:.2f} s")
+    return min(end, duration) - start
 
 
 def locate(root, name):

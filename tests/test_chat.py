@@ -753,7 +753,7 @@ def test_a_part_is_asked_for_with_flags_and_with_video_and_is_saved(call, sessio
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--start", 60, "--end", 75], ["bar.mp4", "60 to 75 s", "of 2.00 s"]), (["--start", 2], ["from 2 s, of"]),
+    (["--start", 60, "--end", 75], ["bar.mp4", "60 to 75 s", "of 2.00 s"]), (["--start", 2], ["from 2 to inf s, of"]),
     (["--start", 1, "--end", 0.5], ["from 1 to 0.5 s"]), (["--start", "1:75"], ["--start", "1:75", "m:ss"]),
     (["--end", "soon"], ["--end", "soon"]), (["--start", "nan"], ["--start"]), (["--end", -1], ["--end"])])
 def test_a_part_that_cannot_be_is_refused_before_weights_are_made_ready(call, monkeypatch, flags, words):
