@@ -262,16 +262,13 @@ class Session:
                          f"{cost.times[-1]:.2f} s")
         return "\n".join([*lines, f"memory: {memory.resident(self.kv_cache.k[0].device) / 1e9:.2f} GB"])
 
-    def need_linvt(self):
-        if not self.viewer.kind.reads_linvt:
-            raise UserError(f"explain: {self.cfg.tokens} tokens are the same for every question; those of "
-                            "linvt and branch+linvt follow it")
-
     @torch.inference_mode()
     def shares(self):
         """Of LinVT -> (units, N): what share each token has in the last answer's rows; their sum is 1. Raises
         UserError."""
-        self.need_linvt()
+        if not self.viewer.kind.reads_linvt:
+            raise UserError(f"explain: {self.cfg.tokens} tokens are the same for every question; those of "
+                            "linvt and branch+linvt follow it")
         if not self.turns:
             raise UserError("/explain: nothing has been asked yet")
         chat, (question, _) = self.chat, self.turns[0 if self.cfg.keep_tokens else -1]
@@ -570,9 +567,6 @@ def main(cfg):
     if not cfg.question and sys.stdin.isatty() and (cfg.json or cfg.explain):
         raise UserError("--json and --explain: go with -q; a conversation has /save FILE and /explain PNG")
     session = begin(cfg)
-    if cfg.explain:   # now, not after the answer
-        session.need_linvt()
-        cli.replaceable(cfg.explain, pictures.MARK)
     if cfg.question:
         lines = cfg.question
     elif sys.stdin.isatty():
@@ -584,8 +578,7 @@ def main(cfg):
             return converse(session)
     else:
         utf16 = sys.stdin.buffer.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")   # byte order marks: PowerShell's
-        sys.stdin.reconfigure(encoding="utf-16" if utf16 else "utf-8-sig",
-                              errors="replace" if utf16 else "surrogateescape")
+        sys.stdin.reconfigure(encoding="utf-16" if utf16 else "utf-8-sig", errors="replace")
         lines = sys.stdin
     for line in map(str.strip, lines):
         if line.startswith("/"):

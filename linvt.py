@@ -139,9 +139,7 @@ class LinVT(nn.Module):
     def weigh(self, x, text, mask):
         """x (B, T, N, D); the question's words: text (B, L, D), mask (B, L) bool, False for padding -> kept
         (B, k) int64: the tokens that count, in rising order; weights (B, M, k) fp32, whose rows sum to 1."""
-        (T, N), made_for = x.shape[1:3], self.place.shape[1]
-        assert T > 0 and N == made_for, f"{T} units of {N} tokens, made for {made_for}"
-        h = self.read(x)
+        h, N = self.read(x), x.shape[2]
         units = self.w_unit(self.norm_unit(h.mean(2)))                                 # (B, T, w)
         kept, d = self.select(h.flatten(1, 2))
         h = self.norm_token(h.flatten(1, 2).take_along_dim(kept[..., None], 1))        # (B, k, w)
@@ -175,20 +173,22 @@ def load_linvt(path, tokens, dim):
 
     Sizes are those of its tensors; metadata tells what no size does: heads, and how many tokens are kept."""
     tensors, about = weightfile.read_file(path), weightfile.read_metadata(path)
-    heads, top_k = (re.fullmatch(r"\d{1,9}", about.get(name, "0")) for name in ("heads", "top_k"))
-    shapes = [tensors[name].shape for name in ("place", "proj_in.weight", "time_embed") if name in tensors]
-    if [len(shape) for shape in shapes] != [2, 2, 2] or not heads or not top_k:
-        raise UserError(f"{path}: holds no LinVT; {weightfile.likely_reason(tensors)}")
-    (M, N), (width, D), (max_units, _) = shapes
-    heads, top_k, content = int(heads[0]), int(top_k[0]) or None, "w_token.weight" in tensors
+    try:
+        (M, N), (width, D), (max_units, _) = (
+            tensors[name].shape for name in ("place", "proj_in.weight", "time_embed"))
+        heads, top_k = int(about["heads"]), int(about["top_k"])
+        if heads < 1 or width % heads or top_k < 0:
+            raise ValueError(f"{heads} heads for a width of {width}")
+    except weightfile.DAMAGE as e:
+        reason = f"{type(e).__name__}: {weightfile.shown(e)}; {weightfile.likely_reason(tensors)}"
+        raise UserError(f"{path}: holds no LinVT ({reason})")
     if (N, D) != (tokens, dim):
         raise UserError(f"{path}: made for {N} tokens of {D} numbers, and here are {tokens} of {dim}; it "
                         "belongs to another LLaMA or kind of video tokens")
-    if not heads or width % heads:
-        raise UserError(f"{path}: {heads} heads for a width of {width}")
     layers = len({name.split(".")[1] for name in tensors if name.startswith("space.")})
     with weightfile.shapes_only():
-        linvt = LinVT(D, N, M, width, heads, layers, top_k, max_units, content)
+        linvt = LinVT(D, N, M, width, heads, layers, top_k or None, max_units,
+                      content="w_token.weight" in tensors)
     return weightfile.load_into(linvt, tensors, path)
 
 

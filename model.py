@@ -774,22 +774,19 @@ class OpenChat:
         """{part: bytes} of a chat about `num_frames` frames, with the arguments of load: the sizes of its
         tensors, and a video roughly. The KV cache counts as full: no conversation ends in the middle."""
         chat, c, kind, number = self.chat, self.chat.clip.config, self.chat.video_tokens, dtype.itemsize
-        frame = (1 + c.patch_tokens) * c.vision_width   # numbers that a layer says about a frame
-        # as measured: within CLIP 36 numbers for each of them, in the branch 70 bytes
-        in_clip = min(num_frames, frames_at_once(c, device)) * frame * 36 * number
-        together = min(num_frames, kind.window or num_frames)
-        in_branch = together / -(-together // 64) * frame * 70 * kind.reads_branch
-        states = together * 2 * kind.depth * frame * number
+        frame, together = (1 + c.patch_tokens) * c.vision_width, min(num_frames, kind.window or num_frames)
+        # as measured: for each number that a layer says of a frame, in CLIP 36 more, in the branch 70 bytes
+        video = frame * (min(num_frames, frames_at_once(c, device)) * 36 * number
+                         + together * 2 * kind.depth * number
+                         + together / -(-together // 64) * 70 * kind.reads_branch)
+        video += 2 * num_frames * 3 * (c.image_size ** 2 + THUMBNAIL ** 2)   # pictures, while they are joined
         # rows as the LLaMA reads them, and two copies at most on their way to LinVT's width
         rows = num_frames / (kind.window or 1) * (1 + c.patch_tokens) * chat.llm.config.width
-        in_linvt = 3 * rows * number * kind.reads_linvt
-        pictures = num_frames * 3 * (c.image_size ** 2 + THUMBNAIL ** 2)
-        longest = min(chat.llm.config.context_length, LONGEST)
-        kv_cache = llm.KVCache(chat.llm.config, 1, longest, "meta", dtype)
+        video += 3 * rows * number * kind.reads_linvt
+        kv_cache = llm.KVCache(chat.llm.config, 1, min(chat.llm.config.context_length, LONGEST), "meta", dtype)
         return {"LLaMA": quant.nbytes(chat.llm, scheme, dtype),
                 "CLIP": quant.nbytes(chat.clip, "int8" if clip_in_int8(scheme, device) else None, dtype),
-                "video tokens": quant.nbytes(chat.video_tokens, None, dtype),
-                "video": int(in_clip + in_branch + states + in_linvt + pictures),
+                "video tokens": quant.nbytes(chat.video_tokens, None, dtype), "video": int(video),
                 "KV cache": sum(t.nbytes for t in (*kv_cache.k, *kv_cache.v))}
 
     def load(self, dtype=torch.float32, scheme=None, device=torch.device("cpu")):

@@ -134,13 +134,9 @@ def test_padding_does_not_change_a_text(tiny, expected):
     assert_close(tiny[0].encode_text(ids[:2, :8]), tiny[0].encode_text(ids[:2]))
 
 
-def test_pixels_and_ids_of_another_size_are_named(tiny):
-    with pytest.raises(AssertionError, match=r"\(1, 3, 32, 28\).*\(B, 3, 28, 28\)"):
-        tiny[0].encode_image(noise(1, 3, 32, 28))
-    with pytest.raises(AssertionError, match="torch.float32 pixels"):   # normalised already
+def test_pixels_that_are_normalised_already_are_refused(tiny):
+    with pytest.raises(AssertionError, match="torch.float32 pixels"):
         tiny[0].encode_image(torch.zeros(1, 3, 28, 28))
-    with pytest.raises(AssertionError, match=r"\(1, 17\).*16"):
-        tiny[0].encode_text(torch.zeros(1, 17, dtype=torch.int64))
 
 
 def test_defaults_are_vit_l_14():

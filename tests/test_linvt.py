@@ -228,15 +228,6 @@ def test_a_video_of_one_unit_can_be_weighed():
     assert kept.shape == (2, 5) and (weights.sum(-1) - 1).abs().max() < 1e-6
 
 
-def test_no_units_and_units_of_another_size_are_refused():
-    linvt = made()
-    x, text, mask = asked(linvt)
-    with pytest.raises(AssertionError, match="0 units of 5 tokens"):
-        linvt(x[:, :0], text, mask)
-    with pytest.raises(AssertionError, match="4 units of 3 tokens, made for 5"):
-        linvt(x[:, :, :3], text, mask)
-
-
 # ---------------------------------------------------------------------------------------------- the start
 @pytest.mark.parametrize("shaken", [False, True])
 def test_with_two_terms_it_chooses_units_and_keeps_their_pictures(shaken):
