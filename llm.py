@@ -27,8 +27,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from plumbing.cli import UserError, make_folder, write_atomic
-from plumbing.weightfile import (DAMAGE, QUANTISED, likely_reason, load_into, map_file, read_file, read_json,
-                                 read_tensors, shapes_only, shown, write_safetensors)
+from plumbing.weightfile import (DAMAGE, QUANTISED, check_fit, likely_reason, load_into, map_file, read_file,
+                                 read_json, read_tensors, shapes_only, shown, write_safetensors)
 
 
 @dataclass
@@ -564,16 +564,15 @@ def load_llama(folder):
                             f"{layers:,}; is a file of it missing?")
         with shapes_only():
             model = LLaMA(config)
-    except KeyError as e:
-        strange = [name for name in tensors if "lora_" in name or not name.startswith(("model.", "lm_head."))]
-        raise UserError(f"{description}: not a LLaMA (no {shown(e)}); {likely_reason(strange)}")
     except DAMAGE as e:
-        raise UserError(f"{description}: {shown(e, longest=450)}")
-    tokenizer, rows = load_tokenizer(folder), config.vocab_size
+        strange = [name for name in tensors if "lora_" in name or not name.startswith(("model.", "lm_head."))]
+        raise UserError(f"{description}: not a LLaMA ({type(e).__name__}: {shown(e)}); "
+                        f"{likely_reason(strange)}")
+    tokenizer = load_tokenizer(folder)
     tokenizer.added = added_tokens(folder)
-    if tokenizer.vocab_size > rows:
-        raise UserError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.model, but {rows} in the "
-                        "weights; they do not belong together")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.model, but "
+                        f"{config.vocab_size} in the weights; they do not belong together")
     if config.tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     load_into(model, tensors, folder)
@@ -690,7 +689,7 @@ def save_llama(folder, model, tokenizer_model_path, extra={}, dtype=torch.float1
 # ---------------------------------------------------------------------------------------- LoRA
 ADAPTED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
            "mlp.up_proj", "mlp.down_proj")   # Linears of a layer that LoRA may change; lm_head is none
-PEFT = re.compile(r"(.*)\.lora_([AB])(?:\.default)?\.weight")   # names in its files; .default. in training
+PEFT = re.compile(r"\.lora_([AB])(\.default)?\.weight$")   # names in its files; .default. in training
 ARITHMETIC = (   # settings of peft with which W + alpha / r * B A is not what was trained
     "bias", "fan_in_fan_out", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
     "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
@@ -781,20 +780,15 @@ def read_adapter(folder, model, name=None):
     one, other = (os.path.basename(os.path.normpath(str(path))).lower() for path in (name, base))
     if name and base and one != other:
         warnings.warn(f"{folder}: trained on {shown(base)}, and not on {shown(name)}: answers may be wrong")
-    linears, tensors = layer_linears(model), {}
-    for key, t in read_file(file).items():
-        name, half = found.groups() if (found := PEFT.fullmatch(key)) else (key, None)
-        if name not in linears:
-            raise UserError(f"{file}: {shown(key)} is for no Linear of this LLaMA's layers")
-        N, K = linears[name].weight.shape
-        if t.shape != (wanted := (r, K) if half == "A" else (N, r)) or not t.is_floating_point():
-            raise UserError(f"{file}: {shown(key)} is {tuple(t.shape)} {str(t.dtype)[6:]}, needed are floats "
-                            f"{wanted}; is it an adapter for another LLaMA?")
-        tensors[name, half] = t
-    try:
-        changes = {name: (alpha / r, tensors[name, "A"], tensors[name, "B"]) for name, _ in tensors}
-    except KeyError as e:
-        raise UserError(f"{file}: lacks lora_{e.args[0][1]} of {e.args[0][0]}; is it only a part?")
+    tensors = {PEFT.sub(r".lora_\1", name): t for name, t in read_file(file).items()}
+    changes, wanted = {}, {}
+    for name, linear in layer_linears(model).items():
+        A, B = f"{name}.lora_A", f"{name}.lora_B"
+        if A in tensors or B in tensors:
+            (N, K), change = linear.weight.shape, [tensors.get(half) for half in (A, B)]
+            wanted |= {A: (r, K), B: (N, r)}
+            changes[name] = alpha / r, *change
+    check_fit(wanted, tensors, file, "is it an adapter for another LLaMA?")
     extra = read_file(along) if os.path.exists(along) else {}
     if strange := [key for key in extra if not key.startswith(EXTRA)]:
         raise UserError(f"{along}: {shown(strange[0])} is neither LoRA nor a projector; not read")

@@ -311,23 +311,27 @@ def shapes_only():
         yield
 
 
-def load_into(module, tensors, source):
-    """Gives `module` exactly the `tensors` of file `source`: same names, same shapes, nothing left over.
-
-    Tensors are adopted, not copied: they keep the dtype and the memory map of the file. Raises UserError with
-    an example of each kind of misfit and the likely reason."""
-    wanted = module.state_dict()
+def check_fit(wanted, tensors, source, reason=None):
+    """Raises UserError if the `tensors` {name: tensor} of file `source` are not floats of the shapes `wanted`
+    {name: tuple}, with an example of each kind of misfit, and `reason` or the likely one."""
     kinds = {"missing": [name for name in wanted if name not in tensors],
              "unexpected": [name for name in tensors if name not in wanted],
              "of another size or dtype": [
-                 name for name in wanted if name in tensors and (wanted[name].shape, True) !=
+                 name for name in wanted if name in tensors and (wanted[name], True) !=
                  (tensors[name].shape, tensors[name].is_floating_point())]}
     if any(kinds.values()):
-        def size(t):
-            return "nothing" if t is None else f"{tuple(t.shape)} {str(t.dtype)[6:]}"
-        examples = [f"{len(names)} {kind}, as {shown(names[0])}: {size(tensors.get(names[0]))} in the file, "
-                    f"{size(wanted.get(names[0]))} in the model" for kind, names in kinds.items() if names]
+        found = {name: f"{tuple(t.shape)} {str(t.dtype)[6:]}" for name, t in tensors.items()}
+        examples = [f"{len(names)} {kind}, as {shown(names[0])}: {found.get(names[0], 'nothing')} in the "
+                    f"file, {wanted.get(names[0], 'nothing')} in the model"
+                    for kind, names in kinds.items() if names]
         raise UserError(f"{source}: does not fit this model: {'; '.join(examples)}; "
-                        f"{likely_reason(kinds['unexpected'])}")
+                        f"{reason or likely_reason(kinds['unexpected'])}")
+
+
+def load_into(module, tensors, source):
+    """Gives `module` exactly the `tensors` of file `source`. They are adopted, not copied: they keep the
+    dtype and the memory map of the file. Raises UserError as check_fit does."""
+    wanted = module.state_dict()
+    check_fit({name: tuple(t.shape) for name, t in wanted.items()}, tensors, source)
     module.load_state_dict({**wanted, **tensors}, assign=True)
     return module

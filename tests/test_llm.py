@@ -836,11 +836,11 @@ def change_shard(i, **tensors):
 @pytest.mark.parametrize("damage, message", [
     (lambda p: os.remove(p / "consolidated.01.pth"), "of another size"),
     (lambda p: [os.remove(file) for file in p.glob("*.pth")], "consolidated.00.pth: No such file"),
-    (change_shard(0, norm__=torch.zeros(1)), "not a LLaMA .no 'norm__'"),
-    (change_shard(1, **{"layers.0.attention.wo.weight": torch.zeros(7)}), "params.json: Tensors must have"),
-    (lambda p: edit(p / "params.json", dim=None), "no 'dim'"),
-    (lambda p: edit(p / "params.json", norm_eps=None), "no 'norm_eps'"),
-    (lambda p: edit(p / "params.json", n_heads=5), "params.json: shape .* is invalid"),
+    (change_shard(0, norm__=torch.zeros(1)), "not a LLaMA .KeyError: 'norm__'"),
+    (change_shard(1, **{"layers.0.attention.wo.weight": torch.zeros(7)}), "params.json: .*Tensors must have"),
+    (lambda p: edit(p / "params.json", dim=None), "KeyError: 'dim'"),
+    (lambda p: edit(p / "params.json", norm_eps=None), "KeyError: 'norm_eps'"),
+    (lambda p: edit(p / "params.json", n_heads=5), "params.json: .*shape .* is invalid"),
     (lambda p: [rewrite(file, drop("tok_embeddings.weight")) for file in p.glob("*.pth")], "not a LLaMA")])
 def test_a_folder_of_meta_that_is_not_whole_is_refused(tmp_path, small_tokenizer, damage, message):
     path = write_meta(tmp_path / "meta", tiny(kv_heads=4), 2, tokenizer=small_tokenizer)

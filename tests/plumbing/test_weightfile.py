@@ -133,9 +133,9 @@ def test_a_load_that_does_not_fit_is_a_line_with_an_example_of_each_kind_and_the
         weightfile.load_into(module, tensors, "file.bin")
     assert str(e.value) == (
         "file.bin: does not fit this model: "
-        "1 missing, as bias: nothing in the file, (3,) float32 in the model; "
+        "1 missing, as bias: nothing in the file, (3,) in the model; "
         "28 unexpected, as x.lora_A.0: (1,) float32 in the file, nothing in the model; "
-        "1 of another size or dtype, as weight: (3, 5) float32 in the file, (3, 2) float32 in the model; "
+        "1 of another size or dtype, as weight: (3, 5) float32 in the file, (3, 2) in the model; "
         "it looks like an adapter (LoRA), not a model: merge it into the one it was trained on")
 
 
