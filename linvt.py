@@ -14,7 +14,6 @@ Shapes: B videos, T units (frames, or short windows of frames), N tokens a unit,
 L words, k kept tokens, w the width inside. Token (t, n) has the number t * N + n.
 """
 import math
-import re
 
 import torch
 import torch.nn as nn
