@@ -103,7 +103,7 @@ def tiny_chat_tuning(device, dtype):
 
 
 def stepping(model, loss_of, dtype):
-    """-> step(*batch), of training as the scripts do it, which returns loss_of(*batch); all that has a state."""
+    """-> step(*batch): a step of training as the scripts do it. It returns loss_of(*batch)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     scaler = torch.amp.GradScaler(trained[0].device.type, enabled=dtype == torch.float16)
