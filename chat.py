@@ -375,7 +375,7 @@ def when(session, event, likely):
     clip; if `likely`, two more, of how likely each start and end was. /when: a line for each event that the
     model sees; /when --srt FILE also writes them as subtitles. Raises UserError."""
     if not session.viewer.kind.has_clock:
-        raise UserError("/when: these weights have no clock; those for frame_cls have: weights/tiny_time, and "
+        raise UserError("/when: these weights have no clock; those for frame_cls have: weights/tiny_time or "
                         "VTimeLLM's (python -m weights get vtimellm)")
     path, (begin, end) = None, session.seen.window
     if event.startswith("--srt "):

@@ -783,7 +783,8 @@ class OpenChat:
         # rows as the LLaMA reads them, and two copies at most on their way to LinVT's width
         rows = num_frames / (kind.window or 1) * (1 + c.patch_tokens) * chat.llm.config.width
         video += 3 * rows * number * kind.reads_linvt
-        kv_cache = llm.KVCache(chat.llm.config, 1, min(chat.llm.config.context_length, LONGEST), "meta", dtype)
+        longest = min(chat.llm.config.context_length, LONGEST)
+        kv_cache = llm.KVCache(chat.llm.config, 1, longest, "meta", dtype)
         return {"LLaMA": quant.nbytes(chat.llm, scheme, dtype),
                 "CLIP": quant.nbytes(chat.clip, "int8" if clip_in_int8(scheme, device) else None, dtype),
                 "video tokens": quant.nbytes(chat.video_tokens, None, dtype), "video": int(video),
