@@ -543,8 +543,7 @@ def begin(cfg):
     began, device = time.perf_counter(), training.pick_device(cfg.device)
     opened = open_chat(cfg.weights, cfg.tokens, cfg.branch, cfg.chat if cfg.tuned else False)
     memory.prepare_cpu(opened.chat)
-    parameters = sum(p.numel() for p in opened.chat.llm.parameters())
-    dtype, scheme, precision = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
+    dtype, scheme, precision = memory.choose(cfg.dtype, cfg.quantize, device, opened.chat.llm)
     viewer = Viewer(cfg, opened, f"{precision} on {device.type}")
     memory.check(opened.need, dtype, scheme, device, viewer.frames_of())   # of the longest video
     with viewer.looking(cfg.video, (cfg.start, math.inf if cfg.end is None else cfg.end)) as see:

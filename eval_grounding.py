@@ -152,8 +152,7 @@ def ask(cfg, clips):
     whole = old[:old.rfind("\n") + 1]   # a line that was cut short is asked again
     cli.write_atomic(cfg.save, lambda f: f.write(whole.encode()))
     answers = read_answers(cfg.save)
-    parameters = sum(p.numel() for p in opened.chat.llm.parameters())
-    dtype, scheme, _ = memory.choose(cfg.dtype, cfg.quantize, device, parameters)
+    dtype, scheme, _ = memory.choose(cfg.dtype, cfg.quantize, device, opened.chat.llm)
     memory.prepare_cpu(opened.chat.llm)
     for row in new_answers(cfg, opened.load(dtype, scheme, device), device, clips, answers):
         answers[key(row, row["event"])] = row

@@ -218,8 +218,7 @@ def ask(cfg):
         batch_size=cfg.batch_size or (16 if here.device.type == "cuda" else 1))
     state = [state_of(file) for file in (cfg.weights, cfg.branch, cfg.chat) if file]
     opened = open_chat(cfg.weights, cfg.tokens, cfg.branch, cfg.chat if cfg.tuned else False)
-    dtype, scheme, precision = memory.choose(
-        cfg.dtype, cfg.quantize, here.device, sum(p.numel() for p in opened.chat.llm.parameters()))
+    dtype, scheme, precision = memory.choose(cfg.dtype, cfg.quantize, here.device, opened.chat.llm)
     num_frames = opened.chat.video_tokens.frames_of(cfg.num_frames, opened.chat.clip.config.image_size)
     memory.check(opened.need, dtype, scheme, here.device, num_frames)
     memory.prepare_cpu(opened.chat)

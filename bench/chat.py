@@ -115,7 +115,7 @@ def limits(K, N):
 
 def chat(cfg, config=LLaMAConfig(), clip_config=CLIPConfig()):
     """A prompt and an answer, ours and transformers', with as many threads as torch takes by itself."""
-    heading(cfg, "transformers")
+    heading(cfg)
     llava = os.path.join(make_weights(cfg, config, clip_config), "llava")
     with torch.device("meta"):
         llama = LLaMA(dataclasses.replace(config, layers=cfg.layers))

@@ -98,7 +98,7 @@ def thinned(function, *arguments):
 
 def frames(cfg, cases=FRAMES):
     """Ours against decord, with the ratio of ours to it."""
-    heading(cfg, "decord")
+    heading(cfg)
     rows = []
     for clip, count in cases:
         path, costs, shown = make(cfg.data, clip), {name: [] for name in WHO}, {}

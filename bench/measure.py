@@ -1,6 +1,5 @@
 """A piece of work in a process of its own, what it cost, and what the machine can do at most."""
 import concurrent.futures
-import importlib.util
 import multiprocessing
 import os
 import platform
@@ -9,18 +8,14 @@ import time
 
 import torch
 
-from plumbing import cli
-
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(HERE, "weights", "tiny")
 
 
-def heading(cfg, peer=None):
-    """Says on standard output where this is, and whether a peer is missing."""
-    print(f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}; medians of {cfg.runs}.")
-    if peer and not importlib.util.find_spec(peer):
-        print(f"{peer} is not installed (pip install {peer}); its rows are left out.")
-    print(flush=True)
+def heading(cfg):
+    """Says on standard output where this is."""
+    where = f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    print(f"{where}; medians of {cfg.runs}.\n", flush=True)
 
 
 def peak():
@@ -36,12 +31,9 @@ def charged(function, arguments):
 
 def call(function, *arguments):
     """Runs a function in a process of its own -> (what it returns; CPU seconds of all its threads, MB of
-    memory at most, both without imports). Raises UserError where the process is killed."""
+    memory at most, both without imports). A BrokenProcessPool is a lack of memory."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(charged, function, arguments).result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise cli.UserError(f"bench: {function.__name__} was killed; is there enough memory?")
+        return pool.submit(charged, function, arguments).result()
 
 
 def best(work, device=torch.device("cpu"), count=5):

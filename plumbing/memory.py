@@ -13,14 +13,18 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3   # malloc.h
 LARGE = 1e9   # parameters of a LLaMA; from there on, what it reads for every token decides how fast it is
 
 
-def choose(dtype, quantize, device, parameters):
-    """--dtype, --quantize and the parameters of a LLaMA -> (torch.dtype, scheme or None, both in words).
+def parameters_of(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def choose(dtype, quantize, device, llama):
+    """--dtype, --quantize and a LLaMA -> (torch.dtype, scheme or None, both in words).
 
     auto: a GPU has units for fp16, and room. On a CPU a token costs the time in which the weights are read,
     so a large LLaMA is int8. What is not rounded is quickest in fp32 on a CPU that cannot compute in bf16;
     but int4, or all of a large LLaMA as it is, needs the room that bf16 saves. quant's "bf16" is how a CPU
     multiplies by bf16 quickest."""
-    large = parameters > LARGE
+    large = parameters_of(llama) > LARGE
     if quantize == "auto":
         quantize = "int8" if large and device.type == "cpu" else "none"
     if dtype == "auto":
@@ -35,7 +39,7 @@ def prepare_cpu(module):
     """One thread for a small model, as a loader's processes want cores, too; else as many as torch takes
     itself. And glibc, where that is the C library, keeps what is freed. Else it gives every tensor of some
     megabytes back to the kernel, which hands out new pages one by one: a tenth of CLIP's time in int8."""
-    if sum(p.numel() for p in module.parameters()) < SMALL:
+    if parameters_of(module) < SMALL:
         torch.set_num_threads(1)
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

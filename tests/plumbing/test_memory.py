@@ -21,6 +21,11 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 G = 10 ** 9
 
 
+def of(size):
+    """A module of so many parameters."""
+    return torch.nn.Linear(int(size), 1, bias=False, device="meta")
+
+
 @pytest.mark.parametrize("size, device, bf16, chosen", [
     (1e6, CPU, True, (torch.float32, None, "fp32")),
     (7e9, CPU, True, (torch.bfloat16, "int8", "int8 and bf16")),
@@ -29,19 +34,19 @@ G = 10 ** 9
     (7e9, GPU, True, (torch.float16, None, "fp16"))])
 def test_auto_is_quick_where_it_runs(size, device, bf16, chosen, monkeypatch):
     monkeypatch.setattr(memory, "fast_bf16", lambda: bf16)   # whether this CPU computes in it
-    assert memory.choose("auto", "auto", device, size) == chosen
+    assert memory.choose("auto", "auto", device, of(size)) == chosen
 
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_auto_saves_room_beside_int4_whether_this_cpu_is_quick_in_bf16_or_not(bf16, monkeypatch):
     monkeypatch.setattr(memory, "fast_bf16", lambda: bf16)
-    assert memory.choose("auto", "int4", CPU, 7e9)[0] == torch.bfloat16
+    assert memory.choose("auto", "int4", CPU, of(7e9))[0] == torch.bfloat16
 
 
 def test_what_is_asked_for_is_chosen():
-    assert memory.choose("fp32", "none", CPU, 7e9) == (torch.float32, None, "fp32")
-    assert memory.choose("bf16", "none", CPU, 7e9) == (torch.bfloat16, "bf16", "bf16")   # nothing is rounded
-    assert memory.choose("bf16", "int4", GPU, 1e6) == (torch.bfloat16, "int4", "int4 and bf16")
+    assert memory.choose("fp32", "none", CPU, of(7e9)) == (torch.float32, None, "fp32")
+    assert memory.choose("bf16", "none", CPU, of(7e9)) == (torch.bfloat16, "bf16", "bf16")   # nothing is rounded
+    assert memory.choose("bf16", "int4", GPU, of(1e6)) == (torch.bfloat16, "int4", "int4 and bf16")
 
 
 def test_one_thread_computes_a_small_model(monkeypatch):

@@ -301,12 +301,6 @@ def test_what_is_there_and_right_is_not_fetched_and_what_is_wrong_is_not_touched
         assert get.file.read_bytes() == content and get.seen == []
 
 
-def test_a_folder_where_the_file_goes_is_left_alone(get):
-    get.file.mkdir(parents=True)
-    with pytest.raises(UserError, match="Is a directory; move it away"):
-        get(honest())
-
-
 def test_an_unknown_name_or_stage_is_told():
     with pytest.raises(UserError, match="choose one of clip, "):
         weights.main(weights.Config("get", "../clip"))
