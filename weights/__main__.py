@@ -45,6 +45,7 @@ from plumbing.weightfile import shown
 
 TRIES, PAUSE = 5, 2.0   # PAUSE: seconds before the second try, twice as many before the third, ...
 TIMEOUT = 30            # seconds without a byte, after which a try has failed
+FOLLOWED = "https:"     # how an address begins that a server may send us on to
 with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "released.json")) as table:
     RELEASED = json.load(table)
 
@@ -142,25 +143,20 @@ def wrong(path, facts):
                      for key in found.keys() & facts.keys() if facts[key] != found[key])
 
 
-class OnlyHTTPS(urllib.request.BaseHandler):
-    def unknown_open(self, request):
-        raise UserError(f"{shown(request.full_url, 300)}: not https; not followed")
-
-
-HANDLERS = [   # nothing here opens http:, ftp: or file:, also where a server sends us on to such an address
-    urllib.request.HTTPSHandler, urllib.request.ProxyHandler, urllib.request.HTTPRedirectHandler,
-    urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler, OnlyHTTPS]
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """A server may send us on, but only to an address that is as safe as those of the list."""
+    def redirect_request(self, request, response, code, message, headers, newurl):
+        if not newurl.startswith(FOLLOWED):
+            raise UserError(f"{shown(newurl, 300)}: not https; not followed")
+        return super().redirect_request(request, response, code, message, headers, newurl)
 
 
 def receive(address, part, facts):
     """One try to get what is missing of a part. Raises OSError or HTTPException where another may help."""
-    opener = urllib.request.OpenerDirector()
-    for handler in HANDLERS:
-        opener.add_handler(handler())
     start = os.path.getsize(part) if os.path.exists(part) and "sha256" in facts else 0
     request = urllib.request.Request(address, headers={
         "User-Agent": "nanoBT", "Accept-Encoding": "identity", "Range": f"bytes={start}-"})
-    with opener.open(request, timeout=TIMEOUT) as response:
+    with urllib.request.build_opener(Redirects).open(request, timeout=TIMEOUT) as response:
         start = start if response.status == 206 else 0   # 200: from the beginning, whatever was asked for
         size = None if response.length is None else start + response.length   # None: it comes in chunks
         if (response.length or 0) > shutil.disk_usage(os.path.dirname(part)).free:

@@ -10,7 +10,6 @@ import torch
 
 from plumbing.cli import UserError
 from plumbing.store import Store, code_of, state_of
-from plumbing.weightfile import read_file
 
 
 def names(folder):
@@ -44,17 +43,6 @@ def test_a_damaged_entry_is_refused_by_name(tmp_path, tensors, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=rf"{path.name}: .*delete it|{path.name}.*empty"):
         store.get(0)
-
-
-def test_an_entry_that_another_process_removes_just_now_is_none(tmp_path, tensors, monkeypatch):
-    store = Store(str(tmp_path))
-    store.put(0, tensors)
-
-    def removed(path, *advice):
-        os.remove(path)
-        return read_file(path, *advice)
-    monkeypatch.setattr("plumbing.store.read_file", removed)
-    assert store.get(0) is None
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, tensors):
