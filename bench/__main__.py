@@ -9,7 +9,7 @@
 
 Each measurement but those of gpu is a process of its own, on Linux. Those of a table take turns, after a
 round that is not counted; the tables have medians. The physical limits, what the machine reads and
-multiplies, are measured in the same run. The peers, decord and transformers, take part where they are installed.
+multiplies, are measured in the same run. The peers, decord and transformers, take part if installed.
 Clips (2.7 GB) and weights of the full size with random numbers (15 GB; `--layers 2` is a quick look) are made
 in out/bench when they are first wanted.
 """
