@@ -295,7 +295,7 @@ def make_features(cfg, chat, dataset, here):
             if i == here.rank == 0:
                 cli.say(f"{cfg.features}: {len(lacking)} videos of {seen.nbytes / 1e6:.3g} MB, "
                         f"{len(lacking) * seen.nbytes / 1e9:.3g} GB in all")
-            features.put(talk, talk.paths(cfg.root)[0], seen)
+            features.store.put(features.key(talk, talk.paths(cfg.root)[0]), {"seen": seen.cpu()})
     training.gather_numbers(here, 0)   # all wait for all
     return features
 

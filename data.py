@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 import array
 import bisect
+import contextlib
 import csv
 import itertools
 import json
@@ -190,28 +191,29 @@ def squash(frames, size):
 # ------------------------------------------------------------------------------------------ annotation files
 def clock(seconds, duration):
     """A moment of a video, both in seconds, on VTimeLLM's clock of 100 steps: "00" to "99"."""
-    assert seconds >= 0, f"{seconds} s: before the video begins"
     return f"{min(round(seconds / duration * 100), 99):02d}"
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A UTF-8 file, to be read. Raises UserError where it cannot be."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            yield f
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}")
+    except UnicodeDecodeError as e:
+        looks = "UTF-16" if b"\0" in e.object else "Latin-1, or another encoding of one byte a letter"
+        raise UserError(f"{path}: not UTF-8 text; it looks like {looks}")
 
 
 def read_text(path):
     """A UTF-8 file -> str. Raises UserError."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            text = f.read()
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: {not_utf8(e)}")
+    with opened(path) as f:
+        text = f.read()
     if "\0" in text:
         raise UserError(f"{path}: not UTF-8 text; it looks like UTF-16")
     return text
-
-
-def not_utf8(error):
-    """A UnicodeDecodeError -> what the file is, in words."""
-    looks = "UTF-16" if b"\0" in error.object else "Latin-1, or another encoding of one byte a letter"
-    return f"not UTF-8 text; it looks like {looks}"
 
 
 def no_key_twice(pairs):
@@ -247,14 +249,18 @@ def read_rows(path):
         rows = [(f"{path}, entry {i}", row) for i, row in enumerate(whole, 1)] if entries else [(path, whole)]
     if not rows:
         raise UserError(f"{path}: no rows in it")
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: not a JSON object, but {type(row).__name__}")
     return rows
 
 
 def field(row, where, name, kind=str):
     """row[name], checked. Raises UserError that names the line."""
-    if not isinstance(row, dict) or not isinstance(row.get(name), kind) or not row[name]:
+    value = row.get(name) if isinstance(row, dict) else None
+    if not isinstance(value, kind) or not value or value == " " * len(value):
         raise UserError(f"{where}: needs {name!r}, a {kind.__name__} that is not empty")
-    return row[name]
+    return value
 
 
 def read_captions(path):
@@ -263,41 +269,25 @@ def read_captions(path):
     if not os.fspath(path).lower().endswith(".csv"):
         yield from ((field(row, at, "video"), field(row, at, "caption")) for at, row in read_rows(path))
         return
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:   # gigabytes: row by row
-            rows = csv.DictReader(f, strict=True)
+    with opened(path) as f:   # gigabytes: row by row
+        rows = csv.DictReader(f, strict=True)
+        try:
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
                 if None in row or None in row.values():
                     raise UserError(f"{where}: has not as many columns as the header, {len(rows.fieldnames)}")
                 video = os.path.join(row.get("page_dir", ""), field(row, where, "videoid") + ".mp4")
                 yield video, field(row, where, "name")
-            if rows.line_num < 2:
-                raise UserError(f"{path}: no rows in it")
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: {not_utf8(e)}")
-    except csv.Error as e:
-        raise UserError(f"{path}, line {rows.reader.line_num}: not valid CSV ({e})")
+        except csv.Error as e:
+            raise UserError(f"{path}, line {rows.reader.line_num}: not valid CSV ({e})")
 
 
 def seconds(span, where):
-    """[start, end], as JSON has it -> the same. Raises UserError unless these are two numbers."""
-    good = [type(t) in (int, float) and math.isfinite(t) for t in span] if isinstance(span, list) else []
-    if good != [True, True]:
-        raise UserError(f"{where}: needs two times in seconds, start and end, not {span}")
+    """[start, end], as JSON has it -> the same. Raises UserError unless these are times, in order."""
+    numbers = isinstance(span, list) and [type(t) in (int, float) for t in span] == [True, True]
+    if not numbers or not 0 <= span[0] <= span[1] < math.inf:
+        raise UserError(f"{where}: needs a start and an end, in seconds of what is shown, not {span}")
     return span
-
-
-def shown(row, where, window):
-    """row[window], the part [start, end] of a video that is shown, and row["duration"], all in seconds -> the
-    two, None where there is none. Raises UserError."""
-    span, duration = row.get(window), row.get("duration")
-    for start, end in (seconds(s, where) for s in (span, duration and [0, duration]) if s):
-        if not 0 <= start < end:
-            raise UserError(f"{where}: nothing can be shown from {start} to {end} s")
-    return span, duration
 
 
 def timed(row, where):
@@ -305,17 +295,13 @@ def timed(row, where):
     video, maybe with "window": [start, end], if only that part is shown, and the video's "duration" ->
     {"video", "window": [start, end] or None, "duration": seconds or None, "events": [(start, end, text)]} in
     seconds of the window. Raises UserError with the line."""
-    video, events = field(row, where, "video"), []
-    window, duration = shown(row, where, "window")
-    first = window[0] if window else 0
+    window, duration, events = row.get("window"), row.get("duration"), []
+    first, _ = seconds(window or [0, duration or 0], where)
     for event in field(row, where, "events", list):
         text = field(event, where, "text").strip()
         start, end = seconds([event.get("start"), event.get("end")], where)
-        if not text or start > end:
-            what = f"{text!r} ends before it starts" if text else "an event without words"
-            raise UserError(f"{where}: {what}")
         events.append((start - first, end - first, text))
-    return {"video": video, "window": window, "duration": duration, "events": events}
+    return {"video": field(row, where, "video"), "window": window, "duration": duration, "events": events}
 
 
 def clip_length(path, window=None, duration=None):
@@ -453,25 +439,20 @@ def talk_of(row, where, number=0):
     {"video", "messages": [{"role": "user", "content"}, {"role": "assistant", "content"}, ...]}: OpenAI's.
     {"videos": [path, ...], "conversations"}: videos that follow each other, each with its own frames.
     {"video", "events"}: see timed. Its questions are drawn by the row's number: see dialogue."""
-    if isinstance(row, dict) and "events" in row:
+    if "events" in row:
         file, window, duration, events = timed(row, where).values()
         duration = duration and clip_length(f"{where}: {file}", window, duration)
         said, times = dialogue(events, number)
     else:
-        known = "videos", "image", "video", "video_id", "id"
-        names = [name for name in known if isinstance(row, dict) and name in row]
-        name = [*names, "video"][0]
+        name = next((name for name in ("videos", "image", "video", "video_id", "id") if name in row), "video")
         file = field(row, where, name, list if name == "videos" else str)
-        said = turns(row, where)
-        meta = field(row, where, "meta", dict) if row.get("meta") else {}
-        window, duration = shown(meta, where, "split") if meta else shown(row, where, "window")
-        times = field(meta, where, "token", dict) if meta.get("token") else {}
-    for word, t in times.items():
-        if seconds([0, t], where)[1] < 0:
-            raise UserError(f"{where}: {word} is {t} s, before what is shown begins")
+        said, meta = turns(row, where), row.get("meta") or {}
+        window, duration = meta.get("split") or row.get("window"), meta.get("duration")
+        times = meta.get("token") or {}
+    for span in (window, duration and [0, duration], *([0, t] for t in times.values())):
+        if span:
+            seconds(span, where)
     files = file if isinstance(file, list) else [file]
-    if not all(file and isinstance(file, str) for file in files):
-        raise UserError(f"{where}: needs 'videos', a list of names")
     return Talk(files, said, "image" in row, window, duration, times, row.get("kind", "all"))
 
 
@@ -503,24 +484,20 @@ def dialogue(events, seed):
 
 def turns(row, where):
     """A row as talk_of describes it -> [(question, answer), ...]. Raises UserError."""
-    who = "human", "gpt"
-    for names in (("question", "answer"), ("q", "a")):
-        if names[0] in row:
-            said = [(speaker, field(row, where, name)) for speaker, name in zip(who, names)]
-            break
+    asked = next((names for names in (("question", "answer"), ("q", "a")) if names[0] in row), None)
+    if asked:
+        said = [field(row, where, name) for name in asked]
     else:
-        messages, keys = "conversations", ("from", "value")
+        messages, who, what, *speakers = "conversations", "from", "value", "human", "gpt"
         if "messages" in row:
-            messages, keys, who = "messages", ("role", "content"), ("user", "assistant")
-        said = [[field(m, where, key) for key in keys] for m in field(row, where, messages, list)]
-    speakers, texts = zip(*((speaker, text.strip()) for speaker, text in said))
-    if speakers != who * (len(said) // 2):
-        raise UserError(f"{where}: messages must go {who[0]}, {who[1]}, {who[0]}, {who[1]}, ...")
-    if not all(answers := texts[1::2]):
-        raise UserError(f"{where}: an answer without words")
-    first, *later = (text.replace("<image>", "<video>") for text in texts[::2])
-    first = first.removeprefix("<video>").removesuffix("<video>")
-    return [(q.strip(), a) for q, a in zip((first, *(q.replace("<video>", "") for q in later)), answers)]
+            messages, who, what, *speakers = "messages", "role", "content", "user", "assistant"
+        said = [field(m, where, what) for m in field(row, where, messages, list)]
+        if [m.get(who) for m in row[messages]] != speakers * (len(said) // 2):
+            raise UserError(f"{where}: {messages} must go {speakers[0]}, {speakers[1]}, {speakers[0]}, ...")
+    questions = [text.strip().replace("<image>", "<video>") for text in said[::2]]
+    first = questions[0].removeprefix("<video>").removesuffix("<video>")
+    later = [text.replace("<video>", "") for text in questions[1:]]
+    return [(q.strip(), a.strip()) for q, a in zip([first, *later], said[1::2])]
 
 
 class ConversationDataset(Dataset):
@@ -577,10 +554,6 @@ class Features:
         if os.path.exists(released) or not os.path.exists(path):
             return released
         return self.store.path(self.key(talk, path))
-
-    def put(self, talk, path, seen):
-        """seen: tensor in fp16, or pixels."""
-        self.store.put(self.key(talk, path), {"seen": seen.cpu()})
 
     def get(self, talk, path):
         """-> tensor in fp16, or pixels. Raises VideoError where there is none, UserError for a NAME.npy that

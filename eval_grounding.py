@@ -107,16 +107,13 @@ def annotation_rows(path):
             yield f"{path}, line {number}", {"video": found[1], "events": [event]}, True
         return
     rows = data.read_rows(path)
-    if len(rows) > 1 or not isinstance(rows[0][1], dict) or "video" in rows[0][1]:
+    if len(rows) > 1 or "video" in rows[0][1]:
         yield from ((where, row, False) for where, row in rows)
         return
     for name, about in rows[0][1].items():   # ActivityNet Captions: {id: {duration, timestamps, sentences}}
         where = f"{path}, {name}"
         spans, texts = (data.field(about, where, what, list) for what in ("timestamps", "sentences"))
-        if len(spans) != len(texts):
-            raise UserError(f"{where}: {len(spans)} timestamps for {len(texts)} sentences")
-        spans = [zip(("start", "end"), data.seconds(span, where)) for span in spans]
-        events = [dict(span, text=text) for text, span in zip(texts, spans)]
+        events = [{"start": start, "end": end, "text": text} for (start, end), text in zip(spans, texts)]
         yield where, {"video": name, "duration": about.get("duration"), "events": events}, True
 
 
@@ -124,10 +121,10 @@ def read_answers(path):
     """What --save wrote -> {key: {"video", "window", "duration": seconds, "event", "answer", ...}}."""
     answers = {}
     for where, row in data.read_rows(path):
-        if isinstance(row, dict) and "settings" in row:   # the first one: what the others were made with
+        if "settings" in row:   # the first one: what the others were made with
             continue
         row = {"window": None, "event": None, "video": data.field(row, where, "video"), **row}
-        if not data.seconds([0, row.get("duration")], where)[1] > 0 or not isinstance(row.get("answer"), str):
+        if not row.get("duration") or not isinstance(row.get("answer"), str):
             raise UserError(f"{where}: needs a duration above 0 and an answer")
         answers[key(row, row["event"])] = row
     return answers

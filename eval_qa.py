@@ -153,7 +153,7 @@ def question_of(where, row, number, odd):
     window = row.get("window")
     if row.get("start") is not None or row.get("end") is not None:
         window = [row.get("start", 0), row.get("end")]
-    window, _ = data.shown({"window": window}, where, "window")
+    window = window and data.seconds(window, where)
     return {"id": str(row.get("id", number)), "video": data.field(row, where, "video"), "window": window,
             "frames_fps": row.get("frames_fps"), "group": row.get("group"),
             "kind": None if row.get("kind") is None else str(row["kind"]),
@@ -277,7 +277,7 @@ def join_parts(out, run, questions):
         text = data.read_text(path)
         whole = text[:text.rfind("\n") + 1]   # a kill may have cut the last line
         for where, row in data.json_lines(path, whole):
-            if not isinstance(row, dict) or row.get("run") != run:
+            if row.get("run") != run:
                 raise UserError(f"{where}: not a prediction of this run; choose another --out")
             done[row["id"]] = row
     text = "".join(json.dumps(done[q["id"]]) + "\n" for q in questions if q["id"] in done)

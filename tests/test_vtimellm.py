@@ -305,9 +305,6 @@ def test_times_equal_the_released_code():
     for duration, seconds, digits in TEXTS["times"]:
         if seconds >= 0:   # the released code writes -2 for a moment before the video
             assert clock(seconds, duration) == digits
-        else:
-            with pytest.raises(AssertionError, match="before the video begins"):
-                clock(seconds, duration)
 
 
 # ------------------------------------------------------------------------------------------------ video tokens
