@@ -449,9 +449,8 @@ def talk_of(row, where, number=0):
         said, meta = turns(row, where), row.get("meta") or {}
         window, duration = meta.get("split") or row.get("window"), meta.get("duration")
         times = meta.get("token") or {}
-    for span in (window, duration and [0, duration], *([0, t] for t in times.values())):
-        if span:
-            seconds(span, where)
+    for span in [window or [0, 0], *([0, t] for t in times.values())]:
+        seconds(span, where)
     files = file if isinstance(file, list) else [file]
     return Talk(files, said, "image" in row, window, duration, times, row.get("kind", "all"))
 
@@ -519,16 +518,14 @@ class ConversationDataset(Dataset):
     def __getitem__(self, i):
         talk = self.talks[i]
         try:
-            return self.seen(talk), talk.said(self.root), i
+            seen = torch.cat([self.seen(talk, path) for path in talk.paths(self.root)])
+            return seen, talk.said(self.root), i
         except VideoError as e:
             if self.skip:
                 return e
             raise
 
-    def seen(self, talk):
-        return torch.cat([self.seen_of(path, talk) for path in talk.paths(self.root)])
-
-    def seen_of(self, path, talk):
+    def seen(self, talk, path):
         if self.features:
             return self.features.get(talk, path)
         if talk.picture:

@@ -519,17 +519,17 @@ def print_kinds(rows, groups, lines):
 
 def guesses(cfg, rows, known):
     """What takes no look: the commonest answer, of all, of a kind, to a beginning of the question."""
-    everything = metrics.commonest([answer for _, answer, _ in known])
+    everything = metrics.commonest(answer for _, answer, _ in known)[0]
     here, kinds = "" if cfg.train else ", found here", collections.defaultdict(list)
     for _, answer, kind in known:
         kinds[kind].append(answer)
     said = {f"most frequent{here}: {everything}": [everything] * len(rows)}
     if len(kinds) > 1:
-        of_kind = {kind: metrics.commonest(answers) for kind, answers in kinds.items()}
+        of_kind = {kind: metrics.commonest(answers)[0] for kind, answers in kinds.items()}
         said[f"by kind{here}"] = [of_kind.get(row.get("kind"), everything) for row in rows]
     if all(question for question, *_ in known):
-        beginnings = metrics.Beginnings([(question, answer) for question, answer, _ in known])
-        said[f"by question{here}"] = [beginnings.guess(row["question"]) for row in rows]
+        said[f"by question{here}"] = metrics.guess_by_beginning(
+            [(question, answer) for question, answer, _ in known], [row["question"] for row in rows])
     return {name: column(exact(guess, row["answer"]) for guess, row in zip(answers, rows))
             for name, answers in said.items()}
 
@@ -592,8 +592,7 @@ def frequent(path, top):
     a training file, those of equal number in alphabetical order."""
     if not path.endswith((".json", ".jsonl", ".csv", ".tsv")):
         return list(dict.fromkeys(filter(None, map(str.strip, data.read_text(path).splitlines()))))
-    counts = collections.Counter(answer for _, answer, _ in known_answers(path))
-    return sorted(counts, key=lambda answer: (-counts[answer], answer))[:top]
+    return metrics.commonest(answer for _, answer, _ in known_answers(path))[:top]
 
 
 def compare(cfg):

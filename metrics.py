@@ -364,26 +364,25 @@ def share_interval(values, groups):
     return tuple((p + z / (2 * n) + sign * half) / (1 + z / n) for sign in (-1, 1))
 
 
-def commonest(answers):
-    """The most frequent of some texts; of several the first in the alphabet."""
-    counts = collections.Counter(answers)
-    return min(counts, key=lambda answer: (-counts[answer], answer))
+def commonest(texts):
+    """-> the different ones among some texts, the most frequent first, equal numbers in alphabetical order."""
+    counts = collections.Counter(texts)
+    return sorted(counts, key=lambda text: (-counts[text], text))
 
 
-class Beginnings:
-    """Guesses from a question alone: the commonest answer to the longest beginning of it, in words, that was
-    asked at least 5 times. rows: [(question, answer)], from training."""
-    def __init__(self, rows):
-        self.answers = collections.defaultdict(list)   # {the first words of questions: answers}
-        for question, answer in rows:
-            asked = answer_words(question)
-            for n in range(len(asked) + 1):
-                self.answers[tuple(asked[:n])].append(answer)
-
-    def guess(self, question):
+def guess_by_beginning(known, questions):
+    """Answers from questions alone: the commonest to the longest beginning, in words, that was asked at least
+    5 times. known: [(question, answer)], from training -> [answer], one for each of `questions`."""
+    answers, guesses = collections.defaultdict(list), []   # {the first words of questions: answers}
+    for question, answer in known:
         asked = answer_words(question)
-        known = (self.answers.get(tuple(asked[:n]), ()) for n in range(len(asked), 0, -1))
-        return commonest(next((found for found in known if len(found) >= 5), self.answers[()]))
+        for n in range(len(asked) + 1):
+            answers[tuple(asked[:n])].append(answer)
+    for question in questions:
+        asked = answer_words(question)
+        found = (answers.get(tuple(asked[:n]), ()) for n in range(len(asked), 0, -1))
+        guesses.append(commonest(next((x for x in found if len(x) >= 5), answers[()]))[0])
+    return guesses
 
 
 def verdict_scores(verdicts, questions):
