@@ -280,8 +280,7 @@ def join_parts(out, run, questions):
             if row.get("run") != run:
                 raise UserError(f"{where}: not a prediction of this run; choose another --out")
             done[row["id"]] = row
-    text = "".join(json.dumps(done[q["id"]]) + "\n" for q in questions if q["id"] in done)
-    cli.write_atomic(out, lambda f: f.write(text.encode()))
+    cli.write_rows(out, [done[question["id"]] for question in questions if question["id"] in done])
     for path in parts:
         os.remove(path)
 
@@ -315,11 +314,11 @@ def look(cfg, chat, path, window, fps, device):
     if cfg.blind == "none":
         return None
     if fps:
-        count = len(os.listdir(path))
-        window = window or (0, count / fps)
+        files = sorted(os.listdir(path))
+        window = window or (0, len(files) / fps)
         T = kind.frames_of(cfg.num_frames, size, window[1] - window[0])
-        files = [sorted(os.listdir(path))[i] for i in picture_numbers(count, fps, window, T)]
-        found = (data.read_picture(os.path.join(path, file)) for file in files)
+        places = picture_numbers(len(files), fps, window, T)
+        found = (data.read_picture(os.path.join(path, files[i])) for i in places)
         pixels = torch.cat([kind.pixels(picture[None], size) for picture in found])
     else:
         pixels, _ = kind.watch(path, size, cfg.num_frames, window)
@@ -743,7 +742,7 @@ def egoschema(row, root):
 
 def mvbench(row, root):
     """The first revision shows parts of videos, a later one has cut them out: in folders of other names."""
-    folder = next(folder for folder, tasks in MVBENCH.items() if row["task"] in tasks)
+    folder = next(folder for folder, tasks in MVBENCH.items() if row["task"] in tasks.split())
     if folder in SEGMENTS and not os.path.isdir(os.path.join(root, folder)):
         folder = SEGMENTS[folder]
         row = row | {"start": None, "end": None}
@@ -751,14 +750,15 @@ def mvbench(row, root):
                   "frames_fps": 3 if "frames_fps3" in folder else None}
 
 
-MVBENCH = {"star/Charades_v1_480": ("action_sequence", "action_prediction", "object_interaction"),
-           "sta/sta_video": ("action_localization",), "tvqa/frames_fps3_hq": ("episodic_reasoning",),
-           "ssv2_video": ("action_antonym",), "Moments_in_Time_Raw/videos": ("fine_grained_action",),
-           "FunQA_test/test": ("unexpected_action",), "scene_qa/video": ("scene_transition",),
-           "clevrer/video_validation": ("object_existence", "moving_direction", "moving_count",
-                                        "moving_attribute", "counterfactual_inference"),
-           "perception/videos": ("object_shuffle", "action_count", "state_change", "character_order"),
-           "nturgbd": ("fine_grained_pose",), "vlnqa": ("egocentric_navigation",)}
+MVBENCH = {   # folders of videos: the tasks about them
+    "star/Charades_v1_480": "action_sequence action_prediction object_interaction",
+    "sta/sta_video": "action_localization", "tvqa/frames_fps3_hq": "episodic_reasoning",
+    "ssv2_video": "action_antonym", "Moments_in_Time_Raw/videos": "fine_grained_action",
+    "FunQA_test/test": "unexpected_action", "scene_qa/video": "scene_transition",
+    "clevrer/video_validation":
+        "object_existence moving_direction moving_count moving_attribute counterfactual_inference",
+    "perception/videos": "object_shuffle action_count state_change character_order",
+    "nturgbd": "fine_grained_pose", "vlnqa": "egocentric_navigation"}
 SEGMENTS = {"star/Charades_v1_480": "star/Charades_segment", "sta/sta_video": "sta/sta_video_segment",
             "tvqa/frames_fps3_hq": "tvqa/video_fps3_hq_segment"}
 
@@ -819,17 +819,13 @@ class Set:
     columns: tuple = tuple(COLUMNS)   # that it may call otherwise
 
 
-def numbered(*kinds):
-    return {str(i): kind for i, kind in enumerate(kinds)}
-
-
 SETS = {
     "own": Set(columns=()),
-    "activitynet_qa": Set((8000, 18000, 32000), True, name="v_{}", kinds=numbered(
+    "activitynet_qa": Set((8000, 18000, 32000), True, name="v_{}", kinds=dict(zip("012345678", (
         "motion", "spatial", "temporal", "free: yes/no", "free: colour", "free: object", "free: location",
-        "free: number", "free: other")),
+        "free: number", "free: other")))),
     "msvd_qa": Set((13157,), name="vid{}"), "msrvtt_qa": Set((72821,), name="video{}"),
-    "tgif_frameqa": Set((13691,), True, kinds=numbered("object", "number", "colour", "location")),
+    "tgif_frameqa": Set((13691,), True, kinds=dict(zip("0123", ("object", "number", "colour", "location")))),
     "tgif_count": Set((3554,), True), "videochatgpt_generic": Set((1996,)),
     "videochatgpt_temporal": Set((499,)), "videochatgpt_consistency": Set((998,), rows=paired_rows),
     "nextqa": Set((4996, 8564), True, convert=nextqa, kinds={

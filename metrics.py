@@ -365,7 +365,7 @@ def share_interval(values, groups):
 
 
 def commonest(texts):
-    """-> the different ones among some texts, the most frequent first, equal numbers in alphabetical order."""
+    """-> the different ones of some texts, the most frequent first; as frequent ones by the alphabet."""
     counts = collections.Counter(texts)
     return sorted(counts, key=lambda text: (-counts[text], text))
 
