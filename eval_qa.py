@@ -222,13 +222,11 @@ def ask(cfg):
     num_frames = opened.chat.video_tokens.frames_of(cfg.num_frames, opened.chat.clip.config.image_size)
     memory.check(opened.need, dtype, scheme, here.device, num_frames)
     memory.prepare_cpu(opened.chat)
-    digests = {name: hashlib.sha256(data.read_text(getattr(cfg, name)).encode()).hexdigest()
-               for name in ("annotations", "answers", "vocabulary") if os.path.isfile(getattr(cfg, name))}
-    record = {name: getattr(cfg, name)
-              for name in ("num_frames", "tuned", "suffix", "max_new_tokens", "blind", "dataset", "top")}
+    closed = frequent(cfg.vocabulary, cfg.top) if cfg.vocabulary else []
+    record = {name: getattr(cfg, name) for name in ("num_frames", "tuned", "suffix", "max_new_tokens", "blind")}
     record |= {"weights": state, "tokens": opened.tokens, "precision": precision, "how": how,
-               "torch": torch.__version__, **digests}
-    run = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
+               "torch": torch.__version__, "questions": digest(questions), "vocabulary": digest(closed)}
+    run = digest(record)
     if here.rank == 0:
         cli.make_folder(os.path.dirname(os.path.abspath(cfg.out)))
         check_record(f"{cfg.out}.run.json", record)
@@ -240,8 +238,7 @@ def ask(cfg):
             if (asked := [question for question in found if question["id"] not in done])]
     mine = left[here.rank::here.size]
     chat = opened.load(dtype, scheme, here.device) if mine else None
-    closed = frequent(cfg.vocabulary, cfg.top) if mine and cfg.vocabulary else ()
-    vocabulary = {text: answer_ids(chat, text) for text in closed}
+    vocabulary = {text: answer_ids(chat, text) for text in closed if mine}
     bar = tqdm(total=sum(len(asked) for _, asked in mine), desc="ask", disable=None)
     for i in range(0, len(mine), cfg.batch_size):
         rows = predict(cfg, chat, how, vocabulary, mine[i:i + cfg.batch_size], here.device)
@@ -256,6 +253,11 @@ def ask(cfg):
               f"`python eval_qa.py score {cfg.out}` counts")
     if here.size > 1:
         dist.destroy_process_group()
+
+
+def digest(value):
+    """What JSON can hold -> 8 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def check_record(path, record):
@@ -597,10 +599,8 @@ def frequent(path, top):
 def compare(cfg):
     """Prints how two runs differ on the same questions, paired."""
     sides = [{row["id"]: row for row in answered(path)} for path in (cfg.file, cfg.other)]
-    lacking = [len(sides[1 - i].keys() - sides[i].keys()) for i in (0, 1)]
-    if any(lacking):
-        raise UserError(f"not the same questions: {lacking[0]} are not in {cfg.file}, "
-                        f"{lacking[1]} not in {cfg.other}")
+    if alone := sides[0].keys() ^ sides[1].keys():
+        raise UserError(f"{cfg.file}, {cfg.other}: {len(alone)} questions are in one of the two alone")
     for judge in JUDGES:
         asked = [name for name, row in sides[0].items() if ("options" in row) == (judge in CHOICE)]
         a, b = (scores_of([side[name] for name in asked], judge) for side in sides)
