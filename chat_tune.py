@@ -223,7 +223,7 @@ def build(cfg, dtype):
         branch = load_branch(cfg.branch, clip, skip_last=1, drop_path=cfg.drop_path)
         if branch.balance2 is None:   # the layout of a tuned file cannot say so; it would come back with some
             raise UserError(f"{cfg.branch}: a branch without gates cannot be tuned; pretrain with --gated")
-    marked = cfg.stage != "video" or config_of_llava(cfg.llm).get("mm_use_im_start_end", True)
+    marked = not cfg.stage.startswith("video") or config_of_llava(cfg.llm).get("mm_use_im_start_end", True)
     chat = in_precision(cfg, VideoChat(clip, kind(mm_projector, branch), llm, tokenizer, marked), dtype)
     if cfg.stage == "align":   # as loud as words: in louder rows the LLaMA does not hear what its layers add
         size = clip.config.image_size

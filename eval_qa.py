@@ -161,19 +161,14 @@ def question_of(where, row, number, odd):
 
 
 def option_of(answer, options):
-    """A right answer -> the option that it means: a number is its place, from 0; a text is an option's, else
-    its letter. A text that is neither stays as it is. Raises ValueError."""
-    if type(answer) is int:
-        if not 0 <= answer < len(options):
-            raise ValueError(f"answer {answer}, but there are {len(options)} options, from 0")
-        return options[answer]
-    words = [answer_words(option) for option in options]
-    letter = re.fullmatch(r"\(?([A-Z])(?:[).:]\s*.*)?", str(answer).strip(), re.S)
+    """A right answer -> the option that it means: a number is its place, from 0; a text is an option's, or
+    names one as a prediction may. A text that names none stays as it is. Raises ValueError."""
+    if type(answer) is int and not 0 <= answer < len(options):
+        raise ValueError(f"answer {answer}, but there are {len(options)} options, from 0")
     if answer in options:
         return answer
-    if answer_words(str(answer)) in words:
-        return options[words.index(answer_words(str(answer)))]
-    return dict(zip(LETTERS, options)).get(letter and letter[1], str(answer))
+    place = answer if type(answer) is int else chosen(str(answer), options)
+    return str(answer) if place is None else options[place]
 
 
 def find_video(cfg, question, names):
@@ -223,9 +218,10 @@ def ask(cfg):
     memory.check(opened.need, dtype, scheme, here.device, num_frames)
     memory.prepare_cpu(opened.chat)
     closed = frequent(cfg.vocabulary, cfg.top) if cfg.vocabulary else []
-    record = {name: getattr(cfg, name) for name in ("num_frames", "tuned", "suffix", "max_new_tokens", "blind")}
-    record |= {"weights": state, "tokens": opened.tokens, "precision": precision, "how": how,
-               "torch": torch.__version__, "questions": digest(questions), "vocabulary": digest(closed)}
+    record = {"weights": state, "tokens": opened.tokens, "tuned": cfg.tuned, "precision": precision,
+              "num_frames": cfg.num_frames, "blind": cfg.blind, "suffix": cfg.suffix, "how": how,
+              "max_new_tokens": cfg.max_new_tokens, "questions": digest(questions),
+              "vocabulary": digest(closed), "torch": torch.__version__}
     run = digest(record)
     if here.rank == 0:
         cli.make_folder(os.path.dirname(os.path.abspath(cfg.out)))
