@@ -14,7 +14,6 @@ import itertools
 import math
 import os
 import re
-import sys
 import warnings
 
 import torch
@@ -257,7 +256,7 @@ def encode_videos(encoder, dataset, device, batch_size=16, workers=0, amp=False)
     rows, broken, was_training = [], [], encoder.training
     encoder.eval()
     with torch.autocast(device.type, torch.float16, enabled=amp and device.type == "cuda"):
-        for batch in tqdm(loader, desc="encode", leave=False, file=sys.stderr, disable=rank > 0):
+        for batch in tqdm(loader, desc="encode", leave=False, disable=rank > 0):
             broken += batch["skipped"]
             if len(batch["index"]):
                 branch, mean = encoder(batch["pixels"].to(device))   # (B, P) each
@@ -549,29 +548,25 @@ def prompt_ids(tokenizer, turns, template="vicuna_v1", learned=None):
     `<s>SYSTEM USER: question\n<video> ASSISTANT: answer</s>USER: ...`, or as another template has it. Text
     between video and answers is encoded as one piece. Built turn by turn in one pass, so that what is
     learned, an answer and its end, is known exactly and nothing has to be found again in the text."""
-    form, ids, labels = TEMPLATES[template], [tokenizer.bos_id], [IGNORE_INDEX]
-    first = 0 if learned is None else len(turns) - learned
+    form, ids, answers = TEMPLATES[template], [tokenizer.bos_id], []   # [(start, end)] of what is learned
 
     def encoded(text):
         space = tokenizer.between * (len(ids) > 1)   # some tokenizers put none before a word
         return tokenizer.encode(space + text) if text else []
-
-    def add(new, answer=()):
-        ids.extend([*new, *answer])
-        labels.extend([*[IGNORE_INDEX] * len(new), *(answer if i >= first else [IGNORE_INDEX] * len(answer))])
     for i, (question, answer) in enumerate(turns):
         text = (form.first if i == 0 and VIDEO not in question else form.later).format(question)
         if i == 0:
             before, text = " ".join(filter(None, (form.system, text))).split(VIDEO, 1)
-            add(encoded(before))
-            add([VIDEO_INDEX])
-        add(encoded(text))
-        given = encoded(form.answer.split("{}")[0])
-        if answer is None:
-            add(given)
-        else:
+            ids += [*encoded(before), VIDEO_INDEX]
+        ids += encoded(text)
+        new = given = encoded(form.answer.split("{}")[0])   # what stands before an answer
+        if answer is not None:
             new = [*encoded(form.answer.format(answer)), *[tokenizer.eos_id] * form.end]
-            add(given, new[len(given):])
+        answers.append((len(ids) + len(given), len(ids) + len(new)))
+        ids += new
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, end in answers[-(learned or len(turns)):]:
+        labels[start:end] = ids[start:end]
     return ids, labels
 
 
