@@ -29,7 +29,6 @@ class Config:
     chat: str | None = None          # a file in the place of chat.bin: what chat_tune.py wrote
     tuned: bool = True               # use what was tuned on video; --no-tuned is the zero-shot setting
     tokens: str | None = None        # branch, mean, st_pool, frame_cls, linvt, branch+linvt; None: as trained
-    template: str | None = None      # of prompts, as vicuna_v1; None: what the kind of tokens goes with
     num_frames: cli.Count | None = None   # frames that the model sees; None: what the kind of tokens wants
     keep_tokens: bool = False        # of LinVT: the first question's stay, and later ones cost less
     explain: str | None = None       # with -q, of LinVT: a PNG of where the answer came from
@@ -71,7 +70,7 @@ import data
 import model
 from llm import generate, number_probabilities, stream_text
 from metrics import SPAN, read_events, read_spans
-from model import ALL_EVENTS, LONGEST, TEMPLATES, VIDEO_INDEX, VIDEO_TOKENS, WHEN, open_chat, prompt_ids
+from model import ALL_EVENTS, LONGEST, VIDEO_INDEX, VIDEO_TOKENS, WHEN, open_chat, prompt_ids
 from plumbing import memory, pictures, quant, terminal, training, video
 from plumbing.cli import UserError, say
 from plumbing.store import Store, code_of, state_of
@@ -288,7 +287,7 @@ class Session:
         cfg, K, context = self.cfg, len(self.video_tokens), self.kv_cache.max_len
         for forgotten in range(self.forgotten, len(self.turns) + 1):
             turns = [*self.turns[forgotten:], (question, None)]
-            ids, _ = prompt_ids(self.chat.tokenizer, turns, cfg.template)
+            ids, _ = prompt_ids(self.chat.tokenizer, turns, self.viewer.kind.template)
             room = context - (len(ids) - 1 + K + len(self.chat.start_end))
             if room >= min(cfg.max_new_tokens, ROOM):
                 break
@@ -547,8 +546,8 @@ def begin(cfg):
     viewer = Viewer(cfg, opened, f"{precision} on {device.type}")
     memory.check(opened.need, dtype, scheme, device, viewer.frames_of())   # of the longest video
     with viewer.looking(cfg.video, (cfg.start, math.inf if cfg.end is None else cfg.end)) as see:
-        filled = dataclasses.replace(cfg, tokens=opened.tokens, template=cfg.template or viewer.kind.template)
-        session = Session(filled, opened.load(dtype, scheme, device), viewer)
+        cfg = dataclasses.replace(cfg, tokens=opened.tokens)
+        session = Session(cfg, opened.load(dtype, scheme, device), viewer)
         loaded = time.perf_counter()
         session.show(see(session.chat))
     session.introduce()
@@ -562,7 +561,7 @@ def begin(cfg):
 
 
 def main(cfg):
-    cli.check(cfg, tokens=VIDEO_TOKENS, template=TEMPLATES)
+    cli.check(cfg, tokens=VIDEO_TOKENS)
     if not cfg.question and sys.stdin.isatty() and (cfg.json or cfg.explain):
         raise UserError("--json and --explain: go with -q; a conversation has /save FILE and /explain PNG")
     session = begin(cfg)

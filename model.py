@@ -534,7 +534,6 @@ VICUNA = ("A chat between a curious user and an artificial intelligence assistan
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 TEMPLATES = {
     "vicuna_v1": Template("USER: {}\n<video>ASSISTANT:", system=VICUNA),
-    "none": Template("USER: {}\n<video>ASSISTANT:"),
     "vtimellm": Template("USER: <video>\n{} ASSISTANT:", system=VICUNA, marked=False),
     "plain": Template("<video>", answer="\n{}\n", end=False, marked=False)}   # VTimeLLM's first stage
 

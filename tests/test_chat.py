@@ -280,7 +280,6 @@ def test_num_frames_is_8_for_small_pictures_unless_it_is_given(call):
 
 @pytest.mark.parametrize("flags, words", [
     (["--tokens", "magic"], ["--tokens magic", "branch, mean, st_pool"]),
-    (["--template", "x"], ["--template x", "vicuna_v1"]),
     (["--num_frames", "0"], ["--num_frames 0", "from 1 to"]),
     (["--max_new_tokens", "0"], ["--max_new_tokens 0"]),
     (["--seed", "-1"], ["--seed -1"]),
@@ -969,7 +968,8 @@ def same_state(a, b):
 @pytest.mark.parametrize("template", ["vtimellm", "vicuna_v1"])   # the video before the question, or behind
 def test_when_prints_the_time_and_leaves_the_conversation_to_the_bit(clock, capsys, monkeypatch, template):
     monkeypatch.setenv("COLUMNS", "103")
-    session = clock("It is from 25 to 75.", template=template)
+    monkeypatch.setattr(model.FrameCLS, "template", template)
+    session = clock("It is from 25 to 75.")
     said(session, "What is this?" * 9), said(session)
     before = state(session)
     capsys.readouterr()
