@@ -26,53 +26,42 @@ def half_blocks(picture):
             for pair in zip(rows[::2], rows[1::2])]
 
 
-def frame_lines(frames, times, columns, colour):
-    """Frames (T, 3, H, W) uint8 and their times -> lines for a terminal, none wider than `columns`: a table
-    of pictures, each with its number and its seconds below; without colour only these."""
-    H, W = frames.shape[2:]
-    cell = min(CELL, columns)
-    scale = min(cell / W, 2 * cell / H)   # upright pictures are at most twice as high as wide
-    height, width = 2 * max(1, round(scale * H / 2)), max(1, round(scale * W))
-    small = F.interpolate(frames.float(), (height, width), mode="area").round().byte() if colour else frames
-    blocks = [half_blocks(picture) if colour else [] for picture in small]
-    labels = [f"{i}: {t:.2f} s"[:cell] for i, t in enumerate(times)]
-    lines, across, gap = [], (columns + 2) // (cell + 2), " " * (cell + 2 - width)
-    for i in range(0, len(times), across):
-        lines += [gap.join(row) for row in zip(*blocks[i:i + across])]   # a line of each, side by side
-        lines.append("  ".join(label.ljust(cell) for label in labels[i:i + across]).rstrip())
-    return lines
-
-
 def is_plain():
     """Whether a terminal wants neither colours nor pictures made of characters."""
     return os.environ.get("TERM") == "dumb" or bool(os.environ.get("NO_COLOR"))
 
 
 def show_frames(frames, times):
-    """Frames (T, 3, H, W) uint8 and their times on standard error, which is best a terminal with colours."""
-    colour = sys.stderr.isatty() and not is_plain()
-    say("\n".join(frame_lines(frames, times, shutil.get_terminal_size().columns, colour)))
-
-
-def bar_lines(rows, columns, heights):
-    """rows {label: 100 numbers from 0 on, of the steps of a clip, or None} -> a line each, none wider than
-    `columns`: a cell for a step, or for a few, as high as the largest of them, as a part of the line's
-    largest. heights: a character for each, from the lowest to the highest."""
-    rows = {name: values for name, values in rows.items() if values}
-    label = max(map(len, rows)) + 1
-    cells, lines = max(1, min(100, columns - label - 2)), []
-    for name, values in rows.items():
-        highest, top = max(values) or 1, len(heights) - 1
-        parts = [max(values[100 * i // cells:100 * (i + 1) // cells]) for i in range(cells)]
-        lines.append(f"{name:{label}}|{''.join(heights[round(x / highest * top)] for x in parts)}|")
-    return lines
+    """Frames (T, 3, H, W) uint8 and their times on standard error, no line wider than the terminal: a table
+    of pictures, each with its number and its seconds below; where there are no colours only these."""
+    H, W = frames.shape[2:]
+    columns, colour = shutil.get_terminal_size().columns, sys.stderr.isatty() and not is_plain()
+    cell = min(CELL, columns)
+    scale = min(cell / W, 2 * cell / H)   # upright pictures are at most twice as high as wide
+    height, width = 2 * max(1, round(scale * H / 2)), max(1, round(scale * W))
+    small = F.interpolate(frames.float(), (height, width), mode="area").round().byte() if colour else frames
+    blocks = [half_blocks(picture) if colour else [] for picture in small]
+    labels = [f"{i}: {t:.2f} s"[:cell] for i, t in enumerate(times)]
+    across, gap = (columns + 2) // (cell + 2), " " * (cell + 2 - width)
+    for i in range(0, len(times), across):
+        for row in zip(*blocks[i:i + across]):   # a line of each, side by side
+            say(gap.join(row))
+        say("  ".join(label.ljust(cell) for label in labels[i:i + across]).rstrip())
 
 
 def show_bars(rows):
-    """See bar_lines; on standard error."""
+    """rows {label: 100 numbers from 0 on, of the steps of a clip, or None} -> a line each on standard error,
+    no wider than the terminal: a cell for a step, or for a few, as high as the largest of them, as a part of
+    the line's largest."""
     simple = is_plain() or not (sys.stderr.encoding or "").lower().startswith("utf")
     heights = ".:-=+*#" if simple else ".▁▂▃▄▅▆▇█"
-    say("\n".join(bar_lines(rows, shutil.get_terminal_size().columns, heights)))
+    rows = {name: values for name, values in rows.items() if values}
+    label = max(map(len, rows)) + 1
+    cells = max(1, min(100, shutil.get_terminal_size().columns - label - 2))
+    for name, values in rows.items():
+        highest, top = max(values) or 1, len(heights) - 1
+        parts = [max(values[100 * i // cells:100 * (i + 1) // cells]) for i in range(cells)]
+        say(f"{name:{label}}|{''.join(heights[round(x / highest * top)] for x in parts)}|")
 
 
 # ------------------------------------------------------------------------------------------------------ times

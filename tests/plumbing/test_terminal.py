@@ -31,21 +31,36 @@ def plain(text):
     return re.sub(r"[^\n]*\r", "", text)
 
 
+@pytest.fixture
+def shown(monkeypatch):
+    """shown(frames, times, environment variables...) -> what show_frames writes to a terminal."""
+    def shown(frames, times, **variables):
+        stderr = io.StringIO()
+        with monkeypatch.context() as patched:
+            patched.setattr(stderr, "isatty", lambda: True, raising=False)
+            for name, value in {"TERM": "xterm-256color", "NO_COLOR": "", **variables}.items():
+                patched.setenv(name, value)
+            patched.setattr(sys, "stderr", stderr)
+            terminal.show_frames(frames, times)
+        return stderr.getvalue()
+    return shown
+
+
 @pytest.mark.parametrize("shape", [(48, 64), (64, 64), (64, 20), (400, 2), (2, 400)], ids=str)
 @pytest.mark.parametrize("columns", [10, 40, 80, 200])
-def test_no_line_of_frames_is_wider_than_the_terminal(columns, shape):
+def test_no_line_of_frames_is_wider_than_the_terminal(shown, columns, shape):
     frames, times = torch.zeros(7, 3, *shape, dtype=torch.uint8), [0.25 * i for i in range(7)]
-    for colour in (True, False):
-        lines = terminal.frame_lines(frames, times, columns, colour)
-        assert max(map(len, map(plain, lines))) <= columns
+    for plainly in ("", "1"):
+        text = plain(shown(frames, times, COLUMNS=str(columns), NO_COLOR=plainly))
+        assert max(map(len, text.splitlines())) <= columns
         if columns >= 40:
-            assert all(f"{i}: {t:.2f} s" in plain("\n".join(lines)) for i, t in enumerate(times))
+            assert all(f"{i}: {t:.2f} s" in text for i, t in enumerate(times))
 
 
-def test_80_columns_hold_four_pictures_and_40_hold_two():
+def test_80_columns_hold_four_pictures_and_40_hold_two(shown):
     frames = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
     for columns, across in ((80, 4), (40, 2)):
-        lines = terminal.frame_lines(frames, [0.0] * 8, columns, True)
+        lines = shown(frames, [0.0] * 8, COLUMNS=str(columns)).splitlines()
         assert plain(lines[0]).count("\u2580") == 18 * across and len(lines) == 8 // across * (9 + 1)
 
 
@@ -55,11 +70,14 @@ def test_a_half_block_has_the_upper_pixel_as_its_colour_and_the_lower_as_its_gro
 
 
 @pytest.mark.parametrize("columns", [1, 40, 80, 200])
-def test_bars_fit_into_the_terminal_and_the_largest_step_is_the_highest_cell(columns):
+def test_bars_fit_into_the_terminal_and_the_largest_step_is_the_highest_cell(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
     chances = [0.001] * 100
     chances[42] = 0.1
     rows = {"start": chances, "": [k == 99 for k in range(100)], "end": None}
-    lines = terminal.bar_lines(rows, columns, ".-#")
+    terminal.show_bars(rows)
+    lines = capsys.readouterr().err.splitlines()
     first, second = (line.split("|")[1] for line in lines)
     assert len(lines) == 2 and len(lines[0]) == len(lines[1]) <= max(columns, 9) and len(first) <= 100
     assert first.index("#") == 42 * len(first) // 100 and second.endswith("#")
@@ -75,29 +93,13 @@ def test_bars_are_ascii_where_a_terminal_is_simple(monkeypatch, capsys):
     assert "\u2588" in blocks and simple == blocks.replace("\u2588", "#")
 
 
-@pytest.fixture
-def shown(session, monkeypatch):
-    """shown(environment variables...) -> what show_frames writes to a terminal."""
-    def shown(**variables):
-        stderr = io.StringIO()
-        with monkeypatch.context() as patched:
-            patched.setattr(stderr, "isatty", lambda: True, raising=False)
-            patched.delenv("NO_COLOR", raising=False)
-            for name, value in {"TERM": "xterm-256color", **variables}.items():
-                patched.setenv(name, value)
-            patched.setattr(sys, "stderr", stderr)
-            terminal.show_frames(session.seen.frames, session.seen.times)
-        return stderr.getvalue()
-    return shown
-
-
-def test_a_terminal_with_colours_shows_pictures(shown):
-    assert "\u2580" in (text := shown()) and "7: 1.80 s" in text
+def test_a_terminal_with_colours_shows_pictures(session, shown):
+    assert "\u2580" in (text := shown(session.seen.frames, session.seen.times)) and "7: 1.80 s" in text
 
 
 @pytest.mark.parametrize("terminal", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
-def test_without_colour_the_frames_are_only_times(shown, terminal):
-    text = shown(**terminal)
+def test_without_colour_the_frames_are_only_times(session, shown, terminal):
+    text = shown(session.seen.frames, session.seen.times, **terminal)
     assert "\x1b" not in text and "\u2580" not in text and "7: 1.80 s" in text
 
 
