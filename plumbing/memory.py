@@ -77,8 +77,7 @@ def available(device):
 
 
 def check(need_of, dtype, scheme, device, num_frames):
-    """Raises UserError, with what would fit, where free memory will not hold a chat. need_of(dtype, scheme,
-    device, num_frames): {part: bytes}."""
+    """Raises UserError, with what would fit, if too little is free. need_of(...): {part of a chat: bytes}."""
     need, free = need_of(dtype, scheme, device, num_frames), available(device)
     if free is not None and sum(need.values()) > free:
         parts = ", ".join(f"{part} {size / 1e9:.1f} GB" for part, size in need.items())

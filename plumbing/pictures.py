@@ -66,8 +66,7 @@ def nice_ticks(low, high):
 
 
 def bars(path, title, rows):
-    """Horizontal bars from zero as a PNG, with a whisker from the lowest to the highest. rows: [(label,
-    value, lowest, highest)]."""
+    """Bars from zero as a PNG, with whiskers. rows: [(label, value, lowest, highest)]."""
     font, longest = ImageFont.load_default(15), max(high for *_, high in rows) or 1
     left = 30 + round(max(font.getlength(label) for label, *_ in rows))
     image = Image.new("RGB", (900, 70 + 34 * len(rows)), "white")

@@ -45,8 +45,7 @@ class Store:
             self.tidy()
 
     def tidy(self):
-        """Removes the files used longest ago beyond max_bytes, never the newest; also half an entry, which a
-        killed process left."""
+        """Removes the files used longest ago beyond max_bytes, never the newest; halves of entries, too."""
         ours = re.compile(rf"{re.escape(self.prefix)}[0-9a-f]{{32}}\.safetensors(\.\d+\.tmp)?")
         entries, total = [], 0
         for file in os.scandir(self.folder):

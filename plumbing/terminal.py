@@ -51,8 +51,7 @@ def show_frames(frames, times):
 
 def show_bars(rows):
     """rows {label: 100 numbers from 0 on, of the steps of a clip, or None} -> a line each on standard error,
-    no wider than the terminal: a cell for a step, or for a few, as high as the largest of them, as a part of
-    the line's largest."""
+    no wider than the terminal: a cell for a step or a few, as high as their part of the line's largest."""
     simple = is_plain() or not (sys.stderr.encoding or "").lower().startswith("utf")
     heights = ".:-=+*#" if simple else ".▁▂▃▄▅▆▇█"
     rows = {name: values for name, values in rows.items() if values}
@@ -102,9 +101,8 @@ def read_line(prompt):
 
 
 def rest_of(line):
-    """A line that begins with three quotes -> the text between these and the next ones, which may be lines
-    further down. Lines after the first keep their indentation: they may be code. "" after Ctrl-C or
-    Ctrl-D."""
+    """A line that begins with three quotes -> the text up to the next ones, maybe lines further down. Lines
+    after the first keep their indentation: they may be code. "" after Ctrl-C or Ctrl-D."""
     lines = [line.removeprefix(QUOTES).strip()]
     while not lines[-1].endswith(QUOTES):
         try:

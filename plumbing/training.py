@@ -108,8 +108,7 @@ def batches(n, batch_size, together, seed, start, here):
 
 
 def next_batch(loader, here):
-    """-> a batch of as many rows as in every other process, maybe none. Raises UserError where no process has
-    one.
+    """-> a batch of as many rows as in every other process. Raises UserError where none has one.
 
     loader: yields dicts of tensors and lists, among them "index", and "skipped": what is wrong with the
     videos that are left out."""

@@ -62,8 +62,7 @@ def still_caption(clip, share):
     """What a single frame shows, in words: nothing about motion -> (caption, facts).
 
     Up and down, clockwise and counterclockwise are said of places and angles here, big and small of sizes.
-    That is how the text tower, frozen later, learns to tell such words apart: of a word that it never met it
-    makes next to nothing."""
+    So the text tower, frozen later, learns to tell such words apart."""
     x, y, radius, angle, visible = clip.at(share)
     if not visible:
         return "an empty picture", {"look": "It is an empty picture."}

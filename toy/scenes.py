@@ -67,8 +67,7 @@ class Scenes:
         self.looks["both"] = np.array([f"{clip.colour} {clip.shape}" for clip in self.clips])
 
     def draw(self, kind, count, rng, colours=world.COLOURS):
-        """A video of `count` scenes -> numbers of its clips, a turn (question, answer). colours: of scenes
-        that are asked about."""
+        """A video of `count` scenes -> numbers of its clips, a turn about one of them, of these colours."""
         look = self.looks[kind.split(" by ")[1]]
         while self.looks["colour"][asked := rng.integers(len(self.clips))] not in colours:
             pass

@@ -28,8 +28,7 @@ ANSWERS = ["It is from {} to {} that it happens.", "It happens from {} to {}."] 
 
 @dataclasses.dataclass
 class Story:
-    """events: a list of Clips on one ground. spans: when each happens, (start, end) in shares of the story.
-    duration: in seconds."""
+    """events: Clips on one ground. spans: when each happens, (start, end) in shares of all. duration: s."""
     events: list
     spans: list
     duration: float

@@ -65,8 +65,7 @@ def list_released(cfg):
 
 
 def get(cfg):
-    """Fetches the files of one release, and those that it goes with. What is there and right is left alone.
-    Raises UserError."""
+    """Fetches a release and those that it goes with. What is there and right stays. Raises UserError."""
     if cfg.what not in RELEASED:
         raise UserError(f"{cfg.what or 'no name'}: no released weights; choose one of {', '.join(RELEASED)}")
     release = RELEASED[cfg.what]
@@ -88,8 +87,7 @@ def get(cfg):
 
 
 def unpack(archive, holds, out):
-    """Puts files of a tar at their places, {how a name in it ends: place in the folder `out`}. What is there
-    stays. Raises UserError."""
+    """Takes files {how a name ends: place in `out`} from a tar; what is there stays. Raises UserError."""
     missing = {end: to for end, to in holds.items() if not os.path.lexists(os.path.join(out, to))}
     if not missing:
         return
