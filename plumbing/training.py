@@ -7,7 +7,7 @@ import json
 import math
 import multiprocessing
 import os
-import re
+import pathlib
 import signal
 import sys
 import threading
@@ -199,9 +199,8 @@ class Log:
     what write_atomic leaves in the folder when it is killed: NAME.PROCESS.tmp."""
     def __init__(self, folder, start):
         self.path, self.rows = os.path.join(folder, "log.jsonl"), []
-        for name in os.listdir(folder):
-            if re.fullmatch(r".+\.(pth|bin|png|jsonl)\.\d+\.tmp", name):
-                os.remove(os.path.join(folder, name))
+        for left in pathlib.Path(folder).glob("*.*.tmp"):
+            left.unlink()
         if start and os.path.exists(self.path):
             with open(self.path) as f:
                 rows = [json.loads(line) for line in f if line.endswith("\n")]   # a kill cuts one
