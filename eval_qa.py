@@ -111,10 +111,11 @@ def read_questions(cfg):
             name = str(pick(row, "id"))
             row = answers.get(name, {}) | row
             row |= {column: pick(row, column) for column in table.columns if pick(row, column) is not None}
-            row = table.convert(row, cfg.root)
-            if row is None or answers and name not in answers:
+            change = table.change(row, cfg.root)
+            if change is None or answers and name not in answers:
                 odd["no answer, or other tasks: left out"] += 1
                 continue
+            row |= change
             row["video"] = str(row["video"])
             row["kind"] = table.kinds.get(str(row.get("kind")), row.get("kind"))
             question = question_of(where, row, len(questions), odd)
@@ -726,24 +727,15 @@ def paired_rows(path):
             for number, (where, row) in enumerate(data.read_rows(path)) for i in (1, 2)]
 
 
-# Set.convert: a row with our names, and the folder of videos -> our row, or None if it is not to be asked
-def nextqa(row, root):
-    return row | {"id": f"{row['video']}_{row['qid']}", "answer": int(row["answer"]),
-                  "options": [row[f"a{i}"] for i in range(5)]}
-
-
-def egoschema(row, root):
-    return row | {"options": [row[f"option {i}"] for i in range(5)]}
-
-
 def mvbench(row, root):
     """The first revision shows parts of videos, a later one has cut them out: in folders of other names."""
     folder = next(folder for folder, tasks in MVBENCH.items() if row["task"] in tasks.split())
+    change = {"kind": row["task"]}
     if folder in SEGMENTS and not os.path.isdir(os.path.join(root, folder)):
         folder = SEGMENTS[folder]
-        row = row | {"start": None, "end": None}
-    return row | {"video": f"{folder}/{row['video']}", "kind": row["task"],
-                  "frames_fps": 3 if "frames_fps3" in folder else None}
+        change |= {"start": None, "end": None}
+    return change | {"video": f"{folder}/{row['video']}",
+                     "frames_fps": 3 if "frames_fps3" in folder else None}
 
 
 MVBENCH = {   # folders of videos: the tasks about them
@@ -759,35 +751,13 @@ SEGMENTS = {"star/Charades_v1_480": "star/Charades_segment", "sta/sta_video": "s
             "tvqa/frames_fps3_hq": "tvqa/video_fps3_hq_segment"}
 
 
-def videomme(row, root):
-    return row | {"kind": row["duration"],
-                  "options": [re.sub(r"^[A-Z]\. ?", "", text) for text in row["options"]]}
-
-
-def mlvu(row, root):
-    """Tasks without candidates ask for descriptions, which takes a judge."""
-    return row | {"video": f"{row['task']}/{row['video']}"} if "candidates" in row else None
-
-
 def tempcompass(row, root):
     """Options stand in the question, a line each, and the answer is such a line."""
     mark = re.compile(r"(?:[A-Z]\.|(?:Option|Caption|Sentence) \w+:) *")
     first, *lines = row["question"].split("\n")
     options = [mark.sub("", line, 1) for line in lines if mark.match(line)]
     question = "\n".join([first, *(line for line in lines if not mark.match(line))])
-    return row | {"question": question, "answer": mark.sub("", row["answer"], 1), "options": options or None}
-
-
-def perceptiontest(row, root):
-    return row | {"id": f"{row['video']}_{row['id']}"}
-
-
-def videovista(row, root):
-    return None if row["kind"] == "Relation Reasoning-Image" else row   # that shows a picture besides
-
-
-def longvideobench(row, root):
-    return row | {"options": [text for text in row["options"] if text != "N/A"]}
+    return {"question": question, "answer": mark.sub("", row["answer"], 1), "options": options or None}
 
 
 def submit_perceptiontest(rows, chose):
@@ -809,7 +779,8 @@ class Set:
     sizes: tuple = ()           # of its files
     counted: bool = False       # on the file itself; else another size only warns
     rows: object = table_rows   # path -> [(where, row)]
-    convert: object = lambda row, root: row   # what a row needs beside our names for its columns
+    # What becomes of a row that has our columns, as a folder of videos wants it; None: it is not asked
+    change: object = lambda row, root: {}
     name: str = "{}"            # of a video's file, where it is not as in the questions
     kinds: dict = dataclasses.field(default_factory=dict)   # its types -> kinds; "a: b" counts as "a", too
     columns: tuple = tuple(COLUMNS)   # that it may call otherwise
@@ -820,19 +791,31 @@ SETS = {
     "activitynet_qa": Set((8000, 18000, 32000), True, name="v_{}", kinds=dict(zip("012345678", (
         "motion", "spatial", "temporal", "free: yes/no", "free: colour", "free: object", "free: location",
         "free: number", "free: other")))),
-    "msvd_qa": Set((13157,), name="vid{}"), "msrvtt_qa": Set((72821,), name="video{}"),
+    "msvd_qa": Set((13157,), name="vid{}"),
+    "msrvtt_qa": Set((72821,), name="video{}"),
     "tgif_frameqa": Set((13691,), True, kinds=dict(zip("0123", ("object", "number", "colour", "location")))),
-    "tgif_count": Set((3554,), True), "videochatgpt_generic": Set((1996,)),
-    "videochatgpt_temporal": Set((499,)), "videochatgpt_consistency": Set((998,), rows=paired_rows),
-    "nextqa": Set((4996, 8564), True, convert=nextqa, kinds={
-        **{x: f"{x[0]}: {x}" for x in ("CW", "CH", "TN", "TC", "DC", "DL", "DO")}, "TP": "T: TN"}),
-    "egoschema": Set((500, 5031), True, convert=egoschema),
-    "mvbench": Set((4000,), rows=folder_rows, convert=mvbench),
-    "videomme": Set((2700,), convert=videomme), "mlvu": Set((2175,), True, folder_rows, mlvu),
+    "tgif_count": Set((3554,), True),
+    "videochatgpt_generic": Set((1996,)),
+    "videochatgpt_temporal": Set((499,)),
+    "videochatgpt_consistency": Set((998,), rows=paired_rows),
+    "nextqa": Set((4996, 8564), True, change=lambda row, _: {
+        "id": f"{row['video']}_{row['qid']}", "answer": int(row["answer"]),
+        "options": [row[f"a{i}"] for i in range(5)]},
+        kinds={**{x: f"{x[0]}: {x}" for x in ("CW", "CH", "TN", "TC", "DC", "DL", "DO")}, "TP": "T: TN"}),
+    "egoschema": Set((500, 5031), True, change=lambda row, _: {
+        "options": [row[f"option {i}"] for i in range(5)]}),
+    "mvbench": Set((4000,), rows=folder_rows, change=mvbench),
+    "videomme": Set((2700,), change=lambda row, _: {
+        "kind": row["duration"], "options": [re.sub(r"^[A-Z]\. ?", "", text) for text in row["options"]]}),
+    "mlvu": Set((2175,), True, folder_rows, lambda row, _: {   # without candidates: descriptions
+        "video": f"{row['task']}/{row['video']}"} if "candidates" in row else None),
     "tempcompass": Set((1580, 2453, 1503), True, nested_rows, tempcompass),
-    "perceptiontest": Set((19140,), rows=nested_rows, convert=perceptiontest),
-    "videovista": Set(convert=videovista),
-    "longvideobench": Set((1337, 5341), convert=longvideobench, name="videos/{}")}
+    "perceptiontest": Set((19140,), rows=nested_rows, change=lambda row, _: {
+        "id": f"{row['video']}_{row['id']}"}),
+    "videovista": Set(change=lambda row, _:   # the one that is left out shows a picture besides
+                      None if row["kind"] == "Relation Reasoning-Image" else {}),
+    "longvideobench": Set((1337, 5341), name="videos/{}", change=lambda row, _: {
+        "options": [text for text in row["options"] if text != "N/A"]})}
 
 
 if __name__ == "__main__":
