@@ -302,18 +302,15 @@ class Session:
         same = min(len(os.path.commonprefix([prompt, self.cached_ids])), len(prompt) - 1)
         return ids, prompt, same, room
 
-    @contextlib.contextmanager
-    def aside(self, question):
-        """Yields another conversation, in which `question` can be asked, greedily. Afterwards this one goes
-        on, and nothing of it has to be worked through again."""
+    def fork(self, question):
+        """-> another conversation, to ask `question` greedily. It copies what it needs of what the LLaMA has
+        worked through, so that this one can go on."""
         other = copy.copy(self)
         other.cfg, other.turns, other.forgotten = dataclasses.replace(self.cfg, temperature=0.0), [], 0
-        _, prompt, same, _ = other.prompt(question)
-        try:
-            with self.kv_cache.aside(same, len(prompt) + self.cfg.max_new_tokens + 10):   # 10: the digits
-                yield other
-        finally:
-            self.cached_ids = self.cached_ids[:self.kv_cache.length]   # shorter after a second Ctrl-C
+        _, prompt, same, room = other.prompt(question)
+        longest = len(prompt) + min(room, self.cfg.max_new_tokens + 10)   # 10: digits, side by side
+        other.kv_cache = self.kv_cache.fork(same, longest)
+        return other
 
     def ask(self, question, show):
         """Answers `question`: hands the text to `show`, piece by piece as it comes, then a line break. -> the
@@ -382,9 +379,9 @@ def when(session, event, likely):
         if os.path.lexists(path):
             raise UserError(f"{path}: is there already; choose another name")
     question = WHEN.replace("{}", event.lower().rstrip(".")) if event else ALL_EVENTS
-    with session.aside(question) as other:
-        tokens = other.ask(question, lambda piece: None)
-        bars = start_and_end(other, tokens) if likely else [None, None]
+    other = session.fork(question)
+    tokens = other.ask(question, lambda piece: None)
+    bars = start_and_end(other, tokens) if likely else [None, None]
     answer, length = CONTROL.sub("\ufffd", session.chat.tokenizer.decode(tokens)), end - begin
     timed = [(*span, event) for span in read_spans(answer, length)] if event else sorted(read_events(answer))
     rows = [{"event": text, "start": round(begin + min(a, b) * length, 3),

@@ -9,7 +9,7 @@ Shapes: B batch, S new tokens, P tokens in the KV cache, D width, H heads, h KV 
 """
 import base64
 import collections
-import contextlib
+import copy
 import functools
 import glob
 import heapq
@@ -115,19 +115,13 @@ class KVCache:
         assert 0 <= length <= self.length, f"cannot keep {length} tokens of {self.length}"
         self.length = length
 
-    @contextlib.contextmanager
-    def aside(self, start, end):
-        """Within it, tokens from `start` to `end` may be written over. Then all is as it was: what stood
-        there is put aside and put back, not computed again."""
-        length, tensors = self.length, [*self.k, *self.v]
-        kept = [t[:, :, start:min(end, length)].clone() for t in tensors]   # (B, h, at most end - start, d)
-        try:
-            yield
-        finally:
-            self.length = start   # first: a Ctrl-C must not leave what is half put back
-            for t, old in zip(tensors, kept):
-                t[:, :, start:start + old.shape[2]] = old
-            self.length = length
+    def fork(self, length, max_len):
+        """-> another cache, for max_len tokens, that begins with a copy of the first `length` ones."""
+        other = copy.copy(self)
+        other.k, other.v = ([F.pad(t[:, :, :length], (0, 0, 0, max_len - length)) for t in tensors]
+                            for tensors in (self.k, self.v))
+        other.length, other.max_len = length, max_len
+        return other
 
 
 class Attention(nn.Module):

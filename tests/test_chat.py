@@ -1,5 +1,4 @@
 """chat.py as scripts drive it, as a Session, and with all that can be wrong."""
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -997,23 +996,6 @@ def test_ctrl_c_within_when_leaves_the_conversation_as_it_was(clock, monkeypatch
         patched.setattr(session.chat.llm, "forward", stopped)
         chat.run_command(session, "/when a dog jumps")
     assert len(calls) == 4 and same_state(state(session), before)
-
-
-def test_ctrl_c_while_the_conversation_is_put_back_costs_time_and_nothing_else(clock, monkeypatch):
-    session = clock("It is from 25 to 75.")
-    said(session, "What is this?")
-    turns, cache = list(session.turns), session.kv_cache
-
-    @contextlib.contextmanager
-    def half_put_back(start, end):
-        yield
-        cache.truncate(start)
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(cache, "aside", half_put_back)
-        chat.run_command(session, "/when a dog jumps")
-    assert session.turns == turns and len(session.cached_ids) == cache.length
-    assert next_answer_is_that_of_the_whole_prompt(session)
 
 
 def test_the_chances_of_100_starts_and_ends_are_read_from_the_logits(clock, capsys):

@@ -192,16 +192,15 @@ def test_number_probabilities_are_those_of_a_model_that_reads_each_prompt_by_its
     assert found.shape == (100,) and cache.length == 8
 
 
-def test_what_stood_in_a_cache_is_put_back_to_the_bit():
-    model, ids = tiny(), torch.randint(64, (1, 20))
-    cache, other = cache_of(model), torch.randint(64, (1, 7))
+def test_a_fork_of_a_cache_goes_on_from_its_beginning_and_leaves_it_to_the_bit():
+    model, ids, more = tiny(), torch.randint(64, (1, 20)), torch.randint(64, (1, 7))
+    cache = cache_of(model)
     with torch.no_grad():
         model(ids, kv_cache=cache)
         before = [t[:, :, :20].clone() for t in (*cache.k, *cache.v)]
-        with cache.aside(5, 12):
-            cache.truncate(5)
-            model(other, kv_cache=cache)
-            assert not torch.equal(cache.k[0][:, :, :20], before[0])
+        fork = cache.fork(5, 12)
+        whole = model(torch.cat([ids[:, :5], more], 1))[:, 5:]
+        assert torch.allclose(model(more, kv_cache=fork), whole, atol=1e-5) and fork.length == fork.max_len
     assert cache.length == 20
     assert all(torch.equal(t[:, :, :20], old) for t, old in zip((*cache.k, *cache.v), before))
 
