@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bench.frames import SHORT_GOP, make
-from bench.measure import HERE, TINY, best, call, heading, multiplying, of_numbers, reading
+from bench.measure import HERE, TINY, best, call, heading, medians, multiplying, of_numbers, reading
 from clip import CLIP, CLIPConfig, load_clip, read_clip, save_clip
 from linvt import LinVT
 from llm import LLaMA, LLaMAConfig, add_lora, load_llama, save_adapter, save_llama
@@ -126,18 +126,18 @@ def chat(cfg, config=LLaMAConfig(), clip_config=CLIPConfig()):
             cli.say(f"{name}, round {run} of {cfg.runs}: prompt {times[0]:.2f} s")
             found[name] += [[*times, memory]] * (run > 0)
         bounds.append(call(limits, config.width, config.mlp)[0])
-    read, floats, whole = map(statistics.median, zip(*bounds))
-    medians = {name: [*map(statistics.median, zip(*measured))] for name, measured in found.items()}
-    theirs, rows = medians.get(THEIRS, [math.nan] * 2), []
+    read, floats, whole = medians(bounds)
+    costs = {name: medians(measured) for name, measured in found.items()}
+    theirs, rows = costs.get(THEIRS, [math.nan] * 2), []
     work = 2 * PROMPT * (sum(p.numel() for p in llama.parameters()) - 2 * words)   # one row of words is read
-    for name, (prompt, token, memory) in medians.items():
+    for name, (prompt, token, memory) in costs.items():
         scheme = WHO[name][1]
         matrices = quant.nbytes(llama, scheme, torch.bfloat16) - 2 * words
         product = whole if scheme in ("int8", "int4") else floats
         rows.append([name, prompt, prompt / theirs[0], work / prompt / product, 1 / token, theirs[1] / token,
                      matrices / token / read, memory])
     cli.table(["who", "s for the prompt", "to transformers", "share of the machine's product", "tokens/s",
-           "to transformers", "share of reading memory", "MB without imports"], rows)
+               "to transformers", "share of reading memory", "MB without imports"], rows)
 
 
 # -------------------------------------------------------------------------------- CLIP
@@ -163,7 +163,7 @@ def clip(cfg, config=CLIPConfig()):
     work = 2 * (1 + config.patch_tokens) * config.vision_layers * D * (4 * D + 2 * config.vision_mlp)
     found = {scheme: [call(looking, config, scheme)[0] for _ in range(cfg.runs)] for scheme in (None, "int8")}
     for scheme, runs in found.items():
-        seconds, product = map(statistics.median, zip(*runs))
+        seconds, product = medians(runs)
         rows.append([scheme or "fp32", seconds, 100 * seconds, work / seconds / product])
     cli.table(["CLIP in", "s a frame", "s for 100", "share of the machine's product"], rows)
 
@@ -195,12 +195,12 @@ def linvt(cfg, config=LLaMAConfig(), clip_config=CLIPConfig(), counts=(8, 30, 12
     for frames in counts:
         made = [call(condensing, config, clip_config, frames) for _ in range(cfg.runs)]
         for name, tokens, runs in (("all tokens", N * frames, [(0, 0, 0)]), ("LinVT", N, made)):
-            making, _, memory = map(statistics.median, zip(*runs))
+            making, _, memory = medians(runs)
             read = statistics.median(call(prefill, config, tokens + 50)[0] for _ in range(cfg.runs))
             cache = 4 * config.layers * config.width * (tokens + 50)   # bytes: keys and values in bf16
             rows.append([name, str(frames), str(tokens), making, memory, read, making / read, cache / 1e9])
     cli.table(["rows", "frames", "tokens", "s to make them", "MB for it", "s for the prompt", "share of it",
-           "GB of KV cache"], rows)
+               "GB of KV cache"], rows)
 
 
 # -------------------------------------------------------------------------------- a chat about an hour
@@ -234,11 +234,11 @@ def line(cfg, clips=LINE):
     for video in clips:
         path = make(cfg.data, video)
         runs = [two_questions(weights, path, FRAMES[cfg.tokens]) for _ in range(cfg.runs + 1)]
-        rows.append([*map(statistics.median, zip(*runs[1:]))])   # the first is cold
+        rows.append(medians(runs[1:]))   # the first is cold
         cli.say(f"{video.title}: {rows[-1][1]:.2f} s to the first token")
     what = ["video tokens", "s to the first token", "of it s for the video", "s for a second question", "GB"]
     cli.table(["video", *what, "s to the shortest"],
-          [[video.title, *row, row[1] / rows[0][1]] for video, row in zip(clips, rows)])
+              [[video.title, *row, row[1] / rows[0][1]] for video, row in zip(clips, rows)])
     cli.make_folder(cfg.pictures)
     panels = [(f"{what[i]}, by the length of the video in minutes",
                {"chat.py": [(video.seconds * video.copies / 60, row[i]) for video, row in zip(clips, rows)]})

@@ -6,7 +6,6 @@ others than ours is pointed at.
 import dataclasses
 import importlib.util
 import os
-import statistics
 
 import av
 import numpy as np
@@ -14,7 +13,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import Colorspace
 
 import data
-from bench.measure import call, heading
+from bench.measure import call, heading, medians
 from plumbing import cli
 from toy.world import join
 
@@ -108,10 +107,10 @@ def frames(cfg, cases=FRAMES):
                 shown[name], *cost = call(thinned, function, path, count)
                 costs[name] += [cost] * (run > 0)
         for name in WHO:
-            seconds, memory = map(statistics.median, zip(*costs[name]))
+            seconds, memory = medians(costs[name])
             apart = np.abs(shown[name] - shown["ours"]).mean((1, 2, 3)).max()
             alike = "yes" if apart <= SAME else "other frames than ours!"
-            ratio = statistics.median(s for s, _ in costs["ours"]) / seconds
+            ratio = medians(costs["ours"])[0] / seconds
             rows.append([clip.title, str(count), name, seconds, memory, alike, ratio])
     cli.table(["video", "T", "who", "CPU s without imports", "MB without imports", "our frames",
                "CPU: ours / it"], rows)

@@ -227,7 +227,7 @@ def speed(device, c, config, frames=100, prompt=300, answer=100):
     work = (c.vision_layers - 1) * (4 * L * D * (2 * D + c.vision_mlp) + 4 * L * L * D)
     seen = seeing(device, c, frames)
     cli.table([f"{frames} frames, bf16", "s", "frames/s", "share of the product, CLIP"],
-          [[who, s, frames / s, work * frames / s / product] for who, s in seen.items()])
+              [[who, s, frames / s, work * frames / s / product] for who, s in seen.items()])
     who = {f"ours, {scheme or 'bf16'}": functools.partial(ours, scheme=scheme)
            for scheme in (None, "int8", "int4")}
     if importlib.util.find_spec("transformers"):
@@ -238,7 +238,7 @@ def speed(device, c, config, frames=100, prompt=300, answer=100):
         first = seen["CLIP and branch"] + prefill
         rows.append([name, prefill, first, 1 / token, matrices / token / bandwidth])
     cli.table([f"LLaMA of {config.layers} layers", f"s for a prompt of {prompt}", f"after {frames} frames",
-           "tokens/s", "share of reading memory"], rows)
+               "tokens/s", "share of reading memory"], rows)
 
 
 # -------------------------------------------------------------------------------- training at full size
@@ -299,6 +299,6 @@ def gpu(cfg):
     speed(device, c, config)
     batches(device, c)
     cli.table(["a conversation about 100 frames", "--checkpointed", "s a step", "GB"],
-          [["LoRA" if lora else "projector and branch", "yes" if checkpointed else "no",
-            *tuning(device, c, config, lora, checkpointed)]
-           for lora, checkpointed in itertools.product((False, True), repeat=2)])
+              [["LoRA" if lora else "projector and branch", "yes" if checkpointed else "no",
+                *tuning(device, c, config, lora, checkpointed)]
+               for lora, checkpointed in itertools.product((False, True), repeat=2)])

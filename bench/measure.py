@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import platform
 import re
+import statistics
 import time
 
 import torch
@@ -34,6 +35,11 @@ def call(function, *arguments):
     memory at most, both without imports). A BrokenProcessPool is a lack of memory."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(charged, function, arguments).result()
+
+
+def medians(runs):
+    """Rows of numbers, one a run -> the median of each column."""
+    return [*map(statistics.median, zip(*runs))]
 
 
 def best(work, device=torch.device("cpu"), count=5):
