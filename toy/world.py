@@ -71,8 +71,7 @@ class Clip:
         if way == 1:
             return dataclasses.replace(self, motion=MOTIONS[pair][0]).at(1 - share)
         j = self.jitter
-        sides = [self.place.endswith(b) - self.place.endswith(a) or (b in self.place) - (a in self.place)
-                 for a, b in (("left", "right"), ("top", "bottom"))]
+        sides = [(b in self.place) - (a in self.place) for a, b in (("left", "right"), ("top", "bottom"))]
         x, y = (0.5 + 0.24 * side + 0.06 * (k - 0.5) for side, k in zip(sides, j))
         radius = {"small": 0.15, "big": 0.24, "": 0.30 if "spins" in self.motion else 0.19}[self.size]
         radius *= 0.92 + 0.16 * j[2]
@@ -136,8 +135,8 @@ def outline(shape, angle):
         return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles)]
     corners = {"circle": spokes([1] * 48), "ring": spokes([1] * 48), "triangle": spokes([1.15] * 3),
                "square": spokes([1.1] * 4, -math.pi / 4), "star": spokes([1.2, 0.5] * 5),
-               "cross": [(a * x, b * y) for a, b in ((1, -1), (1, 1), (-1, 1), (-1, -1))
-                         for x, y in ((.33, 1), (.33, .33), (1, .33))[::-1 if a * b > 0 else 1]],
+               "cross": [(.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33), (.33, 1),
+                         (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33), (-.33, -1)],
                "bar": [(-.35, -1.15), (.35, -1.15), (.35, 1.15), (-.35, 1.15)],
                "arrow": [(0, -1.2), (.9, -.1), (.32, -.1), (.32, 1.1), (-.32, 1.1), (-.32, -.1), (-.9, -.1)]}
     c, s = math.cos(angle), math.sin(angle)
