@@ -250,10 +250,9 @@ class Session:
         """/stats: what the video and the last answer took."""
         K, cost = len(self.video_tokens), self.cost
         lines = [f"video: {K} tokens from {len(self.seen.times)} frames"]
-        if self.turns and self.viewer.kind.reads_linvt:
-            shares = self.shares()
-            lines.append(f"LinVT: {len(shares)} units, {shares.numel()} tokens seen, {K} given; the largest "
-                         f"unit has {100 * shares.sum(1).max():.0f} %")
+        if self.viewer.kind.reads_linvt:
+            units, N = self.seen.rows.shape[1:3]
+            lines.append(f"LinVT: {units} units, {units * N} tokens seen, {K} given")
         if cost:
             lines.append(f"prompt: {cost.cached} tokens known, {cost.new} new")
         if cost and cost.times:

@@ -616,7 +616,7 @@ class VideoChat(nn.Module):
         if seen is None:
             ids.remove(VIDEO_INDEX)
             return self.llm.model.embed_tokens(torch.tensor([ids], device=self.start_end.device))
-        return self.splice(ids, self.video_tokens(seen, *self.embed_questions([turns[-1][0]]))[0])[None]
+        return self.splice(ids, self.embed_video(seen, [turns[-1][0]])[0])[None]
 
     def prompts(self, talks, template):
         """B conversations, turns as prompt_ids has them -> (B pairs (ids, labels), B questions). Rows that
