@@ -544,8 +544,9 @@ def test_parts_of_a_prompt_are_apart_also_where_the_tokenizer_puts_no_space_befo
 
         def encode(self, text):
             return [ord(c) for c in text]
-    ids, _ = prompt_ids(Letters(), [("what?", "a dog"), ("why?", None)], "none")
-    assert "".join(chr(i) for i in ids if i > 2) == "USER: what?\n ASSISTANT: a dog USER: why? ASSISTANT:"
+    ids, _ = prompt_ids(Letters(), [("what?", "a dog"), ("why?", None)])
+    text = "".join(chr(i) for i in ids if i > 2)
+    assert text.endswith("questions. USER: what?\n ASSISTANT: a dog USER: why? ASSISTANT:")
 
 
 def test_an_answer_that_looks_like_a_prompt_is_still_learned_whole():
