@@ -681,7 +681,8 @@ def test_two_thousand_opens_leave_nothing_behind(tmp_path, clips):
     paths += [str(tmp_path / "text"), str(tmp_path / "still"), str(tmp_path / "missing"), str(tmp_path)]
     notes = in_child(tmp_path, hammer, paths, 2200)
     first, last = notes[1], notes[-1]   # after 200 to warm up
-    assert last["opens"] == 2200 and (last["files"], last["threads"]) == (first["files"], first["threads"])
+    assert last["opens"] == 2200   # fewer files: tests before this one had left some open
+    assert last["files"] <= first["files"] and last["threads"] <= first["threads"]
     assert max(n["resident"] for n in notes[1:]) - first["resident"] < 20 << 20
 
 
