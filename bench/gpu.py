@@ -184,7 +184,7 @@ def seeing(device, c, frames):
 
 @torch.inference_mode()
 def ours(device, config, prompt, answer, scheme=None):
-    """-> s for a prompt, s for a token of an answer, bytes of the matrices that a token reads."""
+    """-> a LLaMA, s for a prompt, when each token of an answer was there."""
     llama = llama_of_numbers(config, device, scheme)
     ids, times = torch.ones(1, prompt, dtype=torch.long, device=device), []
     cache = KVCache(config, 1, 2 * prompt + answer, device, torch.bfloat16)
@@ -196,8 +196,7 @@ def ours(device, config, prompt, answer, scheme=None):
     cache.truncate(0)
     for _ in generate(llama, ids, kv_cache=cache, max_new_tokens=answer):
         times.append(time.perf_counter())
-    matrices = quant.nbytes(llama, None, torch.bfloat16) - llama.model.embed_tokens.weight.nbytes
-    return prefill, median(b - a for a, b in zip(times[2:], times[3:])), matrices   # behind the graph's start
+    return llama, prefill, times
 
 
 @torch.inference_mode()
@@ -215,8 +214,7 @@ def theirs(device, config, prompt, answer):
         cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
         ids.tolist()   # as ours waits for each token
         times.append(time.perf_counter())
-    matrices = sum(p.nbytes for p in llama.parameters()) - llama.model.embed_tokens.weight.nbytes
-    return prefill, median(b - a for a, b in zip(times[2:], times[3:])), matrices
+    return llama, prefill, times
 
 
 def speed(device, c, config, frames=100, prompt=300, answer=100):
@@ -234,7 +232,10 @@ def speed(device, c, config, frames=100, prompt=300, answer=100):
         who["transformers, bf16"] = theirs
     rows = []
     for name, measure in who.items():
-        prefill, token, matrices = measure(device, config, prompt, answer)
+        llama, prefill, times = measure(device, config, prompt, answer)
+        token = median(b - a for a, b in zip(times[2:], times[3:]))   # behind the start of a CUDA graph
+        matrices = sum(t.nbytes for t in (*llama.parameters(), *llama.buffers()))
+        matrices -= llama.model.embed_tokens.weight.nbytes   # of which a token reads one row
         first = seen["CLIP and branch"] + prefill
         rows.append([name, prefill, first, 1 / token, matrices / token / bandwidth])
     cli.table([f"LLaMA of {config.layers} layers", f"s for a prompt of {prompt}", f"after {frames} frames",
