@@ -110,7 +110,7 @@ def read_questions(cfg):
         for where, row in table.rows(cfg.annotations):
             name = str(pick(row, "id"))
             row = answers.get(name, {}) | row
-            row |= {column: pick(row, column) for column in table.columns if pick(row, column) is not None}
+            row |= {ours: pick(row, ours) for ours in table.columns if pick(row, ours) is not None}
             change = table.change(row, cfg.root)
             if change is None or answers and name not in answers:
                 odd["no answer, or other tasks: left out"] += 1
@@ -175,7 +175,7 @@ def option_of(answer, options):
 def find_video(cfg, question, names):
     """-> the path of its file, or of its folder of pictures. names: see read_names."""
     called = question["video"], SETS[cfg.dataset].name.format(question["video"])
-    paths = [data.locate(cfg.root, names.get(name, name)) for name in called]
+    paths = [data.locate(cfg.root, file) for name in called for file in (names.get(name, name), name)]
     return next(filter(os.path.exists, paths), paths[0])
 
 
@@ -244,7 +244,7 @@ def ask(cfg):
     training.gather_numbers(here, 0)   # all wait for all
     if here.rank == 0:
         join_parts(cfg.out, run, questions)
-        rows = read_predictions(cfg.out)
+        rows = read_predictions(cfg.out, answered=False)
         skipped = sum("skipped" in row for row in rows)
         print(f"{cfg.out}: {len(rows) - skipped} of {len(rows)} questions answered; "
               f"`python eval_qa.py score {cfg.out}` counts")
@@ -410,12 +410,14 @@ def same(text, row):
     return answer_words(text) in [words for words in map(answer_words, row["answer"]) if words]
 
 
-def read_predictions(path):
-    """What ask wrote -> [prediction]. Raises UserError with the line."""
+def read_predictions(path, answered=True):
+    """What ask wrote -> [prediction]. answered: all are to have an answer. Raises UserError with the line."""
     rows = {}
     for where, row in data.read_rows(path):
         for name in ("id", "video", "question"):
             data.field(row, where, name)
+        if answered and not row.get("answer"):
+            raise UserError(f"{where}: has no answers; `export --dataset SET` writes a submission")
         if rows.setdefault(row["id"], row) is not row:
             raise UserError(f"{where}: a second prediction for the id {row['id']}")
     return list(rows.values())
@@ -444,20 +446,12 @@ def cell(values, groups):
     return f"{100 * values.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def answered(path):
-    """-> predictions that can be judged. Raises UserError where answers are missing."""
-    rows = read_predictions(path)
-    if any(not row.get("answer") for row in rows):
-        raise UserError(f"{path}: has no answers; `export --dataset SET` writes a submission")
-    return rows
-
-
 def score(cfg):
     """Prints tables of a file of predictions."""
-    rows = answered(cfg.file)
+    rows = read_predictions(cfg.file)
     if cfg.verdicts:
         return imported(cfg, rows)
-    control = {row["id"]: row for row in answered(cfg.control)} if cfg.control else {}
+    control = {row["id"]: row for row in read_predictions(cfg.control)} if cfg.control else {}
     if control and set(control) != {row["id"] for row in rows}:
         raise UserError(f"{cfg.control}: not predictions for the questions of {cfg.file}")
     known = known_answers(cfg.train) if cfg.train else [
@@ -595,7 +589,7 @@ def frequent(path, top):
 
 def compare(cfg):
     """Prints how two runs differ on the same questions, paired."""
-    sides = [{row["id"]: row for row in answered(path)} for path in (cfg.file, cfg.other)]
+    sides = [{row["id"]: row for row in read_predictions(path)} for path in (cfg.file, cfg.other)]
     if alone := sides[0].keys() ^ sides[1].keys():
         raise UserError(f"{cfg.file}, {cfg.other}: {len(alone)} questions are in one of the two alone")
     for judge in JUDGES:
@@ -633,14 +627,14 @@ def export(cfg):
     """Writes the file that Video-ChatGPT's and BT-Adapter's judging scripts take, each by keys of its own; of
     a set with hidden answers, what its server takes. Raises UserError."""
     if cfg.dataset in SUBMISSIONS:
-        rows = read_predictions(cfg.file)
+        rows = read_predictions(cfg.file, answered=False)
         judge = next((name for name in CHOICE if all(CHOICE[name][0] in row for row in rows)), None)
         if not judge:
             raise UserError(f"{cfg.file}: not all questions have options and an answer")
         chose = [row["options"].index(text) if (text := CHOICE[judge][1](row)) else 0 for row in rows]
         out = SUBMISSIONS[cfg.dataset](rows, chose)
     else:
-        out = list(map(official, pairs_of(answered(cfg.file))))
+        out = list(map(official, pairs_of(read_predictions(cfg.file))))
     if os.path.exists(cfg.other):
         raise UserError(f"{cfg.other}: is there already; choose another name")
     cli.write_atomic(cfg.other, lambda f: f.write(json.dumps(out, indent=1).encode()))
@@ -686,9 +680,9 @@ COLUMNS = {   # our names: those that sets have, of which the first counts
     "kind": ("area", "kind", "question_type", "type", "Type", "duration_group")}
 
 
-def pick(row, column):
+def pick(row, ours):
     """What a row has in one of our columns, or None."""
-    return next((row[name] for name in COLUMNS[column] if row.get(name) is not None), None)
+    return next((row[name] for name in COLUMNS[ours] if row.get(name) is not None), None)
 
 
 def table_rows(path):
