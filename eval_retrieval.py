@@ -143,12 +143,12 @@ def read_pairs(path, joined=False):
     Each caption makes a pair (MSR-VTT), or all of a video make one text (joined: DiDeMo, ActivityNet)."""
     rows, pairs = data.read_rows(path), []
     where, whole = rows[0]
-    if where == path and isinstance(whole, dict) and "video" not in whole:
+    if where == path and "video" not in whole:
         rows = [(f"{path}, {v!r}", {"video": v, "caption": texts}) for v, texts in whole.items()]
     for where, row in rows:
         video, texts = data.field(row, where, "video"), row.get("caption")
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t for t in texts):
+        texts = texts if isinstance(texts, list) else [texts]
+        if not texts or not all(isinstance(text, str) and text for text in texts):
             raise UserError(f"{where}: needs a caption or a list of captions, none of them empty")
         pairs += [(video, text) for text in ([" ".join(texts)] if joined else texts)]
     if not pairs:
