@@ -221,7 +221,7 @@ class Tokenizer:
     lower-cased, HTML entities are resolved, white space is collapsed. Unlike CLIP's own code, nothing repairs
     mojibake: curly quotes, ligatures and full-width letters stay. No text becomes a start or end token."""
     def __init__(self, merges):
-        """merges: pairs of symbols, best first, each of a byte or an earlier merge. Raises ValueError."""
+        """merges: pairs of symbols, best first, each of a byte or an earlier merge, else a KeyError."""
         printable = [*range(ord("!"), 127), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
         others = [byte for byte in range(256) if byte not in printable]
         # as in GPT-2: printable characters stand for themselves, those from 256 on for the other 68 bytes
@@ -231,8 +231,6 @@ class Tokenizer:
         ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.merges = {}   # (left id, right id): id of the two
         for left, right in merges:
-            if left not in ids or right not in ids or left + right in ids:
-                raise ValueError(f"merge {len(self.merges) + 1} does not follow from those before it")
             self.merges[ids[left], ids[right]] = ids[left + right] = len(self.symbols)
             self.symbols.append(left + right)
         self.symbols += ["<|startoftext|>", "<|endoftext|>"]
@@ -248,8 +246,8 @@ class Tokenizer:
             text = gzip.decompress(text) if text[:2] == b"\x1f\x8b" else text
             lines = text.decode("utf-8").split("\n")[1:1 + MAX_MERGES]   # behind `#version: 0.2`
             return cls([line.split() for line in lines if line.strip()])
-        except (OSError, EOFError, ValueError, zlib.error) as e:
-            raise UserError(f"{path}: is this CLIP's vocabulary? ({weightfile.shown(e)})")
+        except (OSError, zlib.error, *weightfile.DAMAGE) as e:
+            raise UserError(f"{path}: is this CLIP's vocabulary? ({type(e).__name__}: {weightfile.shown(e)})")
 
     def encode(self, text):
         """A text -> its ids, without start and end token."""

@@ -13,6 +13,7 @@ import copy
 import functools
 import glob
 import heapq
+import itertools
 import json
 import os
 import re
@@ -331,17 +332,16 @@ def generate_batch(model, embeds, *, max_new_tokens, stop_ids):
     limit = min(max_new_tokens, model.config.context_length - S)
     kv_cache = model.new_cache(B, S + limit)
     logits = model(embeds=embeds, kv_cache=kv_cache, last_only=True)   # (B, 1, V)
-    answers, going = [[] for _ in range(B)], [True] * B
+    answers = [[] for _ in range(B)]
     for left in reversed(range(limit)):
-        tokens = [sample(row, 0, 1, None) for row in logits[:, 0]]
-        going = [on and token not in stop_ids for on, token in zip(going, tokens)]
-        for i in range(B):
-            answers[i] += tokens[i:i + 1] * going[i]
-        if not any(going) or not left:   # what has ended goes on unread until all have
+        for ids, row in zip(answers, logits[:, 0]):
+            ids.append(sample(row, 0, 1, None))
+        if not left or all(map(stop_ids.intersection, answers)):   # what has ended goes on until all have
             break
-        logits = model(torch.tensor(tokens, device=embeds.device)[:, None], kv_cache=kv_cache)
+        logits = model(torch.tensor([ids[-1:] for ids in answers], device=embeds.device), kv_cache=kv_cache)
     cut = "max_new_tokens" if limit == max_new_tokens else "context"
-    return [(ids, cut if on else None) for ids, on in zip(answers, going)]
+    return [(list(itertools.takewhile(lambda token: token not in stop_ids, ids)),
+             None if stop_ids.intersection(ids) else cut) for ids in answers]
 
 
 def after_prompt(model, embeds, longest):
