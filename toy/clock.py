@@ -270,12 +270,12 @@ def attention_on(block, x, batch, marks):
 
 # -------------------------------------------------------------------------------- does it listen?
 @torch.inference_mode()
-def listens(chat, stories, number=100):
-    """Asks when events happen, `number` of all, drawn -> percent of each of GROUNDING; chance of the last."""
+def listens(chat, stories):
+    """Asks when 100 events happen, drawn from all -> percent of each of GROUNDING; chance of the last."""
     asked = [(*story, event) for story in stories for event in range(len(story[0]))]
-    asked = [asked[k] for k in np.random.default_rng(0).permutation(len(asked))[:number]]
     answers = []
-    for said, spans, seen, event in asked:
+    for k in np.random.default_rng(0).permutation(len(asked))[:100]:
+        said, spans, seen, event = asked[k]
         prompt = chat.prompt(seen[None], [(WHEN.format(said[event]), None)])
         new = generate(chat.llm, embeds=prompt, max_new_tokens=16, stop_ids=chat.tokenizer.stop_ids)
         found = read_spans("".join(stream_text(chat.tokenizer, new)), 1.0)[:1]

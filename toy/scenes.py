@@ -135,7 +135,6 @@ def sample(cfg):
     chosen = rng.permutation([*(found[what] for what in alone), *others])
     paths = [os.path.join(cfg.data, scenes.files[i]) for i in chosen]
     world.join(paths, os.path.join(world.ASSETS, "scenes.mp4"))
-    return chosen
 
 
 # -------------------------------------------------------------------------------- what rows are worth
