@@ -53,6 +53,7 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import math
 import re
@@ -206,12 +207,12 @@ class Session:
     """A conversation about a video.
 
     video_tokens (K, D_llm): what stands in the prompt. turns: [(question, answer)], of which the first
-    `forgotten` had to go. kv_cache, cached_ids: what the LLaMA has worked through, and its ids, `mark` for
-    each row of the video. A prompt that begins alike is worked through only from where it differs, so a
-    second question costs its own words. LinVT makes other rows for it, with another mark, and then all from
-    these rows on is worked through anew. cost: of the last answer, None before it."""
+    `forgotten` had to go. kv_cache, cached_ids: what the LLaMA has worked through, and its ids, VIDEO_INDEX
+    for each row of the video. A prompt that begins alike is worked through only from where it differs, so a
+    second question costs its own words. LinVT makes other rows for it, and then all from these rows on is
+    worked through anew. cost: of the last answer, None before it."""
     def __init__(self, cfg, chat, viewer):
-        self.cfg, self.chat, self.viewer, self.cost, self.mark = cfg, chat, viewer, None, VIDEO_INDEX
+        self.cfg, self.chat, self.viewer, self.cost = cfg, chat, viewer, None
         self.kv_cache = chat.llm.new_cache(1, min(chat.llm.config.context_length, LONGEST))
 
     @torch.inference_mode()
@@ -275,14 +276,15 @@ class Session:
 
     def prompt(self, question):
         """-> ids of the prompt, with the oldest turns forgotten where they leave no room for an answer; the
-        same with `mark` for each row of the video (S); how many of these the LLaMA knows already; the room.
-        Raises UserError where the question alone leaves none."""
+        same with VIDEO_INDEX for each row of the video (S); how many of these the LLaMA knows already; the
+        room. Raises UserError where the question alone leaves none."""
         if re.search("[\0\ud800-\udfff\ufffd]", question):   # what bytes other than UTF-8 are read as
             raise UserError(f"a question must be UTF-8, and this is not: {ascii(question[:40])}")
         if self.viewer.kind.reads_linvt and not (self.cfg.keep_tokens and self.turns):
             rows = self.rows_for(question, self.seen)
             if not torch.equal(rows, self.video_tokens):   # a single unit is the same for all questions
-                self.mark, self.video_tokens = self.mark - 1, rows
+                self.cached_ids = list(itertools.takewhile(lambda i: i != VIDEO_INDEX, self.cached_ids))
+                self.video_tokens = rows
         cfg, K, context = self.cfg, len(self.video_tokens), self.kv_cache.max_len
         for forgotten in range(self.forgotten, len(self.turns) + 1):
             turns = [*self.turns[forgotten:], (question, None)]
@@ -297,7 +299,7 @@ class Session:
             say(f"(forgotten, for lack of room: {old})")
         self.forgotten = forgotten
         at, rows = ids.index(VIDEO_INDEX), K + len(self.chat.start_end)
-        prompt = ids[:at] + [self.mark] * rows + ids[at + 1:]
+        prompt = ids[:at] + [VIDEO_INDEX] * rows + ids[at + 1:]
         same = min(len(os.path.commonprefix([prompt, self.cached_ids])), len(prompt) - 1)
         return ids, prompt, same, room
 
