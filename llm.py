@@ -757,31 +757,31 @@ class Adapter:
     extra: dict     # {name: tensor} of a projector that was trained along
 
 
-def read_adapter(folder, model, name=None):
+def read_adapter(folder, model, own_name=None):
     """peft's folder: adapter_config.json, adapter_model.safetensors or .bin -> Adapter for this LLaMA. Warns
-    where its `name` is not that of the one that was frozen.
+    where the frozen one had another name than this, `own_name`.
 
     Raises UserError for what does not fit or is not plain LoRA, with the first offender."""
     description, along, *files = (os.path.join(folder, file) for file in (
         "adapter_config.json", "non_lora_trainables.bin", "adapter_model.safetensors", "adapter_model.bin"))
     stated, file = read_json(description), next(filter(os.path.exists, files), files[-1])
     r, alpha, base = map(stated.get, ("r", "lora_alpha", "base_model_name_or_path"))
-    if not r or not alpha:
-        raise UserError(f"{description}: not that of LoRA: it lacks r or lora_alpha")
+    if not isinstance(r, int) or not isinstance(alpha, (int, float)) or r < 1:
+        raise UserError(f"{description}: not that of LoRA: r is {shown(r)}, lora_alpha {shown(alpha)}")
     for key in ARITHMETIC:
         if stated.get(key) not in (None, False, {}, [], "none"):
             raise UserError(f"{description}: {key} is {shown(stated[key])}; only plain LoRA is read")
-    one, other = (os.path.basename(os.path.normpath(str(path))).lower() for path in (name, base))
-    if name and base and one != other:
-        warnings.warn(f"{folder}: trained on {shown(base)}, and not on {shown(name)}: answers may be wrong")
+    one, other = (os.path.basename(os.path.normpath(str(path))).lower() for path in (own_name, base))
+    if own_name and base and one != other:
+        warnings.warn(f"{folder}: trained on {shown(base)}, not on {shown(own_name)}: answers may be wrong")
     tensors = {PEFT.sub(r".lora_\1", name): t for name, t in read_file(file).items()}
     changes, wanted = {}, {}
     for name, linear in layer_linears(model).items():
         A, B = f"{name}.lora_A", f"{name}.lora_B"
         if A in tensors or B in tensors:
-            (N, K), change = linear.weight.shape, [tensors.get(half) for half in (A, B)]
+            N, K = linear.weight.shape
             wanted |= {A: (r, K), B: (N, r)}
-            changes[name] = alpha / r, *change
+            changes[name] = alpha / r, tensors.get(A), tensors.get(B)
     check_fit(wanted, tensors, file, "is it an adapter for another LLaMA?")
     extra = read_file(along) if os.path.exists(along) else {}
     if strange := [key for key in extra if not key.startswith(EXTRA)]:

@@ -503,7 +503,7 @@ def test_an_adapter_of_another_base_is_said(released, adapter):
     config.write_text(json.dumps({**json.loads(STATED["base_config"]), "_name_or_path": "lmsys/Vicuna-7b"}))
     adapter("stage2", base_model_name_or_path="./checkpoints/vicuna-7b/")
     adapter("stage3", base_model_name_or_path="./checkpoints/vicuna-13b")
-    with pytest.warns(UserWarning, match="stage3: trained on ./checkpoints/vicuna-13b, and not on lmsys/Vicuna-7b") as said:
+    with pytest.warns(UserWarning, match="stage3: trained on ./checkpoints/vicuna-13b, not on lmsys/Vicuna-7b") as said:
         open_chat(released)
     assert len(said) == 1
 
