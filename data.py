@@ -414,7 +414,7 @@ class Talk:
     kind: str                # of question, for tables
 
     def paths(self, root):
-        return [os.path.join(root, file) if self.picture else locate(root, file) for file in self.files]
+        return [locate(root, file) for file in self.files]
 
     def said(self, root):
         """-> turns, with times as the clock tells them. Raises VideoError if the file cannot say how long it

@@ -228,6 +228,7 @@ def ask(cfg):
         cli.make_folder(os.path.dirname(os.path.abspath(cfg.out)))
         check_record(f"{cfg.out}.run.json", record)
         join_parts(cfg.out, run, questions)
+        cli.write_rows(f"{cfg.out}.run.json", [record])
     training.gather_numbers(here, 0)   # all wait for the first
     rows = data.json_lines(cfg.out, data.read_text(cfg.out))
     done = {row["id"] for _, row in rows if "skipped" not in row}
@@ -258,14 +259,11 @@ def digest(value):
 
 
 def check_record(path, record):
-    """Writes what predictions depend on beside them. Raises UserError if they were made with another."""
-    made = json.loads(json.dumps(record))   # as a file has it
-    before = data.read_rows(path)[0][1] if os.path.exists(path) else made
-    for name in made:
-        if before.get(name) != made[name]:
-            raise UserError(f"{path}: was made with {name} {before.get(name)}, not {made[name]}; "
-                            "choose another --out")
-    cli.write_atomic(path, lambda f: f.write(json.dumps(made, indent=1).encode()))
+    """Raises UserError if predictions were made with another record than this one."""
+    made = data.read_rows(path)[0][1] if os.path.exists(path) else {}
+    for name, value in json.loads(json.dumps(record)).items():   # as a file has it
+        if made.get(name, value) != value:
+            raise UserError(f"{path}: was made with {name} {made[name]}, not {value}; choose another --out")
 
 
 def join_parts(out, run, questions):

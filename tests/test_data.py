@@ -595,7 +595,7 @@ def conversations(folder, annotations):
     (conversations, [talk("q", "a")], "a.jsonl: needs 'id'"),
     (conversations, [{"video": "v", "window": [5, 60], "events": EVENTS}], "of what is shown, not .0, -1."),
     (conversations, [{"video": "v", "duration": -1, "events": EVENTS}], "of what is shown, not .0, -1."),
-    (conversations, [{"video": "v", "duration": 9, "window": [9, 10], "events": EVENTS}], "v: is over before"),
+    (conversations, [{"video": "v", "duration": 9, "window": [9, 10], "events": EVENTS}], "v: nothing is from 9 to 10 s"),
     (conversations, [talk("q", "a", video="v", meta={"split": [4, 2]})], "of what is shown, not .4, 2."),
     (conversations, [talk("q", "a", video="v", meta={"token": {"<s0>": "1"}})], "of what is shown, not .0, '1'."),
     (conversations, [talk("q", "a", video="v"), talk("q", 3, video="v")], "line 2: needs 'value'")])
