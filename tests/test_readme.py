@@ -24,7 +24,7 @@ import search
 from bench import __main__ as bench
 from plumbing.cli import UserError, parse
 from toy import __main__ as toy
-from toy import ablate, clock, needle, scenes
+from toy import ablate, clock, scenes
 from weights import __main__ as weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -34,8 +34,7 @@ SCRIPTS = {   # as it is typed: its module, how it is parsed
     "eval_retrieval.py": (eval_retrieval, {}), "eval_grounding.py": (eval_grounding, {}),
     "eval_qa.py": (eval_qa, eval_qa.FLAGS), "search.py": (search, search.FLAGS),
     "data.py": (data, dict(positional=["video"])), "-m toy": (toy, STAGE), "-m toy.ablate": (ablate, STAGE),
-    "-m toy.clock": (clock, {}), "-m toy.needle": (needle, {}),
-    "-m toy.scenes": (scenes, STAGE),
+    "-m toy.clock": (clock, {}), "-m toy.scenes": (scenes, STAGE),
     "-m bench": (bench, STAGE), "-m weights": (weights, weights.FLAGS)}
 COMMAND = re.compile(r"(?:^\s*|[ |/])(?:python3?|torchrun [^.]*?|\$PYTHON|train) (?:-m torch[^ ]* )?"
                      r"(\w+\.py|-m [\w.]+)( .*|$)")

@@ -6,9 +6,10 @@
     python -m toy stories    # long clips with events and their times     -> out/stories
     python -m toy llama --out out/tiny   # a tiny LLaMA, from language    -> out/tiny/llama
     python -m toy score      # can the branch tell a clip from its twin?  -> a table
+    python -m toy picture    # the same for one clip, to look at          -> docs/twins.png
     python -m toy answers    # what three kinds of tokens answer           -> a table
     python -m toy times      # who says when it happens?  Of runs/vtimellm.sh -> a table
-    python -m toy picture    # the same for one clip, to look at          -> docs/twins.png
+    python -m toy needle     # LinVT's principle without videos           -> a table
 
 The rest is the business of the ordinary scripts, and of `python -m toy.ablate`, the paper's studies in this
 world.
@@ -21,8 +22,8 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: Annotated[str, "render", "sample", "stories", "clip", "llama", "score", "answers",
-                     "times", "picture"]        # what to do, see above
+    stage: Annotated[str, "render", "sample", "stories", "clip", "llama", "score", "picture",
+                     "answers", "times", "needle"]        # what to do, see above
     data: str = "out/shapes"           # where the clips, captions and questions are
     stories: str = "out/stories"       # where the long clips are
     out: str = "weights/tiny"          # where the trained models go
@@ -41,7 +42,7 @@ import os
 import torch
 
 from plumbing import training
-from toy import language, score, stories, tiny_models, world
+from toy import language, needle, score, stories, tiny_models, world
 
 
 def render(cfg):
@@ -57,7 +58,7 @@ def sample(cfg):
 
 STAGES = {"render": render, "sample": sample, "stories": stories.render, "clip": tiny_models.train_clip,
           "llama": tiny_models.train_llama, "score": score.score, "answers": score.answers,
-          "times": score.times, "picture": score.picture}
+          "times": score.times, "needle": needle.needle, "picture": score.picture}
 
 
 def main(cfg):

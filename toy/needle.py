@@ -1,36 +1,21 @@
 """LinVT's principle without videos: needles among random vectors. Each seed takes a minute or two.
 
-    python -m toy.needle       # -> a table
-
 A frame has 9 tokens: one object, the others ground. An object is a type plus a colour, a question is a type
 under a rotation, and only one frame of a video has it. The reader learned from single frames with up to five
 objects, knows all colours, and is frozen. What gives it rows learns from videos without six of the colours.
 """
-import dataclasses
-
-from plumbing import cli
-
-
-@dataclasses.dataclass
-class Config:
-    seeds: cli.Count = 3      # worlds, readers and trainings
-    reading: cli.Count = 1600   # steps of the reader
-    steps: cli.Count = 1200   # of what gives it rows
-
-
-if __name__ == "__main__":
-    CONFIG = cli.start(Config)   # before the slow imports: an error shows at once
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from linvt import LinVT
+from plumbing import cli
 from toy.scenes import WithMatrices
 from toy.score import spread
 from toy.tiny_models import fit
 
 D, N, TYPES, COLOURS, SEEN = 48, 9, 20, 20, 14   # a token's numbers, a frame's tokens; 14 colours are seen
+SEEDS, READING, STEPS = 3, 1600, 1200   # worlds; steps of a reader, and of what gives it rows
 LEARNING = 1.5e-3, 0.01, 1.0   # learning rate, weight decay, norm of the gradient
 
 
@@ -81,7 +66,7 @@ def right(world, rows_of, T, colours):
     return 100 * sum(found) / len(found)
 
 
-def teach(cfg, seed):
+def teach(seed):
     """-> a world, {name: rows_of(tokens, types asked for)}."""
     torch.manual_seed(seed)
     world = Needles()
@@ -89,7 +74,7 @@ def teach(cfg, seed):
     def reading(_):
         x, asked, colour = world.frame(64)
         return F.cross_entropy(world.answer(x[:, 0], asked), colour), ""
-    fit("read", world.parameters(), reading, cfg.reading, 100, seed, *LEARNING)
+    fit("read", world.parameters(), reading, READING, 100, seed, *LEARNING)
     world.requires_grad_(False)
     kinds = {"mean of the frames": lambda x, _: x.mean(1),
              "the middle frame": lambda x, _: x[:, x.shape[1] // 2]}
@@ -103,21 +88,17 @@ def teach(cfg, seed):
             T = (2, 4, 8, 16)[torch.randint(4, ())]
             x, asked, colour = world.video(32, T, (0, SEEN))
             return F.cross_entropy(world.answer(rows_of(x, asked), asked), colour), ""
-        fit(name, linvt.parameters(), condensing, cfg.steps, 100, seed, *LEARNING)
+        fit(name, linvt.parameters(), condensing, STEPS, 100, seed, *LEARNING)
         linvt.eval()
         kinds[name] = rows_of
     return world, kinds
 
 
-def main(cfg):
-    torch.set_num_threads(1)
-    taught = [teach(cfg, seed) for seed in range(cfg.seeds)]
+def needle(_):
+    """A table of who finds a needle's colour, for colours that were learned and for others."""
+    taught = [teach(seed) for seed in range(SEEDS)]
     rows = ([name, column, *(spread([right(world, kinds[name], T, colours) for world, kinds in taught])
                              for T in (1, 4, 16, 64))]
             for name in taught[0][1]
             for column, colours in (("seen", (0, SEEN)), ("never seen", (SEEN, COLOURS))))
     cli.table(["rows", "colours", "1 frame", "4", "16", "64"], rows)
-
-
-if __name__ == "__main__":
-    cli.run(main, CONFIG)

@@ -16,7 +16,7 @@ from films import stacked
 from model import IGNORE_INDEX, VIDEO_INDEX, open_chat, prompt_ids
 from plumbing import cli
 from toy import __main__ as toy
-from toy import clock, language, scenes, score, stories, world
+from toy import clock, language, needle, scenes, score, stories, world
 
 TINY = os.path.join(os.path.dirname(model.__file__), "weights", "tiny")
 
@@ -358,6 +358,16 @@ def test_two_questions_are_about_two_scenes_and_a_moved_video_stands_before_the_
         assert [i for i in new if i != VIDEO_INDEX] == [i for i in ids if i != VIDEO_INDEX]
         assert tokenizer.decode(new[at + 1:]).strip().removesuffix("</s>") == f"ASSISTANT: {turns[1][1]}"
         assert [i for i in new_labels if i != IGNORE_INDEX] == [i for i in labels if i != IGNORE_INDEX]
+
+
+def test_needles_are_looked_for_by_four_kinds_of_rows_in_colours_seen_and_never_seen(monkeypatch, capsys):
+    for name in ("SEEDS", "READING", "STEPS"):
+        monkeypatch.setattr(needle, name, 1)
+    toy.main(toy.Config("needle"))
+    _, _, *rows = capsys.readouterr().out.strip().splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[1] for row in cells] == ["seen", "never seen"] * 4
+    assert all(0 <= float(share) <= 100 for row in cells for share in row[2:])
 
 
 @pytest.mark.parametrize("stage, folder", [("render", ""), ("stories", ""), ("clip", "clip"),
