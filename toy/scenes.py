@@ -2,6 +2,7 @@
 
     python -m toy.scenes write       # long videos and questions for chat_tune.py -> out/shapes
     python -m toy.scenes sample      # a minute of video, to ask about            -> assets/scenes.mp4
+    python -m toy.scenes answers     # what is said of it, all frames at once and by LinVT -> a table
     python -m toy.scenes table       # right answers of LinVT, and of other rows  -> a table
     python -m toy.scenes turns       # of second questions about another scene    -> a table
     python -m toy.scenes principle   # of answers that no training had            -> a table
@@ -18,7 +19,7 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: Annotated[str, "write", "sample", "table", "turns", "principle"]   # what to do
+    stage: Annotated[str, "write", "sample", "answers", "table", "turns", "principle"]   # what to do
     data: str = "out/shapes"      # where the clips are, and the questions go
     weights: str = "weights/tiny"   # folders that chat.py opens, one a seed, with commas between
     out: str = "out/scenes"       # what the frozen weights say of clips
@@ -47,7 +48,7 @@ from model import IGNORE_INDEX, VIDEO_INDEX, VideoTokens, WindowTokens, open_cha
 from plumbing.store import Store, state_of
 from toy import world
 from toy.language import conversation, looks, moves, put
-from toy.score import spread
+from toy.score import reply, spread
 from toy.tiny_models import fit
 
 # kinds of questions: the topic, and by which look the scene is named
@@ -122,19 +123,40 @@ def write(cfg):
         cli.write_rows(os.path.join(cfg.data, f"{name}.jsonl"), rows)
 
 
-def sample(cfg):
-    """32 scenes of the test world, all different. No other is red, cyan, a circle or a star: a question that
-    says one of these words is about the red circle or the cyan star."""
-    scenes, alone = Scenes(cfg.data, "test"), [("red", "circle"), ("cyan", "star")]
+SAMPLE = os.path.join(world.ASSETS, "scenes.mp4")
+
+
+def chosen_for_sample(cfg, scenes):
+    """-> numbers of 32 clips of the test world, all different. No other is red, cyan, a circle or a star: a
+    question that says one of these words is about the red circle or the cyan star."""
+    alone = [("red", "circle"), ("cyan", "star")]
     found, rng = {}, np.random.default_rng(cfg.seed)   # {(colour, shape): number of a clip}
     for i in rng.permutation(len(scenes.clips)):
         clip = scenes.clips[i]
         if (clip.colour, clip.shape) in alone or not {clip.colour, clip.shape} & {*itertools.chain(*alone)}:
             found.setdefault((clip.colour, clip.shape), i)
     others = [i for what, i in found.items() if what not in alone][:30]
-    chosen = rng.permutation([*(found[what] for what in alone), *others])
-    paths = [os.path.join(cfg.data, scenes.files[i]) for i in chosen]
-    world.join(paths, os.path.join(world.ASSETS, "scenes.mp4"))
+    return rng.permutation([*(found[what] for what in alone), *others])
+
+
+def sample(cfg):
+    scenes = Scenes(cfg.data, "test")
+    world.join([os.path.join(cfg.data, scenes.files[i]) for i in chosen_for_sample(cfg, scenes)], SAMPLE)
+
+
+@torch.inference_mode()
+def answers(cfg):
+    """What is said of every fourth scene of the sample, of 256 frames: all at once, and chosen by LinVT."""
+    scenes, rng = Scenes(cfg.data, "test"), np.random.default_rng(cfg.seed)
+    chats = {kind: open_chat(cfg.weights, kind).load() for kind in ("branch", "branch+linvt")}
+    pixels, _ = chats["branch"].video_tokens.watch(SAMPLE, world.SIZE, 256)   # both look alike at frames
+    rows = []
+    for at, i in list(enumerate(chosen_for_sample(cfg, scenes)))[::4]:
+        question, right = scenes.ask(i, "motion by both", rng)
+        said = [reply(chat, pixels, question) for chat in chats.values()]
+        shown = (answer if answer == right else f"*{answer}*" for answer in said)   # wrong: in italics
+        rows.append([f"{2 * at} to {2 * at + 2} s", question, *shown, right])
+    cli.table(["scene", "question", *chats, "right"], rows)
 
 
 # -------------------------------------------------------------------------------- what rows are worth
@@ -285,7 +307,8 @@ def principle(cfg):
     cli.table(["rows", "colours", *HEADS], rows())
 
 
-STAGES = {"write": write, "sample": sample, "table": table, "turns": turns, "principle": principle}
+STAGES = {"write": write, "sample": sample, "answers": answers, "table": table, "turns": turns,
+          "principle": principle}
 
 
 def main(cfg):

@@ -347,6 +347,15 @@ def test_a_file_of_copied_packets_shows_what_its_clips_show(long_world):
     assert torch.equal(whole, torch.cat(parts))
 
 
+def test_answers_about_the_shipped_minute_stand_beside_what_it_shows(tmp_path, capsys):
+    rows = [json.dumps(dataclasses.asdict(clip)) + "\n" for clip in world.make_clips(0, 0, held_out=True)]
+    (tmp_path / "test_captions.jsonl").write_text("".join(rows))
+    scenes.answers(scenes.Config("answers", data=str(tmp_path), weights=cli.shipped("weights/tiny")))
+    _, _, *found = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().splitlines()]
+    assert [row[0] for row in found] == [f"{at} to {at + 2} s" for at in range(0, 64, 8)]
+    assert sum(row[3] == row[4] for row in found) >= 4 and all(row[2] != row[4] for row in found)
+
+
 def test_two_questions_are_about_two_scenes_and_a_moved_video_stands_before_the_last_answer(long_world):
     drawn, tokenizer = scenes.Scenes(long_world, "train"), open_chat(cli.shipped("weights/tiny")).chat.tokenizer
     for i in range(10):
