@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# VTimeLLM in miniature, from nothing on a 2-core CPU in about 40 minutes: stories of events, its three
+# VTimeLLM in miniature, from nothing on a 2-core CPU in 33 minutes: stories of events, its three
 # stages, and its Table 2; docs/numbers.md has what to expect. It begins with weights/tiny, whose CLIP and
 # LLaVA know the toy world and no clock. What is done is not done again. PYTHON: another interpreter than
 # `python`.
