@@ -284,7 +284,7 @@ def run(cfg, name, seed):
 
 # -------------------------------------------------------------------------------- a study
 def main(cfg):
-    """Every variant of a study with every seed; then the table, and a picture of R@1."""
+    """Every variant of a study with every seed; then the table, and a picture of its main column."""
     if cfg.stage not in STUDIES:
         raise cli.UserError(f"{cfg.stage}: no such study; choose one of {', '.join(STUDIES)}")
     saw(cfg, "train")   # now, since every process will want it
@@ -298,15 +298,15 @@ def main(cfg):
         found = [run(*job) for job in jobs]
     print(f"\n{cfg.stage} (the paper's {where}), {cfg.steps} steps, held-out clips, {cfg.seeds} seeds: "
           "mean (lowest to highest), in percent\n")
-    print("| | " + " | ".join(mean) + " |\n|---" + "|---" * len(mean) + "|")
     runs = {"mean-pooled CLIP": [mean], **{name: found[i::len(variants)] for i, name in enumerate(variants)}}
-    for name, rows in runs.items():
-        print(f"| {name} | " + " | ".join(spread([row[column] for row in rows]) for column in mean) + " |")
-    recalls = {name: [row["R@1"] for row in rows] for name, rows in runs.items()}
-    bars = [(name, sum(found) / len(found), min(found), max(found)) for name, found in recalls.items()]
+    cli.table(["", *mean], [[name, *(spread([row[column] for row in rows]) for column in mean)]
+                            for name, rows in runs.items()])
+    column = "kept" if cfg.stage == "kept" else "R@1"
+    drawn = {name: [row[column] for row in rows] for name, rows in runs.items()}
+    bars = [(name, sum(found) / len(found), min(found), max(found)) for name, found in drawn.items()]
     cli.make_folder(cfg.pictures)
     pictures.bars(os.path.join(cfg.pictures, f"ablate_{cfg.stage}.png"),
-                  f"{cfg.stage}: R@1 in %, held-out clips ({cfg.seeds} seeds)", bars)
+                  f"{cfg.stage}: {column} in %, held-out clips ({cfg.seeds} seeds)", bars)
 
 
 if __name__ == "__main__":
