@@ -286,7 +286,7 @@ def seconds(span, where):
     """[start, end], as JSON has it -> the same. Raises UserError unless these are times, in order."""
     numbers = isinstance(span, list) and [type(t) in (int, float) for t in span] == [True, True]
     if not numbers or not 0 <= span[0] <= span[1] < math.inf:
-        raise UserError(f"{where}: needs a start and an end, in seconds of what is shown, not {span}")
+        raise UserError(f"{where}: needs a start, then an end, in seconds of what is shown, not {span}")
     return span
 
 

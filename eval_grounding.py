@@ -113,6 +113,8 @@ def annotation_rows(path):
     for name, about in rows[0][1].items():   # ActivityNet Captions: {id: {duration, timestamps, sentences}}
         where = f"{path}, {name}"
         spans, texts = (data.field(about, where, what, list) for what in ("timestamps", "sentences"))
+        if len(spans) != len(texts):
+            raise UserError(f"{where}: {len(spans)} timestamps for {len(texts)} sentences")
         events = [{"start": start, "end": end, "text": text} for (start, end), text in zip(spans, texts)]
         yield where, {"video": name, "duration": about.get("duration"), "events": events}, True
 
