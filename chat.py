@@ -131,6 +131,13 @@ class Viewer:
         folder = cfg.cache_dir or cli.own_folder("XDG_CACHE_HOME", "~/.cache")
         self.store = Store(folder, max_bytes=1 << 30) if cfg.cache else None
 
+    def cached(self, act, *given):
+        """Store.get or Store.put. The cache saves time and nothing else, so an error of it is only said."""
+        try:
+            return act(self.store, *given) if self.store else None
+        except UserError as e:
+            say(f"({e}; going on without it)")
+
     def decode(self, path, window, left):
         """-> pixels (T, 3, size, size) uint8, small pictures (T, 3, h, w) uint8, T times. `left`: an Event
         that ends it at the next frame. Raises VideoError."""
@@ -153,7 +160,7 @@ class Viewer:
         start, end = map(float, window or (0, math.inf))
         with data.open_regular(path):   # a folder is refused before all that is in it is looked at
             key = [state_of(path), start, end, *self.key]
-        tensors, about = (self.store and self.store.get(key)) or (None, {})
+        tensors, about = self.cached(Store.get, key) or (None, {})
         duration = json.loads(about["duration"]) if about else data.probe(path).duration
         data.clip_length(path, (start, end), duration)   # raises its error for a part that there is not
         window = start, min(end, duration)
@@ -179,11 +186,7 @@ class Viewer:
                 damage = [str(w.message) for w in noticed if w.category is video.DamagedVideo]
                 tensors = {"times": torch.tensor(times, dtype=torch.float64), "frames": frames, "rows": rows}
                 about = {"duration": json.dumps(duration), "damage": json.dumps(damage)}
-                try:
-                    if self.store:
-                        self.store.put(key, tensors, about)
-                except UserError as e:   # a home that is read-only costs time and nothing else
-                    say(f"({e}; going on without it)")
+                self.cached(Store.put, key, tensors, about)
                 return Seen(path, duration, window, times, frames, rows)
             try:
                 yield see
@@ -261,13 +264,16 @@ class Session:
                          f"{cost.times[-1]:.2f} s")
         return "\n".join([*lines, f"memory: {memory.resident(self.kv_cache.k[0].device) / 1e9:.2f} GB"])
 
+    def need_linvt(self):
+        if not self.viewer.kind.reads_linvt:
+            raise UserError(f"explain: {self.cfg.tokens} tokens are the same for every question; those of "
+                            "linvt and branch+linvt follow it")
+
     @torch.inference_mode()
     def shares(self):
         """Of LinVT -> (units, N): what share each token has in the last answer's rows; their sum is 1. Raises
         UserError."""
-        if not self.viewer.kind.reads_linvt:
-            raise UserError(f"explain: {self.cfg.tokens} tokens are the same for every question; those of "
-                            "linvt and branch+linvt follow it")
+        self.need_linvt()
         if not self.turns:
             raise UserError("/explain: nothing has been asked yet")
         chat, (question, _) = self.chat, self.turns[0 if self.cfg.keep_tokens else -1]
@@ -466,7 +472,10 @@ def settings(session, name=None, value=None):
     if name not in (None, *SETTINGS):
         raise UserError(f"/set {name}: can be changed are {', '.join(SETTINGS)}")
     if value is not None:
-        value = getattr(cli.parse(Config, [f"--{name}={value}"]), name)
+        try:
+            value = getattr(cli.parse(Config, [f"--{name}={value}"]), name)
+        except UserError as e:   # which names a flag
+            raise UserError(str(e).replace("--", "/set ", 1))
         session.cfg = dataclasses.replace(session.cfg, **{name: value})
     for setting in SETTINGS if name is None else [name]:
         say(f"{setting} {getattr(session.cfg, setting)}")
@@ -562,7 +571,12 @@ def main(cfg):
     cli.check(cfg, tokens=VIDEO_TOKENS)
     if not cfg.question and sys.stdin.isatty() and (cfg.json or cfg.explain):
         raise UserError("--json and --explain: go with -q; a conversation has /save FILE and /explain PNG")
+    if not all(map(str.strip, cfg.question or ())):
+        raise UserError("--question: it is empty")
     session = begin(cfg)
+    if cfg.explain:   # now, not after the answer
+        session.need_linvt()
+        cli.replaceable(cfg.explain, pictures.MARK)
     if cfg.question:
         lines = cfg.question
     elif sys.stdin.isatty():

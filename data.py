@@ -258,7 +258,7 @@ def read_rows(path):
 def field(row, where, name, kind=str):
     """row[name], checked. Raises UserError that names the line."""
     value = row.get(name) if isinstance(row, dict) else None
-    if not isinstance(value, kind) or not value or value == " " * len(value):
+    if not isinstance(value, kind) or not value or isinstance(value, str) and not value.strip():
         raise UserError(f"{where}: needs {name!r}, a {kind.__name__} that is not empty")
     return value
 
@@ -282,12 +282,24 @@ def read_captions(path):
             raise UserError(f"{path}, line {rows.reader.line_num}: not valid CSV ({e})")
 
 
+def two_numbers(span):
+    return isinstance(span, list) and [type(t) in (int, float) for t in span] == [True, True]
+
+
 def seconds(span, where):
     """[start, end], as JSON has it -> the same. Raises UserError unless these are times, in order."""
-    numbers = isinstance(span, list) and [type(t) in (int, float) for t in span] == [True, True]
-    if not numbers or not 0 <= span[0] <= span[1] < math.inf:
+    if not two_numbers(span) or not 0 <= span[0] <= span[1] < math.inf:
         raise UserError(f"{where}: needs a start, then an end, in seconds of what is shown, not {span}")
     return span
+
+
+def shown(window, duration, where):
+    """The part [start, end] of a video that is shown, or None, and how long the video is, or None, in seconds
+    -> both. Raises UserError where that is nothing."""
+    for start, end in (seconds(span, where) for span in (window, duration and [0, duration]) if span):
+        if start == end:
+            raise UserError(f"{where}: nothing is shown from {start} to {end} s")
+    return window, duration
 
 
 def timed(row, where):
@@ -295,8 +307,8 @@ def timed(row, where):
     video, maybe with "window": [start, end], if only that part is shown, and the video's "duration" ->
     {"video", "window": [start, end] or None, "duration": seconds or None, "events": [(start, end, text)]} in
     seconds of the window. Raises UserError with the line."""
-    window, duration, events = row.get("window"), row.get("duration"), []
-    first, _ = seconds(window or [0, duration or 0], where)
+    (window, duration), events = shown(row.get("window"), row.get("duration"), where), []
+    first = window[0] if window else 0
     for event in field(row, where, "events", list):
         text = field(event, where, "text").strip()
         start, end = seconds([event.get("start"), event.get("end")], where)
@@ -310,7 +322,8 @@ def clip_length(path, window=None, duration=None):
     start, end = window or (0, math.inf)
     duration = duration or probe(path).duration
     if not start < min(end, duration):
-        raise VideoError(path, f"nothing is from {start:g} to {end:g} s, of a video of {duration:.2f} s")
+        until = f"to {end:g} s" if end < math.inf else "s on"
+        raise VideoError(path, f"nothing is from {start:g} {until}, of a video of {duration:.2f} s")
     return min(end, duration) - start
 
 
@@ -446,12 +459,14 @@ def talk_of(row, where, number=0):
     else:
         name = next((name for name in ("videos", "image", "video", "video_id", "id") if name in row), "video")
         file = field(row, where, name, list if name == "videos" else str)
-        said, meta = turns(row, where), row.get("meta") or {}
-        window, duration = meta.get("split") or row.get("window"), meta.get("duration")
-        times = meta.get("token") or {}
-    for span in [window or [0, 0], *([0, t] for t in times.values())]:
-        seconds(span, where)
+        said, meta = turns(row, where), field(row, where, "meta", dict) if row.get("meta") else {}
+        window, duration = shown(meta.get("split") or row.get("window"), meta.get("duration"), where)
+        times = field(meta, where, "token", dict) if meta.get("token") else {}
+        for t in times.values():
+            seconds([0, t], where)
     files = file if isinstance(file, list) else [file]
+    if not all(file and isinstance(file, str) for file in files):
+        raise UserError(f"{where}: needs 'videos', a list of names")
     return Talk(files, said, "image" in row, window, duration, times, row.get("kind", "all"))
 
 

@@ -113,8 +113,8 @@ def annotation_rows(path):
     for name, about in rows[0][1].items():   # ActivityNet Captions: {id: {duration, timestamps, sentences}}
         where = f"{path}, {name}"
         spans, texts = (data.field(about, where, what, list) for what in ("timestamps", "sentences"))
-        if len(spans) != len(texts):
-            raise UserError(f"{where}: {len(spans)} timestamps for {len(texts)} sentences")
+        if len(spans) != len(texts) or not all(map(data.two_numbers, spans)):
+            raise UserError(f"{where}: needs as many timestamps, [start, end], as sentences")
         events = [{"start": start, "end": end, "text": text} for (start, end), text in zip(spans, texts)]
         yield where, {"video": name, "duration": about.get("duration"), "events": events}, True
 
@@ -126,7 +126,7 @@ def read_answers(path):
         if "settings" in row:   # the first one: what the others were made with
             continue
         row = {"window": None, "event": None, "video": data.field(row, where, "video"), **row}
-        if not row.get("duration") or not isinstance(row.get("answer"), str):
+        if not data.seconds([0, row.get("duration")], where)[1] or not isinstance(row.get("answer"), str):
             raise UserError(f"{where}: needs a duration above 0 and an answer")
         answers[key(row, row["event"])] = row
     return answers

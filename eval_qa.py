@@ -116,7 +116,8 @@ def read_questions(cfg):
                 odd["no answer, or other tasks: left out"] += 1
                 continue
             row |= change
-            row["video"] = str(row["video"])
+            if isinstance(row.get("video"), int):   # of some sets
+                row["video"] = str(row["video"])
             row["kind"] = table.kinds.get(str(row.get("kind")), row.get("kind"))
             question = question_of(where, row, len(questions), odd)
             if questions.setdefault(question["id"], question) is not question:
@@ -131,6 +132,8 @@ def read_questions(cfg):
         if table.counted:
             raise UserError(message)
         warnings.warn(message)
+    if not questions:
+        raise UserError(f"{cfg.annotations}: no questions in it; are --answers those of these?")
     return list(questions.values())
 
 
@@ -147,9 +150,9 @@ def question_of(where, row, number, odd):
         raise UserError(f"{where}: options must be 2 to {len(LETTERS)} texts")
     if answer is not None:
         right = answer if isinstance(answer, list) else [answer]
-        right = [option_of(a, options) if options else str(a) for a in right]
-        if not right or not all(map(str.strip, right)):
+        if not right or not all(type(a) in (str, int, float) and str(a).strip() for a in right):
             raise UserError(f"{where}: an answer is a text, or several, that are not empty")
+        right = [option_of(a, options) if options else str(a) for a in right]
         odd["an answer that is no option"] += bool(options) and not set(right).issubset(options)
     window = row.get("window")
     if row.get("start") is not None or row.get("end") is not None:
@@ -269,12 +272,13 @@ def check_record(path, record):
 def join_parts(out, run, questions):
     """Puts the predictions in `out`, and in the parts that processes write, into `out`, in the order of the
     questions. Raises UserError for those of another run."""
-    parts, done = glob.glob(f"{glob.escape(out)}.part*"), {}
+    parts, done = [path for path in glob.glob(f"{glob.escape(out)}.part*")
+                   if path.rpartition(".part")[2].isdecimal()], {}
     for path in filter(os.path.exists, [out, *parts]):
         text = data.read_text(path)
         whole = text[:text.rfind("\n") + 1]   # a kill may have cut the last line
         for where, row in data.json_lines(path, whole):
-            if row.get("run") != run:
+            if data.field(row, where, "id") and row.get("run") != run:
                 raise UserError(f"{where}: not a prediction of this run; choose another --out")
             done[row["id"]] = row
     cli.write_rows(out, [done[question["id"]] for question in questions if question["id"] in done])
@@ -475,8 +479,9 @@ def report(cfg, rows, judges, control, known):
     print(f"{cfg.file}: {len(rows)} questions about {videos} videos, in percent; 95 % intervals over "
           f"{groups.max() + 1} groups")
     if not seen.all():
+        without = None if lines[headline] is None else lines[headline][seen]
         print(f"answered {seen.sum()} of {len(rows)}; the others count as wrong below, and without them "
-              f"{headline} is {cell(lines[headline][seen], groups[seen])}")
+              f"{headline} is {cell(without, groups[seen])}")
     width = max(map(len, lines)) + 2
     for name, values in lines.items():
         print(f"{name:{width}}{cell(values, groups):>22}")

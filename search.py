@@ -110,11 +110,16 @@ class Windows(IterableDataset):
 @torch.no_grad()
 def index(cfg, store, weights, encoder, device):
     """Encodes what is new or changed in a folder and those below it, and lists what is there."""
-    found = os.walk(os.path.abspath(cfg.folder), onerror=cli.say)
+    root = os.path.abspath(cfg.folder)
+    found = os.walk(root, onerror=cli.say)
     paths = sorted(os.path.join(parent, name) for parent, _, names in found
                    for name in names if name.lower().endswith(EXTENSIONS))
     if not paths:
         raise UserError(f"{cfg.folder}: no folder with videos in it ({' '.join(EXTENSIONS)})")
+    listed = json.loads(before[1]["table"]) if (before := store.get(["all", weights])) else []
+    if gone := [path for path, *_ in listed if os.path.commonpath([path, root]) != root]:
+        cli.say(f"{cfg.index}: no longer lists {len(gone)} videos outside {cfg.folder}, as {gone[0]}; "
+                "another --index would keep both")
     keys, broken, rows, table = {}, [], [], []
     for path in paths:
         try:

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import json
 import os
@@ -168,6 +169,12 @@ def errors_of_one_line():
         sys.stdout.flush()
     except BrokenPipeError:
         forget_output(sys.stdout)
+    except OSError as e:
+        if e.errno != errno.ENOSPC:   # of standard output: for files, write_atomic says it
+            raise
+        forget_output(sys.stdout)
+        say(f"{program()}: standard output: {e.strerror}")
+        sys.exit(2)
     except UserError as e:
         message = str(e).strip()
         if message.startswith("Caught "):   # in a loader's process; the message ends that process's traceback

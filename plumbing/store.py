@@ -31,11 +31,15 @@ class Store:
     def get(self, key):
         """-> ({name: mapped tensor}, {name: text}), or None. Raises UserError for a damaged entry."""
         path = self.path(key)
-        if not os.path.exists(path):
+        try:
+            entry = read_file(path, ANEW), read_metadata(path)
+        except UserError:
+            if os.path.exists(path):   # else there is none, or another process has just made room
+                raise
             return None
         with contextlib.suppress(OSError):   # a read-only folder
             os.utime(path)                   # used now: the others are older, and go first
-        return read_file(path, ANEW), read_metadata(path)
+        return entry
 
     def put(self, key, tensors, metadata={}, values=None):
         """Writes an entry, atomically; see write_safetensors. Raises UserError if it cannot be written."""

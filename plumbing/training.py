@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -199,8 +200,9 @@ class Log:
     what write_atomic leaves in the folder when it is killed: NAME.PROCESS.tmp."""
     def __init__(self, folder, start):
         self.path, self.rows = os.path.join(folder, "log.jsonl"), []
-        for left in pathlib.Path(folder).glob("*.*.tmp"):
-            left.unlink()
+        for left in pathlib.Path(folder).iterdir():
+            if re.fullmatch(r".+\.\d+\.tmp", left.name):
+                left.unlink()
         if start and os.path.exists(self.path):
             with open(self.path) as f:
                 rows = [json.loads(line) for line in f if line.endswith("\n")]   # a kill cuts one

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's studies in the toy world: tables on stdout, pictures in docs/. 90 minutes on a 2-core CPU, no
-# study more than 25; docs/numbers.md has the tables to expect. Needs what runs/tiny.sh leaves in out/. Every
+# The paper's studies in the toy world: tables on stdout, pictures in docs/. two hours on a 2-core CPU, no
+# study more than 40 minutes; docs/numbers.md has the tables. Needs the clips of `python -m toy render`. Every
 # study can be run alone and goes on where it was stopped. PYTHON: another interpreter than `python`.
 #
 #   bash runs/ablate.sh            all of them

@@ -189,7 +189,7 @@ def saw(cfg, split):
     FRAMES, 1+N, D) float16, "text": (clips, P)}; of the test world also "static": see static_features, and
     "looks": (64, P) of every colour with every shape."""
     annotations, store = captions(cfg, split), Store(cfg.out, prefix=f"{split}_")
-    key = [state_of(cfg.clip), state_of(annotations), LAYERS, FRAMES]
+    key = [state_of(cfg.clip), state_of(annotations), LAYERS, FRAMES, "looks"]
     if not store.get(key):
         clip, tokenizer = load_clip(cfg.clip)
         encoder, clips = VideoEncoder(clip.float(), None), read_clips(annotations)
