@@ -462,8 +462,8 @@ def talk_of(row, where, number=0):
         said, meta = turns(row, where), field(row, where, "meta", dict) if row.get("meta") else {}
         window, duration = shown(meta.get("split") or row.get("window"), meta.get("duration"), where)
         times = field(meta, where, "token", dict) if meta.get("token") else {}
-        for t in times.values():
-            seconds([0, t], where)
+    for t in times.values():
+        seconds([0, t], where)
     files = file if isinstance(file, list) else [file]
     if not all(file and isinstance(file, str) for file in files):
         raise UserError(f"{where}: needs 'videos', a list of names")

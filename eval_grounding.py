@@ -126,7 +126,8 @@ def read_answers(path):
         if "settings" in row:   # the first one: what the others were made with
             continue
         row = {"window": None, "event": None, "video": data.field(row, where, "video"), **row}
-        if not data.seconds([0, row.get("duration")], where)[1] or not isinstance(row.get("answer"), str):
+        timed = data.two_numbers([0, row.get("duration")]) and row["duration"] > 0
+        if not timed or not isinstance(row.get("answer"), str):
             raise UserError(f"{where}: needs a duration above 0 and an answer")
         answers[key(row, row["event"])] = row
     return answers

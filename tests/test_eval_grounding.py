@@ -146,6 +146,7 @@ def test_three_formats_say_the_same(tmp_path):
     ('{"video": "a", "events": []}', "needs 'events'"),
     ('{"video": "a"\n', "not valid JSON"), ("[1, 2]", "not a JSON object"), ("3", "not a JSON object"),
     ('{"v_1": 3}', "needs 'timestamps'"),
+    ('{"v_1": {"timestamps": [[3, null]], "sentences": ["a"]}}', "as many timestamps"),
     ('{"v_1": {"timestamps": [[1, 2]], "sentences": ["a", "b"]}}', "as many timestamps"),
     ("v_1 1.0 2.0##a dog\nv_1 1.0##a cat", "line 2: not `id start end##sentence`"),
     ("v_1 1.0 2.0##", "needs 'text'")])
