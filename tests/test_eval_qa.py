@@ -38,7 +38,7 @@ def test_a_right_answer_is_a_place_a_text_or_a_letter(answer, option):
 
 @pytest.mark.parametrize("row, message", [
     ({"question": None}, "needs 'question'"), ({"answer": ""}, "an answer"), ({"answer": []}, "an answer"),
-    ({"video": ""}, "needs 'video'"),
+    ({"video": ""}, "needs 'video'"), ({"video": None}, "needs 'video'"), ({"answer": {"x": 1}}, "an answer"),
     ({"options": []}, "2 to 26 texts"), ({"options": ["a", 2]}, "2 to 26 texts"),
     ({"options": ["a", "b"], "answer": 2}, "answer 2, but there are 2 options"),
     ({"start": 3, "end": 2}, "not [3, 2]"), ({"start": 3}, "not [3, None]"), ({"id": "0"}, "a second row of the id 0")])
@@ -208,6 +208,20 @@ def prediction(i, said, answer, video=None, **more):
 def scored(capsys, tmp_path, rows, **fields):
     eval_qa.main(Config("score", write_rows(tmp_path / "p.jsonl", rows), **fields))
     return re.sub(" +", " ", capsys.readouterr().out)
+
+
+def test_a_score_of_videos_that_were_all_skipped_is_said(capsys, tmp_path):
+    row = prediction(0, "", "red", skipped="broken")
+    del row["prediction"]
+    out = scored(capsys, tmp_path, [row])
+    assert "answered 0 of 1" in out and "exact not run" in out
+
+
+def test_answers_of_other_questions_are_refused_before_anything_is_written(tmp_path):
+    answers = write_rows(tmp_path / "a.jsonl", [{"id": "z", "answer": "red"}])
+    with pytest.raises(UserError, match="no questions in it; are --answers those of these?"):
+        with pytest.warns(UserWarning, match="1 with no answer"):
+            questions(tmp_path, [QUESTION | {"id": "y"}], answers=answers)
 
 
 def test_a_score_has_its_controls_and_says_what_was_not_run(capsys, tmp_path):

@@ -46,11 +46,12 @@ def test_a_log_drops_what_came_after_the_checkpoint_half_lines_and_leftovers(tmp
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
     (tmp_path / "last.pth.77.tmp").write_bytes(b"half")
+    (tmp_path / "my.notes.tmp").touch()   # a user's
     log = training.Log(tmp_path, 1)
     log.add(step=2, loss=9)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 3}, {"step": 2, "loss": 9}]
-    assert log.column("loss") == [(1, 3), (2, 9)] and os.listdir(tmp_path) == ["log.jsonl"]
+    assert log.column("loss") == [(1, 3), (2, 9)] and sorted(os.listdir(tmp_path)) == ["log.jsonl", "my.notes.tmp"]
 
 
 def test_random_numbers_of_a_step_follow_from_seed_step_and_rank():
