@@ -278,7 +278,8 @@ NUMBERS = {word: n for n, word in enumerate(
     "seventeen eighteen nineteen".split())}
 TENS = {word: 10 * n for n, word in enumerate(
     "twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
-BEFORE, BEHIND = r"[\[(\"']?", r"(?=[).:,\]\"'”’]|\s*$"   # what a letter that names an option stands between
+# what a letter that names an option stands between
+BEFORE, BEHIND = r"[\[(\"']?", r"(?=[).:,\]\"'”’]|\s*$"
 
 
 def answer_words(text):
