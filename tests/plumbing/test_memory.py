@@ -62,20 +62,20 @@ def test_tensors_take_memory_that_was_freed():
     program = """if True:
         import resource, torch
         from plumbing.memory import prepare_cpu
-        def faults():   # of pages, while three tensors of 17 MB come and go
+        def faults():   # of pages, while tensors of 17 MB and more come and go
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(5):
-                [torch.ones(4 << 20) for _ in range(3)]
+                [torch.ones(n << 20) for n in (4, 5, 6, 7, 4, 5, 6, 7)]
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        given_back = faults()
         prepare_cpu(torch.nn.Linear(1, 1))
         faults()
-        print(given_back, faults())"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    given_back, kept = map(int, done.stdout.split())
+        print(faults())"""
     if not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("another C library than glibc keeps freed memory in its own way")
-    assert kept < given_back / 20
+    runs = [subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+            for _ in range(3)]   # a heap may lie so that it keeps memory anyway: every other one does
+    # 0; given back, they are tens of thousands, where pages are huge hundreds
+    assert max(int(done.stdout) for done in runs) < 20
 
 
 # ------------------------------------------------------------------------------------------------------- need
