@@ -52,7 +52,7 @@ class Config:
     dtype: cli.Precision = "auto"   # fp32, bf16, fp16 for what is not rounded; auto: what is quick
     quantize: cli.Scheme = "auto"   # the LLaMA: int8, int4 or none; auto: int8 on a CPU if it is large
     control: str = ""                # of score: predictions of a blind run
-    train: str = ""                  # of score: where frequent answers are from; default: the file itself
+    train: str = ""                  # of score: where frequent answers are from, of --dataset; "": the file
     verdicts: str = ""               # of score: what another judge said, see docs/qa.md
     judge_name: str = ""             # which judge, and when: "gpt-3.5-turbo-0125, 2026-11-27"
 
@@ -456,7 +456,7 @@ def score(cfg):
     control = {row["id"]: row for row in read_predictions(cfg.control)} if cfg.control else {}
     if control and set(control) != {row["id"] for row in rows}:
         raise UserError(f"{cfg.control}: not predictions for the questions of {cfg.file}")
-    known = known_answers(cfg.train) if cfg.train else [
+    known = known_answers(cfg.train, SETS[cfg.dataset].kinds) if cfg.train else [
         (row["question"], row["answer"][0], row.get("kind")) for row in rows]
     for judges in (OPEN, CHOICE):
         if part := [row for row in rows if ("options" in row) == (judges is CHOICE)]:
@@ -568,15 +568,16 @@ def two_and_numbers(rows):
         print(f"{len(off)} of {len(rows)} predictions are a number{error}")
 
 
-def known_answers(path):
+def known_answers(path, kinds={}):
     """A training file -> [(question or "", answer, kind or None)]: rows with answers, maybe beside
-    questions, or conversations. Raises UserError."""
+    questions, or conversations. kinds: of a Set. Raises UserError."""
     known = []
     for where, row in table_rows(path):
         pairs = [(pick(row, "question") or "", pick(row, "answer"))]
         if "conversations" in row or "messages" in row:
             pairs = data.turns(row, where)
-        known += [(q, str(answer).strip(), pick(row, "kind")) for q, answer in pairs if answer is not None]
+        kind = kinds.get(str(pick(row, "kind")), pick(row, "kind"))
+        known += [(q, str(answer).strip(), kind) for q, answer in pairs if answer is not None]
     if not known:
         raise UserError(f"{path}: no answers in it")
     return known
