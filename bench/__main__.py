@@ -26,7 +26,7 @@ class Config:
     data: str = "out/bench"   # where the clips and weights are, or will be
     pictures: str = "docs"    # folder for the picture
     runs: cli.Count = 5       # measurements of each; the medians are shown
-    tokens: Annotated[str, "branch", "frame_cls"] = "branch"   # of line: of BT-Adapter, or of VTimeLLM
+    tokens: Annotated[str, "branch", "frame_cls", "linvt"] = "branch"   # of line: which of the three methods
     layers: cli.Count = 32    # of the 7B; fewer for a quick look, the work of a layer stays the same
 
 

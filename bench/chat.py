@@ -21,7 +21,7 @@ from torch import nn
 from bench.frames import SHORT_GOP, make
 from bench.measure import HERE, TINY, best, call, heading, medians, multiplying, of_numbers, reading
 from clip import CLIP, CLIPConfig, load_clip, read_clip, save_clip
-from linvt import LinVT
+from linvt import LinVT, save_linvt
 from llm import LLaMA, LLaMAConfig, add_lora, load_llama, save_adapter, save_llama
 from model import ADAPTERS, Branch, LinVTTokens, backbone_states, branch_tensors, frames_at_once
 from plumbing import cli, pictures, quant, store, training
@@ -41,11 +41,17 @@ def make_weights(cfg, config=LLaMAConfig(), clip_config=CLIPConfig()):
         save_clip(os.path.join(folder, "clip"), clip, load_clip(os.path.join(TINY, "clip"))[1])
         projector = {"model.mm_projector.weight": torch.randn(config.width, D) * 0.02,
                      "model.mm_projector.bias": torch.zeros(config.width)}
+        save_linvt(os.path.join(folder, "linvt.bin"), full_linvt(config, clip_config))
         words = os.path.join(TINY, "llava", "tokenizer.model")
         save_llama(os.path.join(folder, "llava"), of_numbers(LLaMA, config), words, projector, torch.bfloat16)
         branch = branch_tensors(Branch.beside(clip), "backbone.", torch.float16)
         training.save_checkpoint(os.path.join(folder, "branch.pth"), {"state_dict": branch})
     return folder
+
+
+def full_linvt(config, clip_config):
+    """-> a new LinVT, as wide and as deep as a 7B and a ViT-L/14 may want."""
+    return LinVT(config.width, clip_config.patch_tokens, width=512, heads=8, layers=2)
 
 
 def with_adapters(folder):
@@ -173,8 +179,7 @@ def clip(cfg, config=CLIPConfig()):
 def condensing(config, clip_config, frames):
     """-> s in which LinVT makes a picture's worth of rows, for a question, of what CLIP saw of frames."""
     N, D = clip_config.patch_tokens, clip_config.vision_width
-    kind = of_numbers(lambda: LinVTTokens(
-        nn.Linear(D, config.width), None, LinVT(config.width, N, width=512, heads=8, layers=2)))
+    kind = of_numbers(lambda: LinVTTokens(nn.Linear(D, config.width), None, full_linvt(config, clip_config)))
     mask = torch.ones(1, 20, dtype=torch.bool)
     seen, words = torch.randn(1, frames, N, D).bfloat16(), torch.randn(1, 20, config.width).bfloat16()
     return best(lambda: kind(seen, words, mask), count=1)
@@ -209,14 +214,15 @@ LINE = [dataclasses.replace(SHORT_GOP, **length) for length in (
 
 
 # by middles not 100 frames: from 10 minutes those are at whole seconds, where the keyframes are, for free
-FRAMES = {"branch": 101, "frame_cls": 100}
+FRAMES = {"branch": 101, "frame_cls": 100, "linvt": 101}
 
 
-def two_questions(weights, path, num_frames):
+def two_questions(weights, path, tokens):
     """-> video tokens, s to the first token, s of it for the video, s to the first token of a second
     question, GB of memory, all as chat.py says."""
-    command = [sys.executable, "chat.py", path, "--weights", os.path.abspath(weights), "--num_frames",
-               str(num_frames), "--max_new_tokens", "1", "--no-cache", "--verbose", "--json"]
+    command = [sys.executable, "chat.py", path, "--weights", os.path.abspath(weights), "--tokens", tokens,
+               "--num_frames", str(FRAMES[tokens]), "--max_new_tokens", "1", "--no-cache", "--verbose",
+               "--json"]
     done = subprocess.run(command, input="What happens?\nWhere?\n", capture_output=True, text=True, cwd=HERE)
     if done.returncode:
         raise cli.UserError(f"chat.py failed: {done.stderr.strip().splitlines()[-1]}")
@@ -233,7 +239,7 @@ def line(cfg, clips=LINE):
     weights = with_adapters(weights) if cfg.tokens == "frame_cls" else weights
     for video in clips:
         path = make(cfg.data, video)
-        runs = [two_questions(weights, path, FRAMES[cfg.tokens]) for _ in range(cfg.runs + 1)]
+        runs = [two_questions(weights, path, cfg.tokens) for _ in range(cfg.runs + 1)]
         rows.append(medians(runs[1:]))   # the first is cold
         cli.say(f"{video.title}: {rows[-1][1]:.2f} s to the first token")
     what = ["video tokens", "s to the first token", "of it s for the video", "s for a second question", "GB"]

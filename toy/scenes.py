@@ -25,7 +25,7 @@ class Config:
     out: str = "out/scenes"       # what the frozen weights say of clips
     steps: cli.Count = 2000       # of training
     questions: cli.Count = 192    # of each kind and length, to test
-    seeds: cli.Count = 3          # of what is trained here
+    seeds: cli.Count = 3          # of what is trained here for `principle`; `table` has one for each folder
     seed: cli.Whole = 0           # the questions follow from it
 
 
@@ -41,9 +41,11 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from linvt import LinVT, diagonal
+from llm import add_lora
 from model import IGNORE_INDEX, VIDEO_INDEX, VideoTokens, WindowTokens, open_chat
 from plumbing.store import Store, state_of
 from toy import world
@@ -172,7 +174,7 @@ class World:
     def __init__(self, cfg, split, folder):
         self.cfg, self.scenes, self.chat = cfg, Scenes(cfg.data, split), open_chat(folder, "branch").load()
         self.branch = self.chat.video_tokens
-        self.projector = self.branch.mm_projector
+        self.projector, self.llm = self.branch.mm_projector, self.chat.llm
         names, store = ("clip", "chat.bin"), Store(cfg.out)
         key = [split, *(state_of(os.path.join(folder, name)) for name in names), len(self.scenes.clips)]
         if not store.get(key):
@@ -186,10 +188,10 @@ class World:
         """The number of a clip -> (8, 3, H, W) uint8."""
         return self.branch.watch(os.path.join(self.cfg.data, self.scenes.files[i]), world.SIZE)[0]
 
-    def right(self, tokens, count, kind, pool=lambda x: x, pixels=False, colours=world.COLOURS):
+    def right(self, tokens, count, kind, pool=lambda x: x, pixels=False, colours=world.COLOURS, llm=None):
         """Per cent of questions that are answered exactly. tokens: the kind of video tokens. It gets windows
-        of the branch, or what `pool` makes of these, or `pixels`."""
-        self.chat.video_tokens, right = tokens.eval(), []
+        of the branch, or what `pool` makes of these, or `pixels`. llm: another than the weights have."""
+        self.chat.video_tokens, self.chat.llm, right = tokens.eval(), llm or self.llm, []
         rng = np.random.default_rng([self.cfg.seed, 21, count])
         for _ in range(0, self.cfg.questions, TOGETHER):
             drawn = [self.scenes.draw(kind, count, rng, colours) for _ in range(TOGETHER)]
@@ -198,14 +200,16 @@ class World:
             right += self.chat.exact(pool(video), [[turn] for _, turn in drawn], "vicuna_v1")
         return 100 * sum(right) / len(right)
 
-    def row(self, name, column, trained, kind, **options):
-        """A row of a table about trained kinds of video tokens, one a seed."""
-        return [name, column, *(spread([self.right(tokens, count, kind, **options) for tokens in trained])
-                                for count in COUNTS)]
+    def row(self, name, column, trained, kind, llms=itertools.repeat(None), **options):
+        """A row of a table about trained kinds of video tokens, one a seed, and LLaMAs that read them."""
+        return [name, column, *(spread([self.right(tokens, count, kind, llm=llm, **options)
+                                        for tokens, llm in zip(trained, llms)]) for count in COUNTS)]
 
-    def train(self, tokens, learned, seed, pool=lambda x: x, kinds=KINDS, colours=world.COLOURS):
-        """Trains modules of a kind of video tokens as the stage linvt of chat_tune.py does."""
-        self.chat.video_tokens, rng = tokens.train(), np.random.default_rng([seed, 22])
+    def train(self, tokens, learned, seed, pool=lambda x: x, kinds=KINDS, colours=world.COLOURS, llm=None,
+              lr=2e-3):
+        """Trains modules of a kind of video tokens, or of a LLaMA, as the stages linvt of chat_tune.py do."""
+        self.chat.video_tokens, self.chat.llm = tokens.train(), llm or self.llm
+        rng = np.random.default_rng([seed, 22])
         learned.requires_grad_(True)
 
         def loss_of(step):
@@ -215,19 +219,27 @@ class World:
             seen = torch.stack([self.seen[chosen] for chosen, _ in drawn])
             total, answered = self.chat(pool(seen), prompts, asked)
             return total / answered, ""
-        fit("train", learned.parameters(), loss_of, self.cfg.steps, round(0.03 * self.cfg.steps), seed, 2e-3,
+        fit("train", learned.parameters(), loss_of, self.cfg.steps, round(0.03 * self.cfg.steps), seed, lr,
             0, 1, betas=(0.9, 0.999))
         return tokens
 
 
 def compared(cfg, folders, test, train):
-    """Yields what a row is of: its name, trained kinds of video tokens, options of World.right."""
+    """Yields what a row is of: its name, trained kinds of video tokens, options of World.row. What is trained
+    here has a seed for each folder."""
     for name, pool in POOLS.items():
         yield name, [VideoTokens(test.projector)], {"pool": pool}
     yield "`branch` over all frames", [test.branch], {"pixels": True}
-    means, pool = [VideoTokens(copy.deepcopy(test.projector)) for _ in range(cfg.seeds)], lambda x: x.mean(1)
+    means, pool = [VideoTokens(copy.deepcopy(test.projector)) for _ in folders], lambda x: x.mean(1)
     means = [train.train(tokens, tokens.mm_projector, seed, pool) for seed, tokens in enumerate(means)]
     yield "mean, its projector trained", means, {"pool": pool}
+    readers, pool = [VideoTokens(copy.deepcopy(test.projector)) for _ in folders], POOLS["all tokens"]
+    llms = [add_lora(copy.deepcopy(test.llm), 16, 32) for _ in folders]
+    for seed, (tokens, llm) in enumerate(zip(readers, llms)):
+        loras = [part for name, part in llm.named_modules() if name.endswith(("lora_A", "lora_B"))]
+        learned = nn.ModuleList([tokens.mm_projector, *loras])
+        train.train(tokens, learned, seed, pool, llm=llm, lr=1e-3)
+    yield "all tokens, projector and LoRA trained", readers, {"pool": pool, "llms": llms}
     yield "LinVT", [open_chat(folder, "branch+linvt").load().video_tokens for folder in folders], {}
 
 
