@@ -103,7 +103,7 @@ def test_int8_is_exact_in_whole_numbers():
     x = torch.randn(40, 256)
     q8 = layer("int8", m)
     xq, x_scale = quant.round_rows(x)
-    exact = (xq.double() * x_scale.double()) @ (q8.weight.double() * q8.scale[:, None].double()).T
+    exact = (xq.double() * x_scale.double()) @ (q8.numbers.double() * q8.scale[:, None].double()).T
     assert error(q8(x), exact) < 1e-6
     assert error(torch.cat([q8(row[None]) for row in x]), exact) < 1e-6
 
