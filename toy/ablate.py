@@ -1,7 +1,7 @@
 """The paper's studies in miniature: the branch with one thing changed at a time, in the toy world.
 
     python -m toy.ablate structure      # every variant with three seeds -> a table, docs/ablate_structure.png
-    python -m toy.ablate losses         # also depth, mask, projection, kept
+    python -m toy.ablate losses         # also depth, mask, projection, kept, related
 
 `runs/ablate.sh` has all of them in order. The first one shows every clip to the frozen CLIP, once, and keeps
 what it said (2 GB). So a step is the branch alone: two or three minutes a run, and a run on each core. That
@@ -16,7 +16,7 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: str                       # the study: structure, losses, depth, mask, projection or kept
+    stage: str                       # the study: structure, losses, depth, mask, projection, kept or related
     clip: str = cli.shipped("weights/tiny/clip")   # the frozen CLIP
     data: str = "out/shapes"         # where the clips and captions are
     out: str = "out/ablate"          # what CLIP saw, and finished runs
@@ -126,8 +126,8 @@ class Concatenated(VideoEncoder):
 
 
 class InsideCLIP(VideoEncoder):
-    """No branch: attention along time before each of CLIP's last layers, which stay as they are. The first
-    of the states is what enters them. Under a mask they see the visible patches alone."""
+    """No branch: its layers along time stand before CLIP's last layers, which stay as they are. The first of
+    the states is what enters them. Under a mask they see the visible patches alone."""
     def feature(self, states, kept=None):
         T, x = states[0].shape[1], states[0]                                             # (B, T, 1+n, D)
         x = torch.cat([x[:, :, :1], x[:, :, 1:] + self.branch.btadapter_time_embed.weight[:T, None]], dim=2)
@@ -142,6 +142,32 @@ class InsideCLIP(VideoEncoder):
 def no_marks(branch):
     """CLIP's own layers would be lost among marks of time that are random at first."""
     branch.btadapter_time_embed.weight.data.zero_()
+
+
+class Bottleneck(nn.Module):
+    """ST-Adapter's layer, with its released kernel of 3 x 1 x 1: in half the width a patch reads its own
+    place one frame earlier and one later. CLS passes by. It begins as the identity."""
+    def __init__(self, width):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, width // 2), nn.Linear(width // 2, width)
+        self.conv = nn.Conv1d(width // 2, width // 2, 3, padding=1, groups=width // 2)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x, T):
+        """x (B, 1 + n*T, D) -> same shape."""
+        cls, patches = x[:, :1], x[:, 1:]
+        y = self.down(patches).unflatten(1, (-1, T)).flatten(0, 1).transpose(1, 2)   # (B*n, D/2, T)
+        y = self.up(F.gelu(self.conv(y)).transpose(1, 2))                            # (B*n, T, D)
+        return torch.cat([cls, patches + y.reshape(patches.shape)], dim=1)
+
+
+def bottlenecks(branch):
+    """ST-Adapter's layers in the place of attention along time. They need no marks of time."""
+    no_marks(branch)
+    branch.btadapter_time_embed.requires_grad_(False)
+    width = branch.btadapter_cls_token.shape[-1]
+    branch.btadapter_T_layers = nn.ModuleList(Bottleneck(width) for _ in branch.btadapter_T_layers)
 
 
 VTC = (1, 0, 0)
@@ -173,7 +199,12 @@ STUDIES = {   # study: (where the paper has it, {variant: what it is}); the bran
         "VTC": Variant(few=True, losses=VTC), "1 : 1 : 1": Variant(few=True, losses=(1, 1, 1)),
         "random projection": Variant(few=True, change=random_projection),
         "as released, copied layers slower": Variant(few=True, copied=2),
-        "random projection, copied layers slower": Variant(few=True, copied=2, change=random_projection)})}
+        "random projection, copied layers slower": Variant(few=True, copied=2, change=random_projection)}),
+    "related": ("Table 10", {   # the others know no mask, and no loss but VTC
+        "branch": Variant(), "branch, VTC, nothing hidden": Variant(mask_ratio=0.0, losses=VTC),
+        "STAN's shape: sums": Variant(mask_ratio=0.0, losses=VTC, gated=False),
+        "ST-Adapter's shape": Variant(5, mask_ratio=0.0, losses=VTC, encoder=InsideCLIP,
+                                      change=bottlenecks)})}
 
 
 # -------------------------------------------------------------------------------- what CLIP saw

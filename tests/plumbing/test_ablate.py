@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clip import load_clip
-from model import Branch, VideoEncoder, backbone_states
+from model import Branch, VideoEncoder, backbone_states, tube_mask
 from plumbing.cli import UserError
 from toy import ablate
 from toy.ablate import Variant
@@ -156,6 +156,41 @@ def test_layers_inside_clip_begin_as_clip_and_then_know_the_order():
         ablate.random_projection(branch)
         branch.btadapter_time_embed.weight.data.normal_()
         assert not torch.allclose(encoder.feature(states)[0], encoder.feature(backwards)[0], atol=1e-2)
+
+
+def test_bottlenecks_begin_as_clip_then_know_the_order_and_learn_alone():
+    clip = load_clip(CLIP)[0].float()
+    pixels = torch.randint(0, 256, (2, 4, 3, 64, 64), dtype=torch.uint8)
+    states, branch = backbone_states(clip, pixels, 5), Branch.beside(clip, 5)
+    ablate.bottlenecks(branch)
+    encoder, backwards = ablate.InsideCLIP(clip, branch), [state.flip(1) for state in states]
+    feature = encoder.feature(states)[0]
+    assert torch.allclose(feature, clip.project_image(states[-1][:, :, 0]).mean(1), atol=1e-4)
+    for layer in branch.btadapter_T_layers:
+        torch.nn.init.normal_(layer.up.weight)
+    feature = encoder.feature(states)[0]
+    assert not torch.allclose(feature, encoder.feature(backwards)[0], atol=1e-2)
+    feature.sum().backward()
+    learned = {name for name, p in encoder.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learned == {f"branch.btadapter_T_layers.{i}.{part}.{name}" for i in range(1, 5)
+                       for part in ("down", "conv", "up") for name in ("weight", "bias")}
+
+
+def test_a_bottleneck_reads_one_frame_to_each_side_of_its_own_place():
+    layer, x = ablate.Bottleneck(8), torch.randn(1, 1 + 2 * 6, 8)   # two places, six frames
+    torch.nn.init.normal_(layer.up.weight)
+    other = x.clone()
+    other[0, 1 + 3] += 1   # the first place in frame 3
+    changed = (layer(x, 6) - layer(other, 6)).abs().sum(-1)[0] > 1e-6
+    assert changed.nonzero().flatten().tolist() == [1 + 2, 1 + 3, 1 + 4]
+
+
+def test_the_shape_of_stan_sums_and_sees_every_patch(config, monkeypatch):
+    seen, variant = [], ablate.STUDIES["related"][1]["STAN's shape: sums"]
+    monkeypatch.setattr(ablate, "tube_mask", lambda *given: seen.append(tube_mask(*given)) or seen[-1])
+    branch = ablate.teach(config, variant, 0).branch
+    assert branch.balance1 is None and branch.balance2 is None
+    assert [kept.shape for kept in seen] == [(8, 16)] * config.steps
 
 
 def test_few_looks_are_a_quarter_and_the_released_test_uses_sums(config):
