@@ -1,6 +1,7 @@
 """Every speed claim of the README, as ratios: ours beside programs that do the same work, in the same run.
 
     python -m bench frames    # frames of a video, beside decord   -> a table
+    python -m bench loader    # clips a second for a training, by decoding processes   -> a table
     python -m bench line      # a chat about 5 seconds, a minute, ten minutes, an hour   -> a table, a picture
     python -m bench chat      # prompts and answers of a 7B, beside transformers   -> a table
     python -m bench clip      # a frame in CLIP, beside the machine's products   -> a table
@@ -22,7 +23,7 @@ from plumbing import cli
 
 @dataclasses.dataclass
 class Config:
-    stage: Annotated[str, "frames", "line", "chat", "clip", "linvt", "gpu"]   # what to measure
+    stage: Annotated[str, "frames", "loader", "line", "chat", "clip", "linvt", "gpu"]   # what to measure
     data: str = "out/bench"   # where the clips and weights are, or will be
     pictures: str = "docs"    # folder for the picture
     runs: cli.Count = 5       # measurements of each; the medians are shown
@@ -31,7 +32,7 @@ class Config:
 
 
 def main(cfg):
-    file = cfg.stage if cfg.stage in ("frames", "gpu") else "chat"
+    file = {"frames": "frames", "loader": "frames", "gpu": "gpu"}.get(cfg.stage, "chat")
     getattr(importlib.import_module(f"bench.{file}"), cfg.stage)(cfg)
 
 

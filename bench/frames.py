@@ -1,4 +1,4 @@
-"""Frames of a video beside decord.
+"""Frames of a video beside decord, and what the loader of a training feeds.
 
 Both decode in one thread, which costs them the fewest CPU seconds. The pictures are compared: who shows
 others than ours is pointed at.
@@ -6,14 +6,18 @@ others than ours is pointed at.
 import dataclasses
 import importlib.util
 import os
+import statistics
+import time
 
 import av
 import numpy as np
 from av.video.frame import PictureType
 from av.video.reformatter import Colorspace
+from torch.utils.data import DataLoader
 
 import data
-from bench.measure import call, heading, medians
+from bench.measure import TINY, call, heading, medians
+from clip import load_clip
 from plumbing import cli
 from toy.world import join
 
@@ -114,3 +118,26 @@ def frames(cfg, cases=FRAMES):
             rows.append([clip.title, str(count), name, seconds, memory, alike, ratio])
     cli.table(["video", "T", "who", "CPU s without imports", "MB without imports", "our frames",
                "CPU: ours / it"], rows)
+
+
+def feeding(annotations, count, workers):
+    """-> clips/s that come from the loader of pretrain.py, with so many processes of its own."""
+    dataset = data.CaptionDataset(annotations, "", count, 224, load_clip(os.path.join(TINY, "clip"))[1])
+    order = [[(0, 4 * step + i) for i in range(4)] for step in range(10 * workers)]
+    batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers,
+                              collate_fn=data.collate_skip))
+    for _ in range(2 * workers):   # those that the processes have in hand when they start
+        next(batches)
+    began = time.perf_counter()
+    return sum(len(batch["index"]) for batch in batches) / (time.perf_counter() - began)
+
+
+def loader(cfg):
+    """Clips of WebVid's kind a second, by the number of decoding processes."""
+    heading(cfg)
+    clip, count = FRAMES[-1]
+    annotations = os.path.join(cfg.data, "loader.jsonl")
+    cli.write_rows(annotations, [{"video": make(cfg.data, clip), "caption": clip.title}] * 160)
+    rows = [[str(workers), statistics.median(call(feeding, annotations, count, workers)[0]
+                                             for _ in range(cfg.runs))] for workers in (1, 2, 4)]
+    cli.table(["processes", "clips/s"], rows)
