@@ -135,25 +135,25 @@ class Int8Linear(FrozenLinear):
         return {"weight": torch.empty(N, K + GAP, dtype=torch.int8, device="meta"),
                 "scale": torch.empty(N, device="meta")}
 
-    @property
-    def numbers(self):
-        """(N, K) int8: the weight without its gaps."""
-        return self.weight[:, :-GAP]
-
     def product(self, x):
+        weight = self.weight[:, :-GAP]
         if x.device.type != "cpu":   # sums of whole numbers are beyond fp16
-            return torch.mm(x, self.numbers.to(x.dtype).T, out_dtype=torch.float32) * self.scale
-        x = x.float()
-        q, scale = round_rows(x)
-        y = self.whole_numbers(q, scale)
-        extreme = scale[:, 0] * 127 * x.shape[1] ** 0.5 > EXTREME * torch.linalg.vector_norm(x, dim=1)
-        if extreme.any():   # what rounding left over is at most scale / 2: finer steps
-            y[extreme] += self.whole_numbers(*round_rows(x[extreme] - q[extreme] * scale[extreme]))
-        return y
+            return torch.mm(x, weight.to(x.dtype).T, out_dtype=torch.float32) * self.scale
+        return in_whole_numbers(x, weight.T, self.scale)
 
-    def whole_numbers(self, q, scale):
-        """q (M, K) int8, scale (M, 1) -> (M, N) fp32. Sums fit int32 up to K = 133,000."""
-        return torch._int_mm(q, self.numbers.T).float().mul_(self.scale).mul_(scale)
+
+def in_whole_numbers(x, weight, scale):
+    """x (M, K), weight (K, N) int8, scale (N,) of its columns -> (M, N) fp32. Sums fit int32 up to K =
+    133,000."""
+    def multiply(q, rows):
+        return torch._int_mm(q, weight).float().mul_(scale).mul_(rows)
+    x = x.float()
+    q, rows = round_rows(x)
+    y = multiply(q, rows)
+    extreme = rows[:, 0] * 127 * x.shape[1] ** 0.5 > EXTREME * torch.linalg.vector_norm(x, dim=1)
+    if extreme.any():   # what rounding left over is at most rows / 2: finer steps
+        y[extreme] += multiply(*round_rows(x[extreme] - q[extreme] * rows[extreme]))
+    return y
 
 
 @functools.cache
@@ -163,17 +163,16 @@ def packing():
     q = (torch.arange(64 * 64).view(64, 64) * 37 // 64 % 16).to(torch.uint8)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 2)
     for way in itertools.product((64, 32), (False, True)):
-        if torch.equal(unpack(packed, *way), q):
+        if torch.equal(unpack(packed, *way).T, q):
             return way
     raise UserError("int4: this machine's kernel packs weights in an unknown way; choose --quantize int8")
 
 
-def unpack(packed, rows, neighbours):
-    """packed (N, K / 2) uint8, two numbers a byte -> (N, K) uint8 in 0..15. The kernel works on `rows` side
-    by side. Of these, byte j of column k holds 2j and 2j + 1 if `neighbours`, else j and j + rows / 2."""
-    blocks = packed.view(-1, packed.shape[1] * 2, rows // 2)                  # (N / rows, K, rows / 2)
-    pairs = torch.stack((blocks & 15, blocks >> 4), 3 if neighbours else 2)   # the last two: rows
-    return pairs.flatten(2).transpose(1, 2).flatten(0, 1)                     # (N, K)
+def unpack(packed, rows, neighbours, columns=slice(None)):
+    """packed (N, K / 2) uint8, two numbers a byte -> (K, N) uint8 in 0..15, of `columns`. The kernel has
+    `rows` side by side: byte j of column k holds 2j and 2j + 1 if `neighbours`, else j and j + rows / 2."""
+    blocks = packed.view(-1, packed.shape[1] * 2, rows // 2)[:, columns].transpose(0, 1)
+    return torch.stack((blocks & 15, blocks >> 4), 3 if neighbours else 2).flatten(1)
 
 
 class Int4Linear(FrozenLinear):
@@ -199,26 +198,25 @@ class Int4Linear(FrozenLinear):
             return torch.ops.aten._weight_int4pack_mm(x.bfloat16(), self.weight, GROUP, self.groups)
         if len(x) <= FEW:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.weight, GROUP, self.groups)
-        scale, middle = self.groups.float().unbind(-1)   # (K / GROUP, N) each
-        scale = ((8 * scale + middle.abs()).amax(0) / weight_levels())[:, None]   # (N, 1): holds the largest
-        parts = zip(self.weight.split(ROWS), self.groups.split(ROWS, dim=1), scale.split(ROWS))
-        q = torch.cat([F.pad(self.floats(*part).round_().to(torch.int8), (0, GAP)) for part in parts])
-        return Int8Linear({"weight": q, "scale": scale[:, 0]}).product(x)
+        scale, middle = self.groups.float().unbind(-1)                # (K / GROUP, N) each
+        unit = (8 * scale + middle.abs()).amax(0) / weight_levels()   # (N,): holds the largest
+        scale, low = scale / unit, (middle - 8 * scale) / unit
+        q = torch.cat([self.numbers(g).mul_(scale[g]).add_(low[g]).round_().to(torch.int8)
+                       for g in range(len(scale))])                   # (K, N)
+        return in_whole_numbers(x, q, unit)
+
+    def numbers(self, group):
+        """-> (GROUP, N) fp32 in 0..15: a group of all outputs, as torch is quick along a long last side."""
+        return unpack(self.weight, *packing(), slice(group * GROUP, group * GROUP + GROUP)).float()
 
     def _apply(self, fn, recurse=True):
         """A GPU's kernel wants the numbers packed in another way."""
         was_here = self.weight.device.type == "cpu"
         super()._apply(fn, recurse)
         if was_here and self.weight.is_cuda:
-            q = unpack(self.weight, *packing()).contiguous()
+            q = unpack(self.weight, *packing()).T.contiguous()
             self.weight = torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 4)
         return self
-
-    def floats(self, packed, groups, unit=1.0):
-        """packed (rows, K / 2), groups (K / GROUP, rows, 2), unit (rows, 1) -> weights / unit (rows, K)."""
-        scale, middle = (groups.float().permute(2, 1, 0) / unit).contiguous().unsqueeze(-1)
-        q = unpack(packed, *packing()).unflatten(1, (-1, GROUP)).float()   # (rows, K / GROUP, GROUP)
-        return q.mul_(scale).add_(middle - 8 * scale).flatten(1)
 
 
 SCHEMES = {"bf16": BF16Linear, "int8": Int8Linear, "int4": Int4Linear}

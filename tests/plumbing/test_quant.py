@@ -103,7 +103,7 @@ def test_int8_is_exact_in_whole_numbers():
     x = torch.randn(40, 256)
     q8 = layer("int8", m)
     xq, x_scale = quant.round_rows(x)
-    exact = (xq.double() * x_scale.double()) @ (q8.numbers.double() * q8.scale[:, None].double()).T
+    exact = (xq.double() * x_scale.double()) @ (q8.weight[:, :256].double() * q8.scale[:, None].double()).T
     assert error(q8(x), exact) < 1e-6
     assert error(torch.cat([q8(row[None]) for row in x]), exact) < 1e-6
 
@@ -163,13 +163,19 @@ def test_a_machine_without_exact_products_is_refused(monkeypatch):
 def test_unpacking_gives_back_what_torch_packed():
     q = torch.randint(0, 16, (192, 128), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 2)
-    assert torch.equal(quant.unpack(packed, *quant.packing()).int(), q)
+    assert torch.equal(quant.unpack(packed, *quant.packing()).T.int(), q)
+
+
+def floats(q4):
+    """The weight (N, K) that an Int4Linear stands for."""
+    scale, middle = q4.groups.float().unbind(-1)
+    return torch.cat([(q4.numbers(g) - 8) * scale[g] + middle[g] for g in range(len(scale))]).T
 
 
 def test_the_packed_kernel_computes_what_the_unpacked_numbers_say():
     m = linear(256, 128)
     q4, x = layer("int4", m), torch.randn(1, 256).bfloat16()
-    w = q4.floats(q4.weight, q4.groups)
+    w = floats(q4)
     q, scale, middle = (t.float() for t in quant.round_groups(m.weight))
     scale, middle = (t.repeat_interleave(GROUP, 1) for t in (scale, middle))
     assert torch.allclose(w, (q - 8) * scale + middle, atol=1e-7)
@@ -179,7 +185,7 @@ def test_the_packed_kernel_computes_what_the_unpacked_numbers_say():
 def test_many_rows_in_int4_are_hardly_worse_than_its_weights():
     m, x = linear(512, 256), torch.randn(300, 512)
     q4, true = layer("int4", m), x @ m.weight.T
-    weights_only = error(x @ q4.floats(q4.weight, q4.groups).T, true)
+    weights_only = error(x @ floats(q4).T, true)
     assert 0.05 < weights_only < error(q4(x), true) < 1.05 * weights_only
 
 
