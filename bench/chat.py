@@ -217,12 +217,11 @@ LINE = [dataclasses.replace(SHORT_GOP, **length) for length in (
 FRAMES = {"branch": 101, "frame_cls": 100, "linvt": 101}
 
 
-def two_questions(weights, path, tokens):
+def two_questions(weights, path, tokens, num_frames):
     """-> video tokens, s to the first token, s of it for the video, s to the first token of a second
     question, GB of memory, all as chat.py says."""
     command = [sys.executable, "chat.py", path, "--weights", os.path.abspath(weights), "--tokens", tokens,
-               "--num_frames", str(FRAMES[tokens]), "--max_new_tokens", "1", "--no-cache", "--verbose",
-               "--json"]
+               "--num_frames", str(num_frames), "--max_new_tokens", "1", "--no-cache", "--verbose", "--json"]
     done = subprocess.run(command, input="What happens?\nWhere?\n", capture_output=True, text=True, cwd=HERE)
     if done.returncode:
         raise cli.UserError(f"chat.py failed: {done.stderr.strip().splitlines()[-1]}")
@@ -239,7 +238,7 @@ def line(cfg, clips=LINE):
     weights = with_adapters(weights) if cfg.tokens == "frame_cls" else weights
     for video in clips:
         path = make(cfg.data, video)
-        runs = [two_questions(weights, path, cfg.tokens) for _ in range(cfg.runs + 1)]
+        runs = [two_questions(weights, path, cfg.tokens, FRAMES[cfg.tokens]) for _ in range(cfg.runs + 1)]
         rows.append(medians(runs[1:]))   # the first is cold
         cli.say(f"{video.title}: {rows[-1][1]:.2f} s to the first token")
     what = ["video tokens", "s to the first token", "of it s for the video", "s for a second question", "GB"]

@@ -103,6 +103,13 @@ def test_other_frames_than_ours_are_noticed(cfg, capsys, monkeypatch, here):
     assert [row[3] for row in rows] == ["4", "5", "6"] and rows[1][-1] == "0.8"   # not the first round
 
 
+def test_a_loader_feeds_clips(cfg, capsys, here):
+    frames.loader(cfg, SHORT, counts=(1, 2))
+    _, _, *rows = cells(capsys)
+    assert [row[0] for row in rows] == ["1", "2"] and all(float(row[1]) > 1 for row in rows)
+    assert [workers for _, workers in here] == [1, 2]
+
+
 # ---------------------------------------------------------------------------------------- chats
 def test_the_weights_that_are_made_load_as_what_they_are_and_are_made_once(cfg):
     made = chat.make_weights(cfg, LLAMA, CLIP)
@@ -146,7 +153,7 @@ def test_linvt_reads_as_many_rows_whatever_the_video_has(cfg, capsys, here):
 def test_line_asks_about_longer_and_longer_videos(cfg, capsys, monkeypatch):
     made = []
 
-    def two_questions(weights, path, num_frames):
+    def two_questions(weights, path, tokens, num_frames):
         made.append(path)
         return 17, len(made), 2, 1, 3
     monkeypatch.setattr(chat, "make_weights", lambda cfg: "mine")
@@ -162,11 +169,12 @@ def test_line_asks_about_longer_and_longer_videos(cfg, capsys, monkeypatch):
 
 def test_two_questions_are_a_chat_with_random_weights(cfg):
     weights, path = chat.make_weights(cfg, LLAMA, CLIP), frames.make(cfg.data, SHORT)
-    tokens, seconds, seeing, second, memory = chat.two_questions(weights, path, 3)
+    tokens, seconds, seeing, second, memory = chat.two_questions(weights, path, "branch", 3)
     assert tokens == 5 and 0 <= seeing < seconds < 60 and 0 < second < seconds and memory > 0.05
-    assert chat.two_questions(chat.with_adapters(weights), path, 100)[0] == 100
+    assert chat.two_questions(chat.with_adapters(weights), path, "frame_cls", 100)[0] == 100
+    assert chat.two_questions(weights, path, "linvt", 3)[0] == 4
     with pytest.raises(UserError, match="chat.py failed: .*/nowhere: lacks clip"):
-        chat.two_questions("/nowhere", path, 3)
+        chat.two_questions("/nowhere", path, "branch", 3)
 
 
 # ---------------------------------------------------------------------------------------- a GPU
@@ -204,7 +212,7 @@ def test_training_at_full_size_is_that_of_the_scripts(capsys, monkeypatch):
 
 
 def test_bad_input_is_one_line():
-    with pytest.raises(UserError, match="frame: choose one of frames, line"):
+    with pytest.raises(UserError, match="frame: choose one of frames, loader"):
         cli.parse(Config, ["frame"], ["stage"])
     with pytest.raises(UserError, match="--runs 0: must be from 1"):
         cli.parse(Config, ["frames", "--runs", "0"], ["stage"])
