@@ -568,7 +568,7 @@ def two_and_numbers(rows):
         print(f"{len(off)} of {len(rows)} predictions are a number{error}")
 
 
-def known_answers(path, kinds={}):
+def known_answers(path, kinds):
     """A training file -> [(question or "", answer, kind or None)]: rows with answers, maybe beside
     questions, or conversations. kinds: of a Set. Raises UserError."""
     known = []
@@ -588,7 +588,7 @@ def frequent(path, top):
     a training file, those of equal number in alphabetical order."""
     if not path.endswith((".json", ".jsonl", ".csv", ".tsv")):
         return list(dict.fromkeys(filter(None, map(str.strip, data.read_text(path).splitlines()))))
-    return metrics.commonest(answer for _, answer, _ in known_answers(path))[:top]
+    return metrics.commonest(answer for _, answer, _ in known_answers(path, {}))[:top]
 
 
 def compare(cfg):

@@ -144,7 +144,7 @@ class Attention(nn.Module):
         if kv_cache is not None:
             k, v = kv_cache.append(self.layer, k, v)   # (B, h, P+S, d)
         causal = mask is None and S > 1
-        if S == 1 and q.dtype == torch.bfloat16 and not q.is_cuda:   # a CPU takes a third for two rows
+        if S == 1 and q.dtype == torch.bfloat16 and not q.is_cuda:   # twice the row: a third of the time
             q = q.repeat(1, 1, 2, 1)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.grouped)[:, :, :S]
         return self.o_proj(y.transpose(1, 2).reshape(B, S, -1))   # (B, H, S, d) -> (B, S, D)

@@ -1,4 +1,4 @@
-"""Every speed claim of the README, as ratios: ours beside programs that do the same work, in the same run.
+"""Every speed claim, most as ratios: ours beside programs that do the same work, in the same run.
 
     python -m bench frames    # frames of a video, beside decord   -> a table
     python -m bench loader    # clips a second for a training, by decoding processes   -> a table
@@ -27,7 +27,7 @@ class Config:
     data: str = "out/bench"   # where the clips and weights are, or will be
     pictures: str = "docs"    # folder for the picture
     runs: cli.Count = 5       # measurements of each; the medians are shown
-    tokens: Annotated[str, "branch", "frame_cls", "linvt"] = "branch"   # of line: which of the three methods
+    tokens: Annotated[str, "branch", "frame_cls", "linvt"] = "branch"   # of line: BT-Adapter, VTimeLLM, LinVT
     layers: cli.Count = 32    # of the 7B; fewer for a quick look, the work of a layer stays the same
 
 

@@ -41,11 +41,12 @@ def make_weights(cfg, config=LLaMAConfig(), clip_config=CLIPConfig()):
         save_clip(os.path.join(folder, "clip"), clip, load_clip(os.path.join(TINY, "clip"))[1])
         projector = {"model.mm_projector.weight": torch.randn(config.width, D) * 0.02,
                      "model.mm_projector.bias": torch.zeros(config.width)}
-        save_linvt(os.path.join(folder, "linvt.bin"), full_linvt(config, clip_config))
         words = os.path.join(TINY, "llava", "tokenizer.model")
         save_llama(os.path.join(folder, "llava"), of_numbers(LLaMA, config), words, projector, torch.bfloat16)
         branch = branch_tensors(Branch.beside(clip), "backbone.", torch.float16)
         training.save_checkpoint(os.path.join(folder, "branch.pth"), {"state_dict": branch})
+    if not os.path.exists(file := os.path.join(folder, "linvt.bin")):
+        save_linvt(file, full_linvt(config, clip_config))
     return folder
 
 

@@ -33,7 +33,7 @@ from plumbing.store import Store
 ROWS = 64        # rows of a weight that are converted at a time: as floats, 1 MB, they stay in a CPU's cache
 GROUP = 64       # neighbours that share a scale in int4
 EXTREME = 20.0   # a row whose maximum is more times its root mean square is multiplied twice; noise has 4
-FEW = 48         # rows up to which the kernel for packed int4 is faster than unpacking the weight first
+FEW = 48         # rows up to which the kernel for packed int4 is surely faster than unpacking
 TINY = 1e-30     # the least scale: a row of zeros is divided by it
 GAP = 64         # bytes between rows of int8: 4,096 apart they share a few places of a cache, and wait
 VERSION = 3      # of what `convert` makes; raise it when that changes, and kept weights are made again
@@ -68,8 +68,9 @@ def weight_levels():
     127 with VNNI. Older CPUs add two products in 16 bits, and cut silently what is more: up to 63 it fits."""
     for levels in (127, 63):
         x, w = torch.full((4, 64), 127, dtype=torch.int8), torch.full((16, 64), levels, dtype=torch.int8)
-        if all((torch._int_mm(sign * x[:rows], w.T) == sign * 127 * levels * 64).all()
-               for sign in (-1, 1) for rows in (1, 4)):
+        ways = F.pad(w, (0, GAP))[:, :-GAP].T, w.T.contiguous()   # as int8 has it, and unpacked int4
+        if all((torch._int_mm(sign * x[:rows], way) == sign * 127 * levels * 64).all()
+               for sign in (-1, 1) for rows in (1, 4) for way in ways):
             return levels
     raise UserError("int8: this machine's product of int8 matrices is not exact; choose --quantize none")
 

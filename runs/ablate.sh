@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's studies in the toy world: tables on stdout, pictures in docs/. two hours on a 2-core CPU, no
-# study more than 40 minutes; docs/numbers.md has the tables. Needs the clips of `python -m toy render`. Every
+# The paper's studies in the toy world: tables on stdout, pictures in docs/. Two hours and a half on a 2-core CPU,
+# no study more than 40 minutes; docs/numbers.md has the tables. Needs the clips of `python -m toy render`. Every
 # study can be run alone and goes on where it was stopped. PYTHON: another interpreter than `python`.
 #
 #   bash runs/ablate.sh            all of them

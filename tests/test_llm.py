@@ -225,6 +225,16 @@ def test_padding_on_the_right_does_not_reach_the_text():
         assert torch.allclose(model(padded)[:, :12], model(ids), atol=1e-5)
 
 
+def test_a_token_after_a_cache_is_the_last_of_the_whole_in_bf16():
+    """On a CPU its row is doubled for attention."""
+    model = tiny(heads=4, kv_heads=2).bfloat16()
+    ids = torch.randint(1, 60, (2, 9))
+    cache = model.new_cache(2, 9)
+    with torch.no_grad():
+        model(ids[:, :8], kv_cache=cache)
+        assert torch.allclose(model(ids[:, 8:], kv_cache=cache)[:, -1], model(ids)[:, -1], atol=0.02)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_give_fp32_logits_near_those_of_fp32(dtype):
     model, ids = tiny(), torch.randint(64, (1, 12))

@@ -145,8 +145,8 @@ def no_marks(branch):
 
 
 class Bottleneck(nn.Module):
-    """ST-Adapter's layer, with its released kernel of 3 x 1 x 1: in half the width a patch reads its own
-    place one frame earlier and one later. CLS passes by. It begins as the identity."""
+    """A layer of ST-Adapter's shape, with its released kernel of 3 x 1 x 1: in half the width a patch reads
+    its own place one frame earlier and one later. CLS passes by. It begins as the identity."""
     def __init__(self, width):
         super().__init__()
         self.down, self.up = nn.Linear(width, width // 2), nn.Linear(width // 2, width)

@@ -9,7 +9,6 @@ colour, shape and motion never occur in training: the test set has only those.
 """
 import dataclasses
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -121,10 +120,9 @@ SAMPLE = Clip("orange", "star", "moves left then up", "", "big", jitter=(0.5,) *
 
 
 def read_clips(path):
-    """A file of captions that `annotate` wrote -> list of Clips."""
+    """A file of captions that `annotate` wrote -> list of Clips. Raises UserError."""
     fields = [field.name for field in dataclasses.fields(Clip)]
-    with open(path) as f:
-        return [Clip(**{name: row[name] for name in fields}) for row in map(json.loads, f)]
+    return [Clip(**{name: row[name] for name in fields}) for _, row in data.read_rows(path)]
 
 
 # -------------------------------------------------------------------------------- pictures

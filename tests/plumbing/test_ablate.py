@@ -191,6 +191,9 @@ def test_the_shape_of_stan_sums_and_sees_every_patch(config, monkeypatch):
     branch = ablate.teach(config, variant, 0).branch
     assert branch.balance1 is None and branch.balance2 is None
     assert [kept.shape for kept in seen] == [(8, 16)] * config.steps
+    others = [one for name, one in ablate.STUDIES["related"][1].items() if name != "branch"]
+    assert {(one.mask_ratio, one.losses) for one in others} == {(0.0, ablate.VTC)}
+    assert others[-1].encoder is ablate.InsideCLIP and others[-1].change is ablate.bottlenecks
 
 
 def test_few_looks_are_a_quarter_and_the_released_test_uses_sums(config):
