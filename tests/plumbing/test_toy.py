@@ -1,4 +1,5 @@
 """The toy world keeps its promises: twins, held-out combinations, words that say what the pictures show."""
+import copy
 import dataclasses
 import json
 import math
@@ -13,7 +14,8 @@ from PIL import Image
 import data
 import model
 from films import stacked
-from model import IGNORE_INDEX, VIDEO_INDEX, open_chat, prompt_ids
+from llm import LoRALinear, add_lora
+from model import IGNORE_INDEX, VIDEO_INDEX, VideoTokens, open_chat, prompt_ids
 from plumbing import cli
 from toy import __main__ as toy
 from toy import clock, language, needle, scenes, score, stories, world
@@ -354,6 +356,20 @@ def test_answers_about_the_shipped_minute_stand_beside_what_it_shows(tmp_path, c
     _, _, *found = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().splitlines()]
     assert [row[0] for row in found] == [f"{at} to {at + 2} s" for at in range(0, 64, 8)]
     assert sum(row[3] == row[4] for row in found) >= 4 and all(row[2] != row[4] for row in found)
+
+
+def test_a_row_of_the_table_is_about_the_llama_that_it_names_and_a_reader_learns_alone(long_world, tmp_path):
+    cfg = scenes.Config("table", data=str(long_world), out=str(tmp_path), steps=2, questions=32)
+    test, kind, pool = scenes.World(cfg, "test", cli.shipped("weights/tiny")), scenes.KINDS[0], scenes.POOLS["all tokens"]
+    tokens, other = VideoTokens(test.projector), copy.deepcopy(test.llm)
+    other.lm_head.weight.data.zero_()
+    assert [test.right(tokens, 1, kind, pool, llm=llm) > 50 for llm in (None, other, None)] == [True, False, True]
+    before = {name: p.clone() for name, p in test.llm.state_dict().items()}
+    reader = add_lora(copy.deepcopy(test.llm), 4, 8)
+    loras = torch.nn.ModuleList(m for name, m in reader.named_modules() if name.endswith(("lora_A", "lora_B")))
+    test.train(tokens, loras, 0, pool, llm=reader, lr=1e-3)
+    assert all(torch.equal(p, before[name]) for name, p in test.llm.state_dict().items())
+    assert all(m.lora_B.weight.any() for m in reader.modules() if isinstance(m, LoRALinear))
 
 
 def test_two_questions_are_about_two_scenes_and_a_moved_video_stands_before_the_last_answer(long_world):
