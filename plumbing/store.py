@@ -49,18 +49,30 @@ class Store:
             self.tidy()
 
     def tidy(self):
-        """Removes the files used longest ago beyond max_bytes, never the newest; halves of entries, too."""
-        ours = re.compile(rf"{re.escape(self.prefix)}[0-9a-f]{{32}}\.safetensors(\.\d+\.tmp)?")
+        """Removes the files used longest ago beyond max_bytes, never the newest; halves of entries, too, but
+        for those that a living process writes."""
+        ours = re.compile(rf"{re.escape(self.prefix)}[0-9a-f]{{32}}\.safetensors(\.(\d+)\.tmp)?")
         entries, total = [], 0
         for file in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):   # here and below: another process tidies, too
-                if ours.fullmatch(file.name):
+                if (name := ours.fullmatch(file.name)) and not (name[2] and alive(int(name[2]))):
                     entries.append((file.stat().st_mtime_ns, file.stat().st_size, file.path))
         for i, (_, size, path) in enumerate(sorted(entries, reverse=True)):
             total += size
             if i and total > self.max_bytes:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
+
+
+def alive(pid):
+    """Whether there is a process of this number."""
+    try:
+        os.kill(pid, 0)   # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:   # another user's
+        pass
+    return True
 
 
 def state_of(path):

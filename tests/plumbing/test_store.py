@@ -76,12 +76,13 @@ def test_an_entry_that_is_used_is_not_the_oldest(tmp_path):
 
 def test_files_of_others_stay_and_what_a_killed_process_left_goes(tmp_path):
     store = Store(str(tmp_path), 10, prefix="q_")
-    old, young = (f"q_{0:032x}.safetensors.{process}.tmp" for process in (77, 78))   # young: in use
-    for name in ("thesis.safetensors", "notes", f"{1:032x}.safetensors", old, young):
+    killed, alive = (f"q_{0:032x}.safetensors.{process}.tmp" for process in (99_999_999, os.getpid()))
+    kept = ["thesis.safetensors", "notes", f"{1:032x}.safetensors", alive]
+    for name in (*kept, killed, newest := f"q_{2:032x}.safetensors"):
         (tmp_path / name).write_bytes(bytes(20))
-        os.utime(tmp_path / name, (1, 1)) if name != young else None
+        os.utime(tmp_path / name, (1, 1)) if name != newest else None
     store.tidy()
-    assert names(tmp_path) == sorted(["thesis.safetensors", "notes", f"{1:032x}.safetensors", young])
+    assert names(tmp_path) == sorted([*kept, newest])
 
 
 def put_many(folder, first):
