@@ -349,7 +349,7 @@ def test_other_weights_settings_or_machines_get_another_file_and_the_old_one_goe
 
 
 def test_what_a_killed_process_left_half_written_goes(folder):
-    (folder / f"quantised_int8_{0:032x}.safetensors.77.tmp").touch()
+    (folder / f"quantised_int8_{0:032x}.safetensors.99999999.tmp").touch()
     load(folder)
     assert kept(folder).suffix == ".safetensors"
 
