@@ -2,6 +2,7 @@
 
     python data.py video.mp4    # what it is, and a picture of its frames with their times   -> out/sheet.png
 
+First half: clips and their captions, all that pretraining reads. Second half: events and conversations.
 A clip is always (T, 3, H, W) and a batch (B, T, 3, H, W), uint8 RGB. Time is counted in seconds from the
 moment at which the first frame is shown. plumbing/video.py finds frames in a file, and lets no file do harm.
 """
@@ -188,12 +189,7 @@ def squash(frames, size):
     return F.interpolate(frames, (size, size), mode="nearest")
 
 
-# ------------------------------------------------------------------------------------------ annotation files
-def clock(seconds, duration):
-    """A moment of a video, both in seconds, on VTimeLLM's clock of 100 steps: "00" to "99"."""
-    return f"{min(round(seconds / duration * 100), 99):02d}"
-
-
+# ------------------------------------------------------------------------------------------- annotation files
 @contextlib.contextmanager
 def opened(path):
     """A UTF-8 file, to be read. Raises UserError where it cannot be."""
@@ -282,51 +278,6 @@ def read_captions(path):
             raise UserError(f"{path}, line {rows.reader.line_num}: not valid CSV ({e})")
 
 
-def two_numbers(span):
-    return isinstance(span, list) and [type(t) in (int, float) for t in span] == [True, True]
-
-
-def seconds(span, where):
-    """[start, end], as JSON has it -> the same. Raises UserError unless these are times, in order."""
-    if not two_numbers(span) or not 0 <= span[0] <= span[1] < math.inf:
-        raise UserError(f"{where}: needs a start, then an end, in seconds of what is shown, not {span}")
-    return span
-
-
-def shown(window, duration, where):
-    """The part [start, end] of a video that is shown, or None, and how long the video is, or None, in seconds
-    -> both. Raises UserError where that is nothing."""
-    for start, end in (seconds(span, where) for span in (window, duration and [0, duration]) if span):
-        if start == end:
-            raise UserError(f"{where}: nothing is shown from {start} to {end} s")
-    return window, duration
-
-
-def timed(row, where):
-    """A row of JSON lines about events, {"video", "events": [{"start", "end", "text"}]}, in seconds of the
-    video, maybe with "window": [start, end], if only that part is shown, and the video's "duration" ->
-    {"video", "window": [start, end] or None, "duration": seconds or None, "events": [(start, end, text)]} in
-    seconds of the window. Raises UserError with the line."""
-    (window, duration), events = shown(row.get("window"), row.get("duration"), where), []
-    first = window[0] if window else 0
-    for event in field(row, where, "events", list):
-        text = field(event, where, "text").strip()
-        start, end = seconds([event.get("start"), event.get("end")], where)
-        events.append((start - first, end - first, text))
-    return {"video": field(row, where, "video"), "window": window, "duration": duration, "events": events}
-
-
-def clip_length(path, window=None, duration=None):
-    """Seconds of a video, or of its part in a window. duration: of the video, where that is known. Raises
-    VideoError."""
-    start, end = window or (0, math.inf)
-    duration = duration or probe(path).duration
-    if not start < min(end, duration):
-        until = f"to {end:g} s" if end < math.inf else "s on"
-        raise VideoError(path, f"nothing is from {start:g} {until}, of a video of {duration:.2f} s")
-    return min(end, duration) - start
-
-
 def locate(root, name):
     """The file of a video that annotations name, maybe without extension or as Video-ChatGPT's `<id>.pkl`."""
     path = os.path.join(root, name.removesuffix(".pkl"))
@@ -334,7 +285,7 @@ def locate(root, name):
     return next(filter(os.path.isfile, (path + ending for ending in endings)), path)
 
 
-# ------------------------------------------------------------------------------------------------- data sets
+# --------------------------------------------------------------------------------------- videos with captions
 class CaptionDataset(Dataset):
     """Videos with captions, as training sees them. Item (epoch, i) -> (pixels (T, 3, H, W) uint8, ids
     (context_length,), i); the VideoError in the place of a broken video.
@@ -413,6 +364,57 @@ class RetrievalDataset(Dataset):
                 return e
             raise
         return torch.cat(pixels), i
+
+
+# ----------------------------------------------------------------------------------- events and conversations
+def clock(seconds, duration):
+    """A moment of a video, both in seconds, on VTimeLLM's clock of 100 steps: "00" to "99"."""
+    return f"{min(round(seconds / duration * 100), 99):02d}"
+
+
+def two_numbers(span):
+    return isinstance(span, list) and [type(t) in (int, float) for t in span] == [True, True]
+
+
+def seconds(span, where):
+    """[start, end], as JSON has it -> the same. Raises UserError unless these are times, in order."""
+    if not two_numbers(span) or not 0 <= span[0] <= span[1] < math.inf:
+        raise UserError(f"{where}: needs a start, then an end, in seconds of what is shown, not {span}")
+    return span
+
+
+def shown(window, duration, where):
+    """The part [start, end] of a video that is shown, or None, and how long the video is, or None, in seconds
+    -> both. Raises UserError where that is nothing."""
+    for start, end in (seconds(span, where) for span in (window, duration and [0, duration]) if span):
+        if start == end:
+            raise UserError(f"{where}: nothing is shown from {start} to {end} s")
+    return window, duration
+
+
+def timed(row, where):
+    """A row of JSON lines about events, {"video", "events": [{"start", "end", "text"}]}, in seconds of the
+    video, maybe with "window": [start, end], if only that part is shown, and the video's "duration" ->
+    {"video", "window": [start, end] or None, "duration": seconds or None, "events": [(start, end, text)]} in
+    seconds of the window. Raises UserError with the line."""
+    (window, duration), events = shown(row.get("window"), row.get("duration"), where), []
+    first = window[0] if window else 0
+    for event in field(row, where, "events", list):
+        text = field(event, where, "text").strip()
+        start, end = seconds([event.get("start"), event.get("end")], where)
+        events.append((start - first, end - first, text))
+    return {"video": field(row, where, "video"), "window": window, "duration": duration, "events": events}
+
+
+def clip_length(path, window=None, duration=None):
+    """Seconds of a video, or of its part in a window. duration: of the video, where that is known. Raises
+    VideoError."""
+    start, end = window or (0, math.inf)
+    duration = duration or probe(path).duration
+    if not start < min(end, duration):
+        until = f"to {end:g} s" if end < math.inf else "s on"
+        raise VideoError(path, f"nothing is from {start:g} {until}, of a video of {duration:.2f} s")
+    return min(end, duration) - start
 
 
 @dataclasses.dataclass
@@ -514,6 +516,7 @@ def turns(row, where):
     return [(q.strip(), a.strip()) for q, a in zip([first, *later], said[1::2])]
 
 
+# ---------------------------------------------------------------------------------- videos with conversations
 class ConversationDataset(Dataset):
     """Questions and answers about videos or pictures. Item i -> (pixels (T, 3, H, W) uint8, [(question,
     answer), ...], i). A picture is a clip with T = 1. rule, pixels: of a kind of video tokens, so that frames
