@@ -519,6 +519,10 @@ def guesses(cfg, rows, known):
     for _, answer, kind in known:
         kinds[kind].append(answer)
     said = {f"most frequent{here}: {everything}": [everything] * len(rows)}
+    asked = {row["kind"] for row in rows if "kind" in row}
+    if cfg.train and asked and len(kinds) > 1 and not asked & kinds.keys():
+        warnings.warn(f"{cfg.train}: its kinds of questions are not those of {cfg.file}; is it of another "
+                      "--dataset?")
     if len(kinds) > 1:
         of_kind = {kind: metrics.commonest(answers)[0] for kind, answers in kinds.items()}
         said[f"by kind{here}"] = [of_kind.get(row.get("kind"), everything) for row in rows]

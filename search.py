@@ -111,7 +111,7 @@ class Windows(IterableDataset):
 def index(cfg, store, weights, encoder, device):
     """Encodes what is new or changed in a folder and those below it, and lists what is there."""
     root = os.path.abspath(cfg.folder)
-    found = os.walk(root, onerror=cli.say)
+    found = os.walk(root, onerror=lambda e: cli.say(f"{e.filename}: {e.strerror}"))
     paths = sorted(os.path.join(parent, name) for parent, _, names in found
                    for name in names if name.lower().endswith(EXTENSIONS))
     if not paths:

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -108,6 +109,17 @@ def test_each_stage_trains_its_own_parts_and_nothing_else(world, llava, tmp_path
     moved = {name for name, p in chat.state_dict().items() if not torch.equal(p, before[name])}
     assert all(any(name.startswith(part) for part in parts) for name in moved)
     assert all(any(name.startswith(part) for name in moved) for part in parts)
+
+
+@pytest.mark.parametrize("stage", ["video", "video_paper"])
+def test_a_llava_without_start_and_end_rows_stays_so(world, llava, tmp_path, stage):
+    """As LLaVA-1.5."""
+    shutil.copytree(llava, tmp_path / "llava")
+    described = json.loads((tmp_path / "llava" / "config.json").read_text())
+    (tmp_path / "llava" / "config.json").write_text(json.dumps({**described, "mm_use_im_start_end": False}))
+    for folder, rows in ((llava, 2), (tmp_path / "llava", 0)):
+        cfg = chat_tune.complete(tuning(world, tmp_path / "out", stage, llm=str(folder)))
+        assert len(chat_tune.build(cfg, torch.float32).start_end) == rows
 
 
 def test_in_half_precision_what_is_frozen_is_never_in_fp32(world, llava, tmp_path):

@@ -240,6 +240,8 @@ def test_a_score_has_its_controls_and_says_what_was_not_run(capsys, tmp_path):
     assert "most frequent: Red 50.0" in out and "by question 25.0" in out
     train = write_rows(tmp_path / "typed.jsonl", [{"answer": "red", "type": 4}] * 3 + [{"answer": "one", "type": 7}])
     assert "by kind 75.0" in scored(capsys, tmp_path, rows, dataset="activitynet_qa", train=train)
+    with pytest.warns(UserWarning, match="typed.jsonl: its kinds of questions are not those of .*another --dataset"):
+        scored(capsys, tmp_path, rows, train=train)
 
 
 def test_options_stand_beside_chance_the_best_place_and_the_longest(capsys, tmp_path):
