@@ -665,13 +665,13 @@ def test_null_in_a_config_is_the_default(folder):
     path = folder("mha")
     stated = json.loads((path / "config.json").read_text())
     keys = {"rope_theta", "rope_scaling", "rope_parameters", "head_dim", "num_key_value_heads", "hidden_act",
-            "tie_word_embeddings", "sliding_window", "max_position_embeddings"}
+            "tie_word_embeddings", "sliding_window", "max_position_embeddings", "rms_norm_eps"}
     configs = []
     for nulls in ({}, dict.fromkeys(keys)):
         text = json.dumps({key: value for key, value in stated.items() if key not in keys} | nulls)
         (path / "config.json").write_text(text)
         configs.append(load_llama(path)[0].config)
-    assert configs[0] == configs[1] and configs[0].rope_theta == 1e4
+    assert configs[0] == configs[1] and (configs[0].rope_theta, configs[0].norm_eps) == (1e4, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["gqa", "llama3", "linear"])
@@ -685,7 +685,8 @@ def test_saving_and_loading_gives_the_same_model(folder, tmp_path, name):
     assert torch.equal(extra["model.mm_projector.weight"], projector)
     assert again.config == model.config and tokenizer_again.encode("the red") == tokenizer.encode("the red")
     config = json.loads((out / "config.json").read_text())
-    assert config["architectures"] == ["LlavaLlamaForCausalLM"] and config["mm_hidden_size"] == 16
+    assert (config["architectures"], config["model_type"]) == (["LlavaLlamaForCausalLM"], "llava")
+    assert config["mm_hidden_size"] == 16
     assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "tokenizer.model"]
 
 
@@ -799,7 +800,8 @@ META_TENSORS = {"model.embed_tokens.weight": torch.zeros(64, 1),
     (dict(rope_theta=1e6), 16384, None),
     (dict(dim=8192, n_heads=64, n_kv_heads=None), 2048, None),                          # the 65B of LLaMA 1
     (dict(dim=8192, n_heads=64, n_kv_heads=8), 4096, None),                             # the 70B of LLaMA 2
-    (dict(dim=2048, n_heads=32, n_kv_heads=8, use_scaled_rope=True), 131072, 32)])      # the 1B of LLaMA 3.2
+    (dict(dim=2048, n_heads=32, n_kv_heads=8, use_scaled_rope=True), 131072, 32),       # the 1B of LLaMA 3.2
+    (dict(dim=3072, n_heads=24, n_kv_heads=8, use_scaled_rope=True), 131072, 32)])      # the 3B
 def test_the_context_of_meta_models_is_told_from_what_params_json_says(params, context_length, factor):
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "norm_eps": 1e-5}
     c = llm.meta_config({**sizes, **params}, META_TENSORS)
