@@ -122,6 +122,19 @@ def test_our_meteor_is_that_of_exact_and_stem_matches_within_half_a_point():
     assert (ours - theirs).abs().mean() < 0.005 and torch.corrcoef(torch.stack([ours, theirs]))[0, 1] > 0.995
 
 
+def test_an_alignment_prefers_equal_words_to_equal_stems():
+    exact, stems = metrics.meteor_exact_stem(("running",), ("runs", "running"))[4:12].split(4)
+    assert exact.tolist() == [1, 1, 0, 0] and not stems.any()
+
+
+def test_soda_compares_what_was_found_with_what_is_true_and_exchanged_the_other_way_round():
+    gold, found = [(0, 10, ("dog", "runs", "fast"))], [(0, 10, ("dog",))]
+    for exchanged, pair in ((False, (found, gold)), (True, (gold, found))):
+        expected = meteor(metrics.meteor_exact_stem(*(side[0][2] for side in pair))[None])
+        soda = metrics.caption_scores(gold, found, metrics.rarity([gold[0][2]]), exchanged=exchanged)[0]
+        assert soda == pytest.approx(expected) and 0 < expected < 1
+
+
 @pytest.mark.parametrize("several", ["plays played playing play", "carries carried carry", "run runs running",
                                      "dances danced dancing dance", "watches watched watch", "box boxes"])
 def test_forms_of_a_word_have_one_stem(several):
@@ -209,6 +222,8 @@ def test_what_guesses_without_a_look_says():
     assert metrics.commonest(["yes", "yes", "no", "no", "red"]) == ["no", "yes", "red"]   # ties by the alphabet
     asked = [("is the man old", "yes")] * 5 + [("is the man tall", "no")] * 3 + [("is it red", "no")] * 4
     assert metrics.guess_by_beginning(asked, ["Is the man thin?"]) == ["yes"]
+    asked += [("is the man here", "here")] * 4   # too seldom to be trusted
+    assert metrics.guess_by_beginning(asked, ["Is the man here?"]) == ["yes"]
     assert metrics.guess_by_beginning(asked, ["Where?"]) == ["no"]   # nothing is known but that no is commonest
 
 
