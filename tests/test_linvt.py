@@ -135,6 +135,17 @@ def test_without_words_the_null_word_alone_is_read():
     assert (hidden - linvt(x, text, torch.zeros_like(mask))).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("drawn, hidden", [(0.05, True), (0.5, False)])
+def test_in_training_one_question_in_ten_is_hidden_and_padding_always(monkeypatch, drawn, hidden):
+    linvt = made(top_k=None).train()
+    x, text, mask = asked(linvt)
+    monkeypatch.setattr(torch, "rand", lambda *size, device=None: torch.full(size, drawn))
+    y = linvt(x, text, mask)
+    assert torch.allclose(y, linvt(x, text.flip(0), mask)) == hidden
+    padded = torch.cat([text, 100 * torch.randn(2, 4, 24)], 1)
+    assert torch.allclose(y, linvt(x, padded, F.pad(mask, (0, 4))))
+
+
 def test_a_question_of_any_length_is_read():
     linvt = made()
     for length in (1, 64, 200):
@@ -220,6 +231,16 @@ def test_sizes_at_the_edge_work(options, T):
     linvt = made(**options)
     y = linvt(*asked(linvt, T=T))
     assert y.shape == (2, options.get("queries", linvt.place.shape[1]), 24) and y.isfinite().all()
+
+
+def test_times_of_a_longer_video_are_straight_lines_from_the_first_to_the_last():
+    linvt = made(max_units=3)
+    x = torch.zeros(1, 5, 5, 24).double()
+    linvt.space = linvt.time = torch.nn.ModuleList()
+    times = linvt.read(x)[0, :, 0] - linvt.read(x[:, :1])[0, 0, 0] + linvt.time_embed[0]   # (5, w)
+    first, middle, last = linvt.time_embed
+    expected = torch.stack([first, (first + middle) / 2, middle, (middle + last) / 2, last])
+    assert torch.allclose(times, expected)
 
 
 def test_a_video_of_one_unit_can_be_weighed():

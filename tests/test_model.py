@@ -133,6 +133,15 @@ def test_losses_and_every_gradient_equal_the_released_code(case, weights, record
 
 
 # -------------------------------------------------------------------------------------------------- structure
+def test_drop_path_leaves_out_whole_rows_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(4000, 3)
+    dropped = nanobt.drop_path(x, 0.25, training=True)
+    assert dropped.unique().tolist() == pytest.approx([0, 4 / 3]) and (dropped == dropped[:, :1]).all()
+    assert dropped.mean() == pytest.approx(1, abs=0.05)
+    assert nanobt.drop_path(x, 0.25, training=False) is x
+
+
 def moved(layers, index, N=5, T=4):
     """Which outputs of the first layer change with its input `index` -> the video token, (N, T) patches."""
     layer, x = getattr(small_encoder()[0].branch, layers)[0], torch.randn(2, 1 + N * T, 64)
