@@ -132,6 +132,19 @@ def test_losses_and_every_gradient_equal_the_released_code(case, weights, record
         assert (got - summary).abs().max() < 1e-5 * summary.abs().max() + 1e-7 * largest, name
 
 
+def test_mbta_holds_each_visible_patch_to_the_same_patch_of_clip(monkeypatch):
+    """Of several frames, which the recorded case has not."""
+    (encoder, video), compared = small_encoder(), []
+    kept = nanobt.tube_mask(2, 16, 0.7)   # (2, 5)
+    states = backbone_states(encoder.clip, video, 4, kept=kept)
+    monkeypatch.setattr(nanobt, "mbta_loss", lambda student, teacher: compared.append(teacher))
+    model = Pretraining(encoder)
+    model(states, kept)
+    teacher, tokens = compared[0].unflatten(1, (5, 4)), encoder.clip.project_image(states[-1])   # (2, 4, 6, P)
+    assert torch.allclose(teacher, tokens[:, :, 1:].transpose(1, 2))
+    assert torch.equal(nanobt.to_branch(tokens[:, 0, 0], tokens[:, :, 1:])[:, 1:], teacher.flatten(1, 2))
+
+
 # -------------------------------------------------------------------------------------------------- structure
 def test_drop_path_leaves_out_whole_rows_and_keeps_the_mean():
     torch.manual_seed(0)
