@@ -146,6 +146,12 @@ def test_mbta_holds_each_visible_patch_to_the_same_patch_of_clip(monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------- structure
+@pytest.mark.parametrize("kind", ["branch", "mean", "st_pool"])
+def test_a_hundred_frames_are_seen_as_released_and_eight_in_the_toy_world(kind):
+    kind = VIDEO_TOKENS[kind](None)
+    assert [kind.frames_of(*given) for given in ((None, 224), (None, 64), (5, 224))] == [100, 8, 5]
+
+
 def test_drop_path_leaves_out_whole_rows_and_keeps_the_mean():
     torch.manual_seed(0)
     x = torch.ones(4000, 3)
