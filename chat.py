@@ -6,7 +6,7 @@
 
 On a terminal it is a conversation: answers appear as they come, later questions know the earlier ones, /help
 lists commands. With -q, or with questions on standard input, one a line, every question is a conversation of
-its own and its answer is one line, or with --json one JSON object. Answers go to standard output, everything
+its own. Its answer is one line, or with --json one JSON object. Answers go to standard output, everything
 else to standard error. Exit codes: 0, 2 for bad input, 130 for Ctrl-C.
 
 The model sees the video once, as a few frames. What it saw is kept on disk. -v says where the time goes.

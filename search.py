@@ -111,6 +111,8 @@ class Windows(IterableDataset):
 def index(cfg, store, weights, encoder, device):
     """Encodes what is new or changed in a folder and those below it, and lists what is there."""
     root = os.path.abspath(cfg.folder)
+    if not os.path.isdir(root):
+        raise UserError(f"{cfg.folder}: no such folder")
     found = os.walk(root, onerror=lambda e: cli.say(f"{e.filename}: {e.strerror}"))
     paths = sorted(os.path.join(parent, name) for parent, _, names in found
                    for name in names if name.lower().endswith(EXTENSIONS))

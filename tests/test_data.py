@@ -225,6 +225,11 @@ def test_sample_frames_follows_each_rule_and_its_seed(clips):
         assert seen(data.sample_frames(path, 8, "train", seed)) == expected
 
 
+def test_a_window_between_two_frames_shows_the_first_of_them(clips):
+    window = 10.3 / FPS, 10.6 / FPS
+    assert seen(data.sample_frames(clips["h264 short gop"], 2, "test", window=window)) == [10, 10]
+
+
 # ------------------------------------------------------------------------------------------------- bad files
 CLIP_NAMERS = {
     "list.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:2.4,\n{clip}\n#EXT-X-ENDLIST\n",

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -239,7 +240,9 @@ def test_a_score_has_its_controls_and_says_what_was_not_run(capsys, tmp_path):
     assert "blind: exact 50.0 (0.0 to 100.0)" in out
     assert "most frequent: Red 50.0" in out and "by question 25.0" in out
     train = write_rows(tmp_path / "typed.jsonl", [{"answer": "red", "type": 4}] * 3 + [{"answer": "one", "type": 7}])
-    assert "by kind 75.0" in scored(capsys, tmp_path, rows, dataset="activitynet_qa", train=train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "by kind 75.0" in scored(capsys, tmp_path, rows, dataset="activitynet_qa", train=train)
     with pytest.warns(UserWarning, match="typed.jsonl: its kinds of questions are not those of .*another --dataset"):
         scored(capsys, tmp_path, rows, train=train)
 

@@ -205,7 +205,7 @@ def test_a_video_that_claims_a_century_is_broken(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"folder": "nowhere"}, "nowhere: no folder with videos"),
+    ({"folder": "nowhere"}, "nowhere: no such folder"),
     ({"folder": ""}, "give `index FOLDER`"),
     ({"folder": TINY}, "no folder with videos in it"), 
     ({"weights": "nowhere"}, "nowhere: lacks clip .*, branch.pth .python -m weights get branch")])
