@@ -120,6 +120,17 @@ class Seen:
     before: bool = False     # it comes from the cache
 
 
+def seconds_of(clip, num_frames):
+    """About how long CLIP looks at so many frames on a CPU: the time of a layer, times all of them."""
+    layers, places = clip.vision_model.encoder.layers, model.place_embedding(clip)   # (1+N, D)
+    together = model.frames_at_once(clip.config, places.device)
+    states = torch.randn(together, *places.shape).to(places.dtype)
+    for _ in range(2):   # the first call is slower
+        began = time.perf_counter()
+        layers[0](states)
+    return (time.perf_counter() - began) * len(layers) * num_frames / together
+
+
 class Viewer:
     """Looks at videos for a chat, and keeps what was seen on disk. precision: of the chat, in words."""
     def __init__(self, cfg, opened, precision):
@@ -180,8 +191,9 @@ class Viewer:
                 pixels, frames, times = decoded.result()
                 pixels = pixels[None].to(chat.start_end.device)   # (1, T, 3, H, W)
                 if pixels.device.type == "cpu" and self.size >= 224 and len(times) > 32:   # half a minute
-                    fewer = f"; --num_frames 32 takes {32 / len(times):.0%} of the time"
-                    say(f"looking at {len(times)} frames{fewer * (not self.kind.has_clock)}")
+                    fewer = f" (--num_frames 32 takes {32 / len(times):.0%})" * (not self.kind.has_clock)
+                    seconds = seconds_of(chat.clip, len(times))
+                    say(f"looking at {len(times)} frames, about {seconds:.0f} s{fewer}")
                 rows = chat.video_tokens.see(chat.clip, pixels).cpu()
                 damage = [str(w.message) for w in noticed if w.category is video.DamagedVideo]
                 tensors = {"times": torch.tensor(times, dtype=torch.float64), "frames": frames, "rows": rows}

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import types
 import warnings
 
@@ -734,6 +735,18 @@ def test_a_damaged_video_warns_again_when_it_is_not_decoded_again(start, monkeyp
     for before in (False, True):
         assert start().seen.before is before
         assert capsys.readouterr().err.count("v.mp4: damaged\n") == 1
+
+
+def test_a_wait_of_half_a_minute_is_announced(begin, weights, tmp_path, monkeypatch, capsys):
+    """How long is told by one layer, here asleep for 0.2 s; the CLIP has three, and sees 128 frames at a time."""
+    shutil.copytree(weights, tmp_path / "large")
+    write_clip(tmp_path / "large" / "clip", image_size=224, patch_size=112)
+    forward = clip.EncoderLayer.forward
+    monkeypatch.setattr(clip.EncoderLayer, "forward", lambda *given: (time.sleep(0.2), forward(*given))[1])
+    begin(weights=str(tmp_path / "large"), num_frames=256, cache=False)
+    assert "looking at 256 frames, about 1 s (--num_frames 32 takes 12%)\n" in capsys.readouterr().err
+    begin(weights=str(tmp_path / "large"), num_frames=32, cache=False)
+    assert "looking" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- a part of a video
