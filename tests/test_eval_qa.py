@@ -173,6 +173,12 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_written(asked, fields, mes
     assert not os.path.exists(os.path.dirname(asked.out))
 
 
+def test_a_set_of_another_size_than_was_published_is_warned_about(tmp_path):
+    row = {"question": "what is it?", "answer": "a dog", "video": 1}
+    with pytest.warns(UserWarning, match="msvd_qa has 13157 questions, found 1"):
+        assert len(questions(tmp_path, [row], dataset="msvd_qa")) == 1
+
+
 def test_predictions_of_another_run_or_damaged_ones_stay(asked):
     cli.make_folder(os.path.dirname(asked.out))
     row = json.dumps({"id": "one0", "video": "one", "question": "x", "run": "0"}) + "\n"
