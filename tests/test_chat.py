@@ -738,13 +738,18 @@ def test_a_damaged_video_warns_again_when_it_is_not_decoded_again(start, monkeyp
 
 
 def test_a_wait_of_half_a_minute_is_announced(begin, weights, tmp_path, monkeypatch, capsys):
-    """How long is told by one layer, here asleep for 0.2 s; the CLIP has three, and sees 128 frames at a time."""
+    """How long is told by one layer, here of 5 s; the CLIP has three of them, and sees 128 frames at a time."""
     shutil.copytree(weights, tmp_path / "large")
     write_clip(tmp_path / "large" / "clip", image_size=224, patch_size=112)
-    forward = clip.EncoderLayer.forward
-    monkeypatch.setattr(clip.EncoderLayer, "forward", lambda *given: (time.sleep(0.2), forward(*given))[1])
+    now, forward = [0.0], clip.EncoderLayer.forward
+
+    def slow(*given):
+        now[0] += 5
+        return forward(*given)
+    monkeypatch.setattr(clip.EncoderLayer, "forward", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     begin(weights=str(tmp_path / "large"), num_frames=256, cache=False)
-    assert "looking at 256 frames, about 1 s (--num_frames 32 takes 12%)\n" in capsys.readouterr().err
+    assert "looking at 256 frames, about 30 s (--num_frames 32 takes 12%)\n" in capsys.readouterr().err
     begin(weights=str(tmp_path / "large"), num_frames=32, cache=False)
     assert "looking" not in capsys.readouterr().err
 
